@@ -1,0 +1,47 @@
+"""posttrain: post-training for language models, from a file of examples to a model that is proven better.
+
+Names are loaded when they are first used, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from posttrain.errors import CheckpointError, ConfigError, DataError, Interrupted, NonFiniteError, UserError
+    from posttrain.trainers.config import SFTConfig
+    from posttrain.trainers.sft import SFTTrainer
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "SFTTrainer": "posttrain.trainers.sft",
+    "SFTConfig": "posttrain.trainers.config",
+    "CheckpointError": "posttrain.errors",
+    "ConfigError": "posttrain.errors",
+    "DataError": "posttrain.errors",
+    "Interrupted": "posttrain.errors",
+    "NonFiniteError": "posttrain.errors",
+    "UserError": "posttrain.errors",
+}
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "Interrupted",
+    "NonFiniteError",
+    "SFTConfig",
+    "SFTTrainer",
+    "UserError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'posttrain' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,137 @@
+"""Which samples make up optimiser step n. A pure function of the seed and n, so resuming needs no replay.
+
+The order is the one transformers and accelerate produce for the same seed: epoch e is `torch.randperm` under a generator
+seeded with `seed + e`, cut into batches of `per_device_train_batch_size`, `gradient_accumulation_steps` of which make a
+step; the last step of an epoch may be smaller.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+
+import torch
+
+from posttrain.data.planning import plan
+from posttrain.errors import DataError
+from posttrain.types import Batch, Sample
+
+
+@dataclass(frozen=True)
+class Order:
+    """`seed=None` keeps the data's own order; `drop_last` leaves out an incomplete last batch of an epoch; with
+    `lengths` (tokens of each sample) samples of similar length come together, as `group_by_length` asks."""
+
+    num_samples: int
+    batch_size: int
+    accumulation: int
+    seed: int | None
+    drop_last: bool = False
+    lengths: tuple[int, ...] | None = None
+
+    @property
+    def batches_per_epoch(self) -> int:
+        whole, rest = divmod(self.num_samples, self.batch_size)
+        return whole + (rest > 0 and not self.drop_last)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return max(1, math.ceil(self.batches_per_epoch / self.accumulation))
+
+    def epoch(self, epoch: int) -> Sequence[int]:
+        """Sample indices in the order of one epoch."""
+        if self.seed is None:
+            return range(self.num_samples)
+        if self.lengths is not None:
+            return _grouped(self.lengths, self.batch_size * self.accumulation, self.seed + epoch)
+        return _shuffled(self.num_samples, self.seed + epoch)
+
+    def step(self, step: int) -> list[int]:
+        """Sample indices of optimiser step `step`, counted from 0 over all epochs."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        size = self.batch_size * self.accumulation
+        usable = self.epoch(epoch)[: self.batches_per_epoch * self.batch_size]
+        return list(usable[within * size : (within + 1) * size])
+
+    def epoch_after(self, step: int) -> float:
+        """`trainer_state.json`'s epoch once `step` steps are done: whole epochs and the share of batches of this one."""
+        done, within = divmod(step, self.steps_per_epoch)
+        if within == 0:
+            return float(done)
+        return done + within * self.accumulation / self.batches_per_epoch
+
+
+@lru_cache(maxsize=2)
+def _shuffled(num_samples: int, seed: int) -> Sequence[int]:
+    return torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@lru_cache(maxsize=2)
+def _grouped(lengths: tuple[int, ...], step_size: int, seed: int) -> Sequence[int]:
+    from transformers.trainer_pt_utils import get_length_grouped_indices
+
+    return get_length_grouped_indices(lengths, step_size, generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass
+class StaticSource:
+    """Tokenized samples held in memory, served as the micro-batches of each step."""
+
+    samples: Sequence[Sample]
+    order: Order
+    token_budget: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.order.steps_per_epoch
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        """Everything step `step` computes on, cut to the token budget."""
+        return plan([self.samples[i] for i in self.order.step(step)], self.token_budget)
+
+    def epoch_after(self, step: int) -> float:
+        return self.order.epoch_after(step)
+
+
+@dataclass
+class StreamSource:
+    """Samples that come one after another from `restart()`, an iterator made anew whenever it is exhausted. To resume
+    at step n it reads past what the first n steps used. The whole run counts as one epoch, as in transformers."""
+
+    restart: Callable[[], Iterator[Sample]]
+    step_size: int
+    token_budget: int
+    max_steps: int
+    _stream: Iterator[Sample] | None = None
+    _next_step: int = 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.max_steps
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        while self._next_step < step:
+            self._take()
+        if self._next_step > step:  # an earlier run's stream is further on; begin again
+            self._stream, self._next_step = None, 0
+            return self.micro_batches(step)
+        return plan(self._take(), self.token_budget)
+
+    def _take(self) -> list[Sample]:
+        """The samples of one step; the last of a pass over the data may be fewer."""
+        fresh = self._stream is None
+        stream = self._stream = self._stream or self.restart()
+        samples = list(islice(stream, self.step_size))
+        if not samples:
+            if fresh:
+                raise DataError("the training stream has no usable rows", code="E-DATA-0031")
+            self._stream = None
+            return self._take()
+        self._next_step += 1
+        return samples
+
+    def epoch_after(self, step: int) -> float:
+        return step / self.max_steps

@@ -1,0 +1,105 @@
+"""Every complaint about data: a code that stays, a short reason for the counts, and one way to word it.
+
+A complaint reads `train.jsonl:417:83  "messages[2].role" is "assitant"`, then an excerpt of what was seen, then the way
+out. Codes are never reused; a new complaint gets the next free number.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import islice
+from typing import Any
+
+from posttrain.errors import DataError
+from posttrain.types import Origin
+
+REASONS: dict[str, str] = {
+    "E-DATA-0001": "unusable source",
+    "E-DATA-0002": "broken JSON",
+    "E-DATA-0003": "not UTF-8",
+    "E-DATA-0004": "not an object",
+    "E-DATA-0005": "NaN or infinity",
+    "E-DATA-0006": "no rows",
+    "E-DATA-0007": "broken table row",
+    "E-DATA-0010": "unknown format",
+    "E-DATA-0011": "malformed field",
+    "E-DATA-0012": "unknown role",
+    "E-DATA-0013": "empty completion",
+    "E-DATA-0014": "empty text",
+    "E-DATA-0015": "broken tool call",
+    "E-DATA-0016": "text and messages mixed",
+    "E-DATA-0017": "another method's data",
+    "E-DATA-0018": "images",
+    "E-DATA-0019": "formatting function",
+    "E-DATA-0020": "chat template",
+    "E-DATA-0021": "assistant turns not found",
+    "E-DATA-0022": "nothing to train on",
+    "E-DATA-0023": "tool call not rendered",
+    "E-DATA-0024": "tokenizer",
+    "E-DATA-0025": "malformed tokens",
+    "E-DATA-0030": "answer cut off by max_length",
+    "E-DATA-0031": "nothing left",
+}
+
+Row = dict[str, Any]
+Reject = Callable[[DataError, Origin], None]
+"""What to do about a row that cannot be used: raise, or count it and go on."""
+
+
+def refuse(error: DataError, origin: Origin) -> None:
+    raise error
+
+
+def bad_row(
+    code: str,
+    origin: Origin,
+    what: str,
+    *,
+    field: str | None = None,
+    seen: object = None,
+    row: object = None,
+    hint: str | None = None,
+) -> DataError:
+    """The complaint about one row: where (with the column, if `seen` can be found again in the file), what, an excerpt
+    of `row` around `seen`, and the way out."""
+    subject = f'"{field}" {what}' if field else what
+    lines = [f"{locate(origin, seen)}  {subject}"]
+    if row is not None:
+        lines.append(f"  | {excerpt(row, around=seen)}")
+    return DataError("\n".join(lines), hint=hint, code=code)
+
+
+def kind(value: object) -> str:
+    """What `value` is, in words: `a number`, `an object`, `null`."""
+    names = {type(None): "null", str: "text", dict: "an object", list: "a list", bool: "a boolean"}
+    return names.get(type(value), "a number" if isinstance(value, int | float) else f"a {type(value).__name__}")
+
+
+def excerpt(value: object, around: object = None, width: int = 110) -> str:
+    """One line of at most `width` characters of `value`, cut around `around` if that is in it."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    text = text.replace("\r", "\\r").replace("\n", "\\n")
+    if len(text) <= width:
+        return text
+    needle = json.dumps(around, ensure_ascii=False, default=str) if around is not None else ""
+    middle = max(text.find(needle), 0) + min(len(needle), width) // 2
+    start = min(max(middle - width // 2, 0), len(text) - width)
+    return ("…" if start > 0 else "") + text[start : start + width] + ("…" if start + width < len(text) else "")
+
+
+def locate(origin: Origin, seen: object) -> str:
+    """`file:line:column` of the value `seen` where the row's text still holds it, else what the origin knows."""
+    if origin.line is None or not isinstance(seen, str) or not seen:
+        return str(origin)
+    num_lines = 1000 if origin.source.endswith(".json") else 1  # an object of a JSON array may run over many lines
+    try:
+        with open(origin.source, encoding="utf-8-sig", newline="\n") as file:
+            text = "".join(islice(file, origin.line - 1, origin.line - 1 + num_lines))
+    except (OSError, UnicodeDecodeError):
+        return str(origin)
+    index = text.find(json.dumps(seen, ensure_ascii=False))
+    if index < 0:
+        return str(origin)
+    line = origin.line + text.count("\n", 0, index)
+    return f"{origin.source}:{line}:{index - text.rfind(chr(10), 0, index)}"

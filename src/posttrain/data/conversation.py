@@ -1,0 +1,88 @@
+"""Chat messages as rows hold them: roles mapped to the usual ones, nulls dropped, shape checked field by field."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from posttrain.data.codes import Row, bad_row, kind
+from posttrain.types import Message, Origin
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment", "documents")
+ALIASES: dict[str, str] = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "ai": "assistant",
+    "model": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+}
+
+
+def clean_messages(messages: Any, field: str, row: Row, origin: Origin) -> list[Message]:
+    """The `role`/`content` messages in column `field` of `row`, checked and without nulls."""
+    if not isinstance(messages, list) or not messages:
+        what = "is an empty list" if messages == [] else f"is {kind(messages)}, not a list of messages"
+        raise bad_row("E-DATA-0011", origin, what, field=field, seen=messages, row=row)
+    return [_clean(message, f"{field}[{i}]", row, origin) for i, message in enumerate(messages)]
+
+
+def _clean(message: Any, field: str, row: Row, origin: Origin) -> Message:
+    if not isinstance(message, Mapping) or "role" not in message:
+        what = f"is {kind(message)}, not a message" if not isinstance(message, Mapping) else "has no role"
+        hint = 'a message is {"role": "user", "content": "..."}'
+        raise bad_row("E-DATA-0011", origin, what, field=field, seen=message, row=row, hint=hint)
+    clean = {key: value for key, value in message.items() if value is not None}
+    clean["role"] = map_role(message["role"], f"{field}.role", row, origin)
+    _check_content(clean, field, row, origin)
+    return clean
+
+
+def map_role(role: Any, field: str, row: Row, origin: Origin, extra: tuple[str, ...] = ()) -> str:
+    """The usual name of `role`; an unknown one is refused, for most templates drop such a message without a word."""
+    if role in ROLES or role in extra:
+        return str(role)
+    if role in ALIASES:
+        return ALIASES[role]
+    known = (*ROLES, *ALIASES, *extra)
+    similar = difflib.get_close_matches(str(role).lower(), known, n=1)
+    hint = f'did you mean "{similar[0]}"?' if similar else f"roles: {', '.join(known)}"
+    what = f"is {json.dumps(role, ensure_ascii=False, default=str)}"
+    raise bad_row("E-DATA-0012", origin, what, field=field, seen=role, row=row, hint=hint)
+
+
+def _check_content(message: Message, field: str, row: Row, origin: Origin) -> None:
+    content = message.get("content")
+    if isinstance(content, str) or (content is None and len(message) > 1):  # tool calls, reasoning
+        return
+    if not isinstance(content, list):
+        what = "is missing" if content is None else f"is {kind(content)}, not text"
+        raise bad_row("E-DATA-0011", origin, what, field=f"{field}.content", seen=content, row=row)
+    for i, part in enumerate(content):
+        part_type = part.get("type") if isinstance(part, Mapping) else kind(part)
+        if part_type != "text":
+            hint = "only text can be trained on for now"
+            where = f"{field}.content[{i}]"
+            raise bad_row("E-DATA-0018", origin, f"is of type {part_type}", field=where, row=row, hint=hint)
+
+
+def parse_tools(row: Row, origin: Origin) -> list[Any] | None:
+    """The `tools` column: a list, or one written as JSON (Arrow cannot hold schemas of different shapes)."""
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        tools = parse_json(tools, "tools", row, origin) if tools.strip() else None
+    if not isinstance(tools, list | None):
+        raise bad_row("E-DATA-0011", origin, f"is {kind(tools)}, not a list", field="tools", row=row)
+    return tools or None
+
+
+def parse_json(text: str, field: str, row: Row, origin: Origin) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise bad_row("E-DATA-0015", origin, f"is not valid JSON: {error}", field=field, seen=text, row=text) from None

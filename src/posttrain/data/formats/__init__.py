@@ -1,0 +1,103 @@
+"""The formats rows come in. Each is told by the shape of a row, explains itself, and becomes an `Example`.
+
+A new format is one file with `matches`, `parse` and `describe`, and one line in the table, in order of precedence:
+as in TRL a row that has both messages and text is a conversation.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Protocol
+
+from posttrain.data.codes import Row, bad_row
+from posttrain.data.formats import alpaca, messages, prompt_completion, sharegpt
+from posttrain.data.formats.text import TextFormat
+from posttrain.errors import ConfigError, DataError
+from posttrain.types import Example, Origin
+
+
+class Format(Protocol):
+    """A module of this package, or an object like one."""
+
+    def matches(self, row: Row) -> bool: ...
+    def parse(self, row: Row, origin: Origin) -> Example: ...
+    def describe(self, row: Row) -> str: ...
+
+
+FORMATS: dict[str, Format] = {
+    "prompt-completion": prompt_completion,
+    "sharegpt": sharegpt,
+    "messages": messages,
+    "text": TextFormat("text"),
+    "alpaca": alpaca,
+}
+
+OTHER_METHODS: tuple[tuple[set[str], str], ...] = (
+    ({"chosen", "rejected"}, "preference pairs: train them with DPO, ORPO or a reward model"),
+    ({"image"}, "images, which cannot be trained on for now"),
+    ({"images"}, "images, which cannot be trained on for now"),
+)
+LIKELY = {
+    "question": "prompt",
+    "query": "prompt",
+    "input": "prompt",
+    "answer": "completion",
+    "response": "completion",
+    "output": "completion",
+    "conversation": "messages",
+    "dialog": "messages",
+    "content": "text",
+}
+
+
+def formats(text_field: str = "text") -> dict[str, Format]:
+    """The table, with plain text read from column `text_field`."""
+    return {**FORMATS, "text": TextFormat(text_field)}
+
+
+def choose(name: str, known: dict[str, Format]) -> Format | None:
+    """The format called `name`; None for "auto", which asks each row."""
+    if name == "auto":
+        return None
+    if name not in known:
+        similar = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {similar[0]!r}?" if similar else f"known: auto, {', '.join(known)}"
+        raise ConfigError(f"unknown data format {name!r}", hint=hint)
+    return known[name]
+
+
+def detect(row: Row, origin: Origin, known: dict[str, Format]) -> Format:
+    """The first format whose shape `row` has."""
+    for columns, what in OTHER_METHODS:
+        if all(row.get(column) is not None for column in columns):
+            raise bad_row("E-DATA-0017", origin, f"has columns {_names(columns)}: {what}", row=row)
+    found = next((fmt for fmt in known.values() if fmt.matches(row)), None)
+    if found is None:
+        raise _unknown(row, origin, known)
+    return found
+
+
+def _unknown(row: Row, origin: Origin, known: dict[str, Format]) -> DataError:
+    columns = [column for column, value in row.items() if value is not None]
+    nulls = sorted(set(row) - set(columns))
+    renames = [f"{column} → {LIKELY[column]}" for column in columns if column in LIKELY]
+    hint = "known formats: " + "; ".join(f"{name} ({SHAPES[name]})" for name in known)
+    if columns == ["prompt"] and not nulls:
+        hint = "a prompt alone is data for GRPO, RLOO or PPO; supervised training wants a completion beside it"
+    elif renames:
+        hint = f"rename {', '.join(renames)}, or pass a formatting_func; {hint}"
+    what = f"columns {_names(columns)} are of no known format" + (f" (null: {_names(nulls)})" if nulls else "")
+    return bad_row("E-DATA-0010", origin, what, row=row, hint=hint)
+
+
+SHAPES = {
+    "prompt-completion": "`prompt` and `completion`, both text or both messages",
+    "sharegpt": "`conversations` with `from`, `value`",
+    "messages": "`messages` with `role`, `content`",
+    "text": "`text`",
+    "alpaca": "`instruction`, `input`, `output`",
+}
+
+
+def _names(columns: list[str] | set[str]) -> str:
+    return ", ".join(f"`{column}`" for column in sorted(columns)) or "(none)"

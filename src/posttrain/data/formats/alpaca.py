@@ -1,0 +1,43 @@
+"""Alpaca: `instruction`, `input`, `output`, and LLaMA-Factory's `system` and `history` (earlier pairs) beside them.
+
+It becomes a conversation (instruction and input in one user message), so that the model's own chat template is trained
+and not the prompt of 2023's Alpaca, which no model asks for any more.
+"""
+
+from __future__ import annotations
+
+from posttrain.data.codes import Row, bad_row
+from posttrain.data.formats.build import build, filled_text
+from posttrain.types import Example, Message, Origin
+
+COLUMNS = {"instruction", "input", "output", "system", "history"}
+
+
+def matches(row: Row) -> bool:
+    return isinstance(row.get("instruction"), str) and "output" in row
+
+
+def describe(row: Row) -> str:
+    there = ", ".join(f"`{column}`" for column in row if column in COLUMNS)
+    return f"read as Alpaca: columns {there}, as a conversation"
+
+
+def parse(row: Row, origin: Origin) -> Example:
+    output = filled_text(row, "output", origin, "E-DATA-0013")
+    parts = [row.get("instruction"), row.get("input")]
+    question = "\n\n".join(part for part in parts if isinstance(part, str) and part.strip())
+    if not question:
+        raise bad_row("E-DATA-0014", origin, "is empty, and so is `input`", field="instruction", row=row)
+    system: list[Message] = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    prompt = [*system, *_history(row, origin), {"role": "user", "content": question}]
+    return build(row, origin, prompt, [{"role": "assistant", "content": output}], COLUMNS)
+
+
+def _history(row: Row, origin: Origin) -> list[Message]:
+    messages: list[Message] = []
+    for i, pair in enumerate(row.get("history") or []):
+        if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(part, str) for part in pair)):
+            what = "is not a pair of texts [question, answer]"
+            raise bad_row("E-DATA-0011", origin, what, field=f"history[{i}]", seen=pair, row=row)
+        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    return messages

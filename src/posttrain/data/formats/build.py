@@ -1,0 +1,44 @@
+"""What all formats share: the columns that belong to none of them (tools, template arguments, the user's own)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from posttrain.data.codes import Row, bad_row, kind
+from posttrain.data.conversation import parse_tools
+from posttrain.types import Content, Example, Origin
+
+
+def build(row: Row, origin: Origin, prompt: Content | None, completion: Content, used: set[str]) -> Example:
+    """The example of `row`. Columns that the format has not `used` stay with it under their names."""
+    conversational = isinstance(completion, list)
+    taken = used | {"tools", "chat_template_kwargs"} if conversational else used
+    return Example(
+        prompt=prompt,
+        completions=(completion,),
+        origin=origin,
+        tools=parse_tools(row, origin) if conversational else None,
+        template_kwargs=_template_kwargs(row, origin) if conversational else {},
+        columns={key: value for key, value in row.items() if key not in taken},
+    )
+
+
+def filled_text(row: Row, column: str, origin: Origin, code: str) -> str:
+    """The text in `column`, which must hold more than white space."""
+    value = row.get(column)
+    if not isinstance(value, str):
+        what = "is missing" if value is None else f"is {kind(value)}, not text"
+        raise bad_row("E-DATA-0011", origin, what, field=column, seen=value, row=row)
+    if not value.strip():
+        hint = "fill it or drop the row (on_bad_row=skip drops and counts such rows)"
+        raise bad_row(code, origin, "is empty", field=column, row=row, hint=hint)
+    return value
+
+
+def _template_kwargs(row: Row, origin: Origin) -> dict[str, Any]:
+    kwargs = row.get("chat_template_kwargs") or {}
+    if not isinstance(kwargs, Mapping):
+        what = f"is {kind(kwargs)}, not an object"
+        raise bad_row("E-DATA-0011", origin, what, field="chat_template_kwargs", seen=kwargs, row=row)
+    return {key: value for key, value in kwargs.items() if value is not None}

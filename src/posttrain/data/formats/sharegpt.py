@@ -1,0 +1,79 @@
+"""ShareGPT: `conversations` whose messages have `from` and `value`, with `system` and `tools` beside them.
+
+Roles are mapped (human → user, gpt → assistant, ...; TRL renames only the keys). A `function_call` becomes a tool call
+of the assistant, joined to its words or calls just before; an `observation` becomes a message of role tool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from posttrain.data.codes import Row, bad_row
+from posttrain.data.conversation import map_role, parse_json
+from posttrain.data.formats.build import build
+from posttrain.types import Example, Message, Origin
+
+COLUMN = "conversations"
+CALLS = ("function_call", "tool_call", "tool_calls")
+
+
+def matches(row: Row) -> bool:
+    conversation = row.get(COLUMN)
+    return isinstance(conversation, list) and any(isinstance(m, Mapping) and "from" in m for m in conversation)
+
+
+def describe(row: Row) -> str:
+    return f"read as ShareGPT: column `{COLUMN}` with keys `from`, `value`"
+
+
+def parse(row: Row, origin: Origin) -> Example:
+    messages: list[Message] = []
+    if row.get("system"):
+        messages.append({"role": "system", "content": row["system"]})
+    for i, turn in enumerate(row[COLUMN]):
+        _append(messages, turn, f"{COLUMN}[{i}]", row, origin)
+    example = build(row, origin, None, messages, {COLUMN, "system"})
+    if example.tools:
+        example.tools[:] = [_wrap(tool) for tool in example.tools]
+    return example
+
+
+def _append(messages: list[Message], turn: Any, field: str, row: Row, origin: Origin) -> None:
+    if not isinstance(turn, Mapping) or turn.get("from") is None or not isinstance(turn.get("value"), str):
+        hint = 'a message here is {"from": "human", "value": "..."}'
+        what = "lacks `from` or a text in `value`"
+        raise bad_row("E-DATA-0011", origin, what, field=field, seen=turn, row=row, hint=hint)
+    role = map_role(turn["from"], f"{field}.from", row, origin, extra=CALLS)
+    if role not in CALLS:
+        extra = {key: value for key, value in turn.items() if key not in ("from", "value") and value is not None}
+        messages.append({"role": role, "content": turn["value"], **extra})
+        return
+    if not messages or messages[-1]["role"] != "assistant":
+        messages.append({"role": "assistant", "content": ""})
+    messages[-1].setdefault("tool_calls", []).extend(_calls(turn["value"], f"{field}.value", row, origin))
+
+
+def _calls(text: str, field: str, row: Row, origin: Origin) -> list[dict[str, Any]]:
+    """The calls written in `text` as JSON: one object with `name` and `arguments`, or a list of them."""
+    value = parse_json(text, field, row, origin)
+    calls = value if isinstance(value, list) else [value]
+    for call in calls:
+        if not isinstance(call, Mapping) or "name" not in call:
+            what = "is no tool call: `name` is missing"
+            raise bad_row("E-DATA-0015", origin, what, field=field, seen=text, row=text)
+    return [{"type": "function", "function": _function(call, field, row, origin)} for call in calls]
+
+
+def _function(call: Mapping[str, Any], field: str, row: Row, origin: Origin) -> dict[str, Any]:
+    """Arguments as an object: templates write a string out once more as JSON."""
+    arguments = call.get("arguments", call.get("parameters", {}))
+    if isinstance(arguments, str):
+        arguments = parse_json(arguments, f"{field}.arguments", row, origin)
+    return {"name": call["name"], "arguments": arguments}
+
+
+def _wrap(tool: Any) -> Any:
+    """A bare `{"name", "description", "parameters"}` in the form that templates are written for."""
+    bare = isinstance(tool, Mapping) and "name" in tool and "function" not in tool
+    return {"type": "function", "function": tool} if bare else tool

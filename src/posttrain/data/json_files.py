@@ -1,0 +1,174 @@
+"""Readers of JSON Lines and JSON arrays, strict (no comments, no NaN), that recognise what people write instead.
+
+A bad line is handed to `reject`, and reading can go on; a broken array cannot be recovered from and raises.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from posttrain.data.codes import Reject, Row, bad_row, excerpt, kind
+from posttrain.data.lines import decode, raw_lines, text_lines
+from posttrain.errors import DataError
+from posttrain.types import Origin
+
+Rows = Iterator[tuple[Origin, Row]]
+
+
+class _NotANumber(ValueError):
+    """NaN or an infinity: Python writes them, but they are not JSON."""
+
+
+def _refuse_constant(name: str) -> float:
+    raise _NotANumber(name)
+
+
+DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def read_json_lines(path: Path, reject: Reject) -> Rows:
+    """One JSON object a line; blank lines are passed over."""
+    row = 0
+    for number, raw in enumerate(raw_lines(path), start=1):
+        if not raw.strip():
+            continue
+        origin = Origin(str(path), row, number)
+        row += 1
+        try:
+            value = DECODER.decode(decode(raw, origin))
+        except DataError as error:
+            reject(error, origin)
+        except ValueError as error:
+            reject(_broken_line(error, raw.decode("utf-8"), origin), origin)
+        else:
+            if isinstance(value, dict):
+                yield origin, value
+            else:
+                reject(_not_an_object(value, origin), origin)
+
+
+def read_json(path: Path, reject: Reject) -> Rows:
+    """A JSON array of objects; or objects one after another, which is JSON Lines under another name."""
+    text = "".join(text_lines(path))
+    start = _skip_space(text, 0)
+    match text[start : start + 1]:
+        case "[":
+            return _read_array(path, text, start + 1, reject)
+        case "{":
+            return _read_objects(path, text, start, reject)
+    message = f"{path}:1: expected a JSON array of objects, saw: {excerpt(text[start:])}"
+    raise DataError(message, hint="write [{...}, {...}]", code="E-DATA-0002")
+
+
+def _read_array(path: Path, text: str, position: int, reject: Reject) -> Rows:
+    row, line, counted = 0, 1, 0
+    position = _skip_space(text, position)
+    while text[position : position + 1] != "]":
+        line, counted = line + text.count("\n", counted, position), position
+        origin = Origin(str(path), row, line)
+        value, position = _parse_at(text, position, path)
+        if isinstance(value, dict):
+            yield origin, value
+        else:
+            reject(_not_an_object(value, origin), origin)
+        row += 1
+        position = _next_element(text, _skip_space(text, position), path)
+    rest = _skip_space(text, position + 1)
+    if rest < len(text):
+        raise _broken_array("the array ends before this", text, rest, path)
+
+
+def _next_element(text: str, position: int, path: Path) -> int:
+    """Past the comma to the next element, or to the closing bracket."""
+    if text[position : position + 1] == "]":
+        return position
+    if text[position : position + 1] != ",":
+        raise _broken_array("expecting ',' or ']'", text, position, path)
+    following = _skip_space(text, position + 1)
+    if text[following : following + 1] == "]":
+        raise _broken_array("expecting another element", text, following, path)
+    return following
+
+
+def _read_objects(path: Path, text: str, start: int, reject: Reject) -> Rows:
+    try:
+        first, end = DECODER.raw_decode(text, start)
+    except ValueError:
+        return read_json_lines(path, reject)  # it will say what is wrong with the first line
+    if _skip_space(text, end) < len(text):
+        return read_json_lines(path, reject)
+    lists = [key for key, value in first.items() if isinstance(value, list)]
+    hint = f"keep only the list of rows: jq '.{lists[0]}' {path} > rows.json" if lists else "wrap it in [ ]"
+    raise DataError(f"{path}: one JSON object (keys {', '.join(first)}), not a list of rows", hint=hint)
+
+
+def _not_an_object(value: Any, origin: Origin) -> DataError:
+    hint = 'each row is an object, e.g. {"text": "..."}'
+    if isinstance(value, list) and origin.source.endswith(".jsonl"):
+        hint = "here each line is one object; a whole JSON array is read from a file named .json"
+    return bad_row("E-DATA-0004", origin, f"is {kind(value)}, not an object", row=value, hint=hint)
+
+
+def _skip_space(text: str, position: int) -> int:
+    match = SPACE.match(text, position)
+    return match.end() if match else position
+
+
+def _parse_at(text: str, position: int, path: Path) -> tuple[Any, int]:
+    try:
+        return DECODER.raw_decode(text, position)
+    except json.JSONDecodeError as error:
+        raise _broken_array(error.msg, text, error.pos, path) from None
+    except _NotANumber as error:
+        raise _not_a_number(error, text, position, f"{path}:{1 + text.count(chr(10), 0, position)}") from None
+
+
+def _broken_array(what: str, text: str, position: int, path: Path) -> DataError:
+    line, column = 1 + text.count("\n", 0, position), position - text.rfind("\n", 0, position)
+    cut_off = "the file breaks off here: it was not written to its end" if not text[position:].strip() else None
+    return _broken(f"{path}:{line}:{column}", what, text, position, cut_off)
+
+
+def _broken_line(error: ValueError, line: str, origin: Origin) -> DataError:
+    if isinstance(error, _NotANumber):
+        return _not_a_number(error, line, 0, str(origin))
+    if not isinstance(error, json.JSONDecodeError):  # an integer of thousands of digits
+        return bad_row("E-DATA-0002", origin, f"not valid JSON: {error}", row=line)
+    at_end = error.pos >= len(line.rstrip()) or error.msg.startswith("Unterminated")
+    hint = None
+    if line.strip() in ("{", "["):
+        hint = "here each line is one object; a JSON array is read from a file named .json"
+    elif at_end and not line.endswith("\n"):
+        hint = "the last line breaks off: the file was not written to its end"
+    return _broken(f"{origin}:{error.pos + 1}", error.msg, line, error.pos, hint)
+
+
+HINTS: tuple[tuple[str, str], ...] = (
+    (r"\s*(//|#|/\*)", "JSON has no comments: delete them"),
+    (r"'", "JSON wants double quotes; Python's str(dict) is not JSON, json.dumps(row) is"),
+    (r"(None|True|False)\b", "JSON says null, true, false"),
+    (r"[}\]]", "there is a comma too many before this bracket, or a value is missing"),
+    (r"\{", "there is a second object here: put each on a line of its own, or commas between those of an array"),
+)
+
+
+def _broken(where: str, what: str, text: str, position: int, cut_off: str | None) -> DataError:
+    """`HINTS` are tried on what stands where the parser stopped."""
+    here = text[position : position + 20]
+    hint = cut_off or next((hint for pattern, hint in HINTS if re.match(pattern, here)), "each row is one JSON object")
+    return DataError(f"{where}  not valid JSON: {what}\n  | {_around(text, position)}", hint=hint, code="E-DATA-0002")
+
+
+def _not_a_number(error: ValueError, text: str, start: int, where: str) -> DataError:
+    message = f"{where}  {error} is not JSON\n  | {_around(text, max(text.find(str(error), start), start))}"
+    return DataError(message, hint="write null, or leave the field out", code="E-DATA-0005")
+
+
+def _around(text: str, position: int) -> str:
+    """What stands around `position`, which an arrow shows."""
+    return excerpt(f"{text[max(position - 50, 0) : position]} → {text[position : position + 40]}".strip(), width=120)

@@ -1,0 +1,124 @@
+"""Example → text: what will be tokenised, where the completion begins, and which characters are the assistant's.
+
+Plain text ends with the end-of-sequence token, conversations end as their template ends them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from posttrain.data.chat import Chat, NoPrefixError, Span
+from posttrain.data.codes import bad_row, excerpt
+from posttrain.errors import ConfigError, DataError
+from posttrain.types import Example, Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+WAY_OUT = "mark the assistant's part in the template with {% generation %}, or use prompt-completion data"
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """Which tokens are trained. `completion_only=None`: the completion where a row has one, else the whole sequence."""
+
+    completion_only: bool | None = None
+    assistant_only: bool = False
+
+    def of_completion(self, example: Example) -> bool:
+        if self.completion_only and example.prompt is None:
+            hint = "for conversations that is assistant_only_loss; or give columns `prompt` and `completion`"
+            raise ConfigError(f"{example.origin}: completion_only_loss needs a prompt and a completion", hint=hint)
+        return example.prompt is not None and self.completion_only is not False
+
+    def of_assistant(self, example: Example) -> bool:
+        if self.assistant_only and not example.is_conversational:
+            hint = "give messages, or leave assistant_only_loss off"
+            raise ConfigError(f"{example.origin}: assistant_only_loss needs conversations, this is text", hint=hint)
+        return self.assistant_only
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """`full` is the text of the whole sequence. `prompt` is what the model is given, where only what follows it is to
+    be trained; `spans` are the characters that the assistant says, where only those are."""
+
+    example: Example
+    full: str
+    prompt: str | None = None
+    spans: list[Span] | None = None
+
+    @property
+    def trained_text(self) -> str:
+        """The text up to the last character that is trained."""
+        return self.full if not self.spans else self.full[: self.spans[-1][1]]
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether a template wrote it: then it holds its special tokens already, and gets no others."""
+        return self.example.is_conversational
+
+
+def render(
+    example: Example, tokenizer: PreTrainedTokenizerBase, chat: Chat | None, supervision: Supervision
+) -> Rendered:
+    """The text of a supervised example. `chat` may be None where it is no conversation."""
+    if example.is_conversational:
+        assert chat is not None
+        rendered = _render_chat(example, chat, supervision)
+    else:
+        rendered = _render_text(example, tokenizer, supervision)
+    try:
+        rendered.full.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, written as \ud83d in the JSON
+        what = f"holds half a character ({rendered.full[error.start]!a}), which no tokenizer takes"
+        raise bad_row("E-DATA-0024", example.origin, what, row=ascii(rendered.full)) from None
+    return rendered
+
+
+def _render_text(example: Example, tokenizer: PreTrainedTokenizerBase, supervision: Supervision) -> Rendered:
+    eos = tokenizer.eos_token
+    if not isinstance(eos, str):
+        raise ConfigError("the tokenizer has no end-of-sequence token", hint='name one: eos_token="..."')
+    supervision.of_assistant(example)
+    prompt, completion = str(example.prompt or ""), str(example.completions[0])
+    full = prompt + (completion if completion.endswith(eos) else completion + eos)
+    return Rendered(example, full, prompt if supervision.of_completion(example) else None)
+
+
+def _render_chat(example: Example, chat: Chat, supervision: Supervision) -> Rendered:
+    from jinja2 import TemplateError
+
+    before = example.prompt if isinstance(example.prompt, list) else []
+    messages = [*before, *(message for message in example.completions[0] if isinstance(message, dict))]
+    of_completion, of_assistant = supervision.of_completion(example), supervision.of_assistant(example)
+    full = ""
+    try:
+        full = chat.render(messages, example)
+        prompt = chat.render(before, example, generation_prompt=True) if of_completion else None
+        spans = chat.spans(messages, example, full) if of_assistant else None
+    except NoPrefixError as error:
+        raise bad_row("E-DATA-0021", example.origin, str(error), row=full, hint=WAY_OUT) from None
+    except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:  # templates run code of their own
+        raise _template_error(example, messages, error) from error
+    _check_calls(messages, example, full)
+    return Rendered(example, full, prompt, spans)
+
+
+def _template_error(example: Example, messages: list[Message], error: Exception) -> DataError:
+    roles = " → ".join(message["role"] for message in messages)
+    what = f"the chat template refuses the conversation ({excerpt(roles, width=60)}): {error}"
+    hint = 'change the row, skip such rows (on_bad_row=skip), or choose another template, e.g. chat_template="chatml"'
+    return bad_row("E-DATA-0020", example.origin, what, row=messages, hint=hint)
+
+
+def _check_calls(messages: list[Message], example: Example, full: str) -> None:
+    """A template that knows no tools leaves a call out without a word, and an empty answer would be trained."""
+    for i, message in enumerate(messages):
+        for call in message.get("tool_calls") or []:
+            name = call.get("function", call).get("name")
+            if isinstance(name, str) and name not in full:
+                what = f"calls {name}, but the chat template leaves tool calls out"
+                hint = 'choose a template with tools, e.g. chat_template="chatml"'
+                raise bad_row("E-DATA-0023", example.origin, what, field=f"messages[{i}]", row=full, hint=hint)

@@ -1,0 +1,120 @@
+"""What became of the rows: read, used, skipped and why, truncated, and how many of their tokens are trained."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from posttrain.data.codes import REASONS
+from posttrain.errors import DataError
+from posttrain.types import Origin
+
+NUM_FIRST = 5
+
+
+@dataclass
+class Cases:
+    """How often something happened, and the first rows it happened to."""
+
+    count: int = 0
+    first: list[Origin] = field(default_factory=list)
+
+    def add(self, origin: Origin) -> None:
+        self.count += 1
+        if len(self.first) < NUM_FIRST:
+            self.first.append(origin)
+
+
+@dataclass
+class DataReport:
+    """`tokens` and `supervised` are of what is used; the `lost` ones were cut off by `max_length`. `untrained` rows are
+    in a pack (as in TRL) though all that was to be trained of them was cut off; `endless` conversations
+    end without a token to stop at; `boundary_moved` are rows whose prompt alone has other tokens than in front of its
+    completion."""
+
+    source: str
+    rows: int = 0
+    used: int = 0
+    conversational: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    tokens_lost: int = 0
+    supervised_lost: int = 0
+    packs: int | None = None
+    formats: Counter[str] = field(default_factory=Counter)
+    skipped: dict[str, Cases] = field(default_factory=dict)
+    truncated: Cases = field(default_factory=Cases)
+    untrained: Cases = field(default_factory=Cases)
+    endless: Cases = field(default_factory=Cases)
+    boundary_moved: Cases = field(default_factory=Cases)
+    first_error: DataError | None = None
+
+    def skip(self, error: DataError, origin: Origin) -> None:
+        self.first_error = self.first_error or error
+        self.drop(error.code, origin)
+
+    def drop(self, code: str, origin: Origin) -> None:
+        self.skipped.setdefault(REASONS.get(code, code), Cases()).add(origin)
+
+    @property
+    def num_skipped(self) -> int:
+        return sum(cases.count for cases in self.skipped.values())
+
+    @property
+    def trained_share(self) -> float:
+        return self.supervised / self.tokens if self.tokens else 0.0
+
+    def summary(self) -> str:
+        """`train.jsonl 1 003 rows: 1 000 used, 3 skipped (empty completion), 12 truncated; 65.6 % of tokens trained`"""
+        parts = [f"{number(self.used)} used"]
+        if self.skipped:
+            parts.append(f"{number(self.num_skipped)} skipped ({self._reasons()})")
+        if self.truncated.count:
+            parts.append(f"{number(self.truncated.count)} truncated")
+        if self.packs is not None:
+            parts.append(f"{number(self.packs)} packs")
+        name = Path(self.source).name or self.source
+        trained = f"{100 * self.trained_share:.1f} % of tokens trained"
+        return f"{name} {number(self.rows)} rows: {', '.join(parts)}; {trained}"
+
+    def _reasons(self) -> str:
+        if len(self.skipped) == 1:
+            return next(iter(self.skipped))
+        return ", ".join(f"{number(cases.count)} {reason}" for reason, cases in self.skipped.items())
+
+    def notes(self) -> list[str]:
+        """What deserves a second look, a sentence each."""
+        notes = list(self.formats)
+        if self.boundary_moved.count:
+            notes.append(
+                f"{number(self.boundary_moved.count)} rows (first: {self.boundary_moved.first[0]}) have prompts whose "
+                "tokens change when the completion follows, so that training sees a context that use does not: "
+                "end prompts on a token boundary, e.g. before a space"
+            )
+        if self.untrained.count:
+            first = self.untrained.first[0]
+            notes.append(f"{number(self.untrained.count)} rows (first: {first}) are packed without their answer")
+        if self.endless.count:
+            rows = f"{number(self.endless.count)} rows (first: {self.endless.first[0]})"
+            notes.append(f"the chat template ends {rows} with no token of its own: the model will not learn to stop")
+        if self.supervised_lost:
+            notes.append(f"max_length cuts off {number(self.supervised_lost)} tokens that were to be trained")
+        return notes
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: counts, and the first rows of each case by name."""
+        values = {name: value for name, value in vars(self).items() if name != "first_error"}
+        return {name: _plain(value) for name, value in values.items()}
+
+
+def number(value: int) -> str:
+    """`1 003`: digits in groups of three."""
+    return f"{value:,}".replace(",", " ")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Cases):
+        return {"count": value.count, "first": [str(origin) for origin in value.first]}
+    return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value

@@ -1,0 +1,51 @@
+"""How data are to be read, masked, cut, packed and ordered: plain values, checked when they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from posttrain.data.packing import STRATEGIES
+from posttrain.errors import ConfigError
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "truncation_mode": ("keep_start", "keep_end"),
+    "packing_strategy": tuple(STRATEGIES),
+    "on_bad_row": ("error", "skip"),
+}
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """`format="auto"` asks each row; `completion_only=None` trains the completion where a row has one; `chat_template`
+    is a name, a file or a template, None for the tokenizer's own; `columns` are kept beside the tokens."""
+
+    format: str = "auto"
+    text_field: str = "text"
+    formatting_func: Callable[[dict[str, Any]], str] | None = None
+    completion_only: bool | None = None
+    assistant_only: bool = False
+    max_length: int | None = None
+    truncation_mode: str = "keep_start"
+    packing: bool = False
+    packing_strategy: str = "bfd"
+    on_bad_row: str = "error"
+    shuffle: bool = False
+    shuffle_seed: int = 42
+    chat_template: str | None = None
+    columns: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}", hint=f"known: {', '.join(known)}")
+        if self.max_length is not None and self.max_length < 1:
+            raise ConfigError(f"max_length is {self.max_length}", hint="give a positive number of tokens, or None")
+        if self.packing and self.max_length is None:
+            raise ConfigError("packing needs max_length", hint="set it to the number of tokens of a pack, e.g. 1024")
+        if self.formatting_func is not None and self.completion_only:
+            raise ConfigError(
+                "a formatting_func makes one text of a row, so completion_only_loss has no completion to train",
+                hint="leave one of them out; prompt-completion rows need no formatting_func",
+            )

@@ -1,0 +1,141 @@
+"""Rows from wherever they are: a file, a folder, a glob, a data set, a list. Each row comes with its origin.
+
+Left out here: names on the Hugging Face hub (load them with `datasets` and pass the result).
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from posttrain.data.codes import Reject, Row, bad_row, excerpt, kind, refuse
+from posttrain.data.json_files import read_json, read_json_lines
+from posttrain.data.tables import clean_arrow_row, read_csv, read_parquet
+from posttrain.errors import DataError
+from posttrain.types import Origin
+
+Rows = Iterator[tuple[Origin, Row]]
+
+READERS: dict[str, Callable[[Path, Reject], Rows]] = {
+    ".jsonl": read_json_lines,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": read_csv,
+    ".parquet": read_parquet,
+}
+
+
+def read_rows(source: Any, name: str = "data", reject: Reject = refuse) -> Rows:
+    """The rows of `source`. `name` is what rows without a file are called; `reject` is told of each row that cannot be
+    read, and by default raises."""
+    rejected = 0
+
+    def count(error: DataError, origin: Origin) -> None:
+        nonlocal rejected
+        rejected += 1
+        reject(error, origin)
+
+    num_rows = 0
+    for row in _dispatch(source, name, count):
+        num_rows += 1
+        yield row
+    if num_rows + rejected == 0:
+        message = f"{source_name(source, name)}: no rows"
+        raise DataError(message, hint="check that it is the right one", code="E-DATA-0006")
+
+
+def source_name(source: Any, name: str = "data") -> str:
+    """What to call the source in messages: the path as given, or `name`."""
+    return str(source) if isinstance(source, str | Path) else name
+
+
+def _dispatch(source: Any, name: str, reject: Reject) -> Rows:
+    if isinstance(source, str | Path):
+        return _read_path(Path(source), str(source), reject)
+    datasets = sys.modules.get("datasets")  # whoever passes a data set has imported it already
+    if datasets is not None and isinstance(source, datasets.Dataset | datasets.IterableDataset):
+        return _read_dataset(source, name)
+    if datasets is not None and isinstance(source, datasets.DatasetDict | datasets.IterableDatasetDict):
+        raise DataError(f"{name} has splits {list(source)}", hint=f'choose one: dataset["{next(iter(source))}"]')
+    if isinstance(source, Iterable) and not isinstance(source, Mapping | bytes):
+        return _read_objects(source, name, reject)
+    raise DataError(
+        f"{name}: cannot read rows from {kind(source)}",
+        hint="give a path, a datasets.Dataset, a datasets.IterableDataset or a list of dicts",
+    )
+
+
+def _read_objects(source: Iterable[Any], name: str, reject: Reject) -> Rows:
+    for index, row in enumerate(source):
+        origin = Origin(name, index)
+        if isinstance(row, Mapping):
+            yield origin, dict(row)
+        else:
+            what = f"is {kind(row)}, not a dict"
+            reject(bad_row("E-DATA-0004", origin, what, row=row, hint="each row is a dict of columns"), origin)
+
+
+def _read_dataset(dataset: Any, name: str) -> Rows:
+    if getattr(dataset, "format", {}).get("type") == "custom":
+        raise DataError(
+            f"{name}: a data set with a transform (`with_transform`) cannot be prepared ahead of training",
+            hint="apply the transform with `dataset.map` first",
+        )
+    for index, row in enumerate(dataset.with_format(None)):
+        yield Origin(name, index), clean_arrow_row(row)
+
+
+def _read_path(path: Path, given: str, reject: Reject) -> Rows:
+    if path.is_dir():
+        return _read_folder(path, reject)
+    if path.is_file():
+        return _read_file(path, reject)
+    if glob.has_magic(given):
+        return _read_files([Path(found) for found in sorted(glob.glob(given, recursive=True))], given, reject)
+    raise _missing(path, given)
+
+
+def _read_file(path: Path, reject: Reject) -> Rows:
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        known = ", ".join(READERS)
+        raise DataError(f"{path}: unknown file type {path.suffix!r}", hint=f"known: {known}")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: the file is empty", hint="one JSON object a line is expected", code="E-DATA-0006")
+    return reader(path, reject)
+
+
+def _read_folder(folder: Path, reject: Reject) -> Rows:
+    if (folder / "state.json").is_file() and any(folder.glob("*.arrow")):
+        import datasets
+
+        return _read_dataset(datasets.load_from_disk(str(folder)), str(folder))
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in READERS)
+    return _read_files(files, str(folder), reject)
+
+
+def _read_files(files: list[Path], given: str, reject: Reject) -> Rows:
+    if not files:
+        raise DataError(f"{given}: no file of a known type in it", hint=f"known: {', '.join(READERS)}")
+    for path in files:
+        yield from _read_file(path, reject)
+
+
+def _missing(path: Path, given: str) -> DataError:
+    if not path.parent.is_dir():
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", given) and path.suffix.lower() not in READERS:
+            return DataError(
+                f"{given}: no such file, and a name on the hub is not loaded from here",
+                hint=f'load it yourself and pass the result: datasets.load_dataset("{given}", split="train")',
+            )
+        return DataError(f"{given}: no such file (there is no folder {path.parent} either)", hint="check the path")
+    names = [entry.name for entry in path.parent.iterdir()]
+    similar = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
+    there = [name for name in sorted(names) if Path(name).suffix.lower() in READERS]
+    hint = f"in {path.parent} there is: {excerpt(', '.join(there) or 'no data file')}"
+    return DataError(f"{given}: no such file", hint=f"did you mean {' or '.join(similar)}?" if similar else hint)

@@ -1,0 +1,56 @@
+"""Errors that are the user's to mend: one sentence that says what, where, what was seen and what would work.
+
+The command line prints them without a traceback and ends with `exit_code`; as a library they are ordinary exceptions.
+"""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """A mistake in what was given. `code` is stable and searchable, `hint` the way out."""
+
+    exit_code = 1
+    code = "E-0000"
+
+    def __init__(self, message: str, *, hint: str | None = None, code: str | None = None):
+        self.message, self.hint = message, hint
+        if code is not None:
+            self.code = code
+        super().__init__(message if hint is None else f"{message}\n  = {hint}")
+
+
+class ConfigError(UserError):
+    """A setting that is unknown, malformed, contradictory, or not honoured."""
+
+    exit_code = 2
+    code = "E-CONFIG-0001"
+
+
+class DataError(UserError):
+    """Training data that cannot be used as it is."""
+
+    exit_code = 3
+    code = "E-DATA-0001"
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is torn, altered, or does not belong to this run."""
+
+    code = "E-CKPT-0001"
+
+
+class NonFiniteError(UserError):
+    """A loss or gradient that is not a number; the weights were not touched by it."""
+
+    code = "E-TRAIN-0007"
+
+
+class Interrupted(SystemExit):
+    """Raised after a signal, once everything is saved. Exit status 75 means: run it again to go on."""
+
+    def __init__(self, message: str, checkpoint: str | None):
+        super().__init__(75)
+        self.message, self.checkpoint = message, checkpoint
+
+    def __str__(self) -> str:
+        return self.message

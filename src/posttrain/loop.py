@@ -1,0 +1,224 @@
+"""The training loop, one for every method.
+
+A step takes its micro-batches from the source, sums the objective's terms over them, divides by counts known before the
+first forward, checks that loss and gradient are finite, and updates. How the step was cut cannot change the result. The
+loop knows no method, no model family and no file format; RL is another source, not another loop.
+
+Order of callbacks, logging, evaluation and saving is transformers'. What the loop adds: a non-finite loss or gradient
+never reaches the weights, and a signal ends the run at a step boundary with everything saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, Protocol
+
+import torch
+
+from posttrain.errors import Interrupted, NonFiniteError
+from posttrain.events import Events
+from posttrain.meter import Meter
+from posttrain.objectives.base import Objective
+from posttrain.signals import StopRequest
+from posttrain.snapshot import capture_rng, restore_rng
+from posttrain.types import Batch, Needs, Outputs
+
+
+class Source(Protocol):
+    """Where a step's micro-batches come from."""
+
+    @property
+    def steps_per_epoch(self) -> int: ...
+
+    def micro_batches(self, step: int) -> list[Batch]: ...
+
+    def epoch_after(self, step: int) -> float: ...
+
+
+@dataclass
+class Loop:
+    """Everything one run needs. `parameters` are what the optimiser trains (masters and adapters); `publish` copies
+    masters into the computing weights; `evaluate` returns metrics and `save` a checkpoint's path."""
+
+    forward: Callable[[Batch, Needs], Outputs]
+    objective: Objective
+    source: Source
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    parameters: Sequence[torch.nn.Parameter]
+    events: Events
+    max_steps: int
+    max_grad_norm: float
+    publish: Callable[[], None]
+    evaluate: Callable[[], dict[str, float] | None]
+    save: Callable[[dict[str, Any]], str]
+    extra_logs: Callable[[Meter], dict[str, float]]
+    flops: Callable[[Batch], float]
+    meter: Meter = field(default_factory=Meter)
+    total_loss: float = 0.0
+    grad_norm: float = 0.0
+    learning_rate: float = 0.0
+    evaluation_due: bool = False
+    last_checkpoint: str | None = None
+
+    def run(self, stop: StopRequest) -> None:
+        """From the present step to the last, or until a callback says stop. Raises Interrupted, NonFiniteError."""
+        state = self.events.state
+        if self.evaluation_due:  # the run was interrupted between a step and its evaluation
+            self._evaluate(stop)
+        while state.global_step < self.max_steps and not self.events.control.should_training_stop:
+            if state.global_step % self.source.steps_per_epoch == 0:
+                self.events.epoch_begin()
+            self._step(state.global_step, stop)
+            self.events.step_end()
+            self._act(stop)
+            if state.global_step % self.source.steps_per_epoch == 0 or self.events.control.should_epoch_stop:
+                self.events.epoch_end()
+                self._act(stop)
+            if stop.received:
+                self._leave(stop)
+
+    def _step(self, step: int, stop: StopRequest) -> None:
+        """One optimiser step."""
+        rng = capture_rng()
+        self.events.step_begin()
+        self.meter.start_step()
+        micro = self.source.micro_batches(step)
+        counts = total_counts(micro)
+        loss = torch.zeros((), device=self.parameters[0].device)
+        for batch in micro:
+            loss += self._micro_batch(batch, counts)
+            if batch is not micro[-1]:
+                self.events.substep_end()
+            if stop.received:
+                self.optimizer.zero_grad()
+                self.meter.discard_step()
+                restore_rng(rng)  # as if this step had never begun
+                self._leave(stop)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or float("inf"))
+        loss_value, self.grad_norm = torch.stack([loss.float(), norm.float()]).tolist()  # the step's one host sync
+        if not (_finite(loss_value) and _finite(self.grad_norm)):
+            self.optimizer.zero_grad()
+            raise self._non_finite(step, micro, loss_value)
+        self.events.pre_optimizer_step()
+        self.optimizer.step()
+        self.publish()
+        self.events.optimizer_step()
+        self.learning_rate = self.optimizer.param_groups[0]["lr"]
+        self._advance_scheduler()
+        self.optimizer.zero_grad()
+        self._account(micro, counts, loss_value)
+
+    def _micro_batch(self, batch: Batch, counts: dict[str, int]) -> torch.Tensor:
+        terms, metrics = self.objective(self.forward(batch, self.objective.needs), batch)
+        loss = torch.stack([term / max(1, counts[unit]) for unit, term in terms.items()]).sum()
+        loss.backward()
+        self.meter.add(metrics)
+        return loss.detach()
+
+    def _account(self, micro: list[Batch], counts: dict[str, int], loss: float) -> None:
+        state = self.events.state
+        tokens = sum(batch.num_tokens for batch in micro)
+        flops = sum(self.flops(batch) for batch in micro)
+        self.meter.end_step(loss, tokens, counts["tokens"], flops)
+        self.total_loss += loss
+        state.global_step += 1
+        state.epoch = self.source.epoch_after(state.global_step)
+        state.num_input_tokens_seen += tokens
+        state.total_flos += flops
+
+    def _advance_scheduler(self) -> None:
+        if not isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            self.scheduler.step()
+
+    # --- what is due after a step -----------------------------------------------------------------------------------
+
+    def _act(self, stop: StopRequest) -> None:
+        control = self.events.control
+        if control.should_log and self.meter.steps:
+            self._log()
+        if control.should_evaluate:
+            self._evaluate(stop)
+        if self.events.control.should_save:
+            self._save()
+            self.events.save()
+
+    def _log(self) -> None:
+        mean_loss = self.meter.loss_sum / self.meter.steps
+        extra = self.extra_logs(self.meter)
+        rates = self.meter.drain()
+        logs = {"loss": mean_loss, "grad_norm": self.grad_norm, "learning_rate": self.learning_rate}
+        self.events.log(logs | rates | {"num_tokens": float(self.events.state.num_input_tokens_seen)} | extra)
+
+    def _evaluate(self, stop: StopRequest) -> None:
+        self.evaluation_due = True
+        metrics = self.evaluate()
+        if metrics is None:  # a signal came; the resumed run evaluates first
+            self._leave(stop)
+        self.evaluation_due = False
+        if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            self.scheduler.step(metrics[self._plateau_metric(metrics)])
+
+    def _plateau_metric(self, metrics: dict[str, float]) -> str:
+        name = self.events.args.metric_for_best_model or "loss"
+        return name if name in metrics else f"eval_{name}"
+
+    def _save(self) -> None:
+        self.last_checkpoint = self.save(self.resume_state())
+
+    def resume_state(self) -> dict[str, Any]:
+        """What the loop needs to go on, as plain values."""
+        return {
+            "meter": self.meter.state(),
+            "total_loss": self.total_loss,
+            "grad_norm": self.grad_norm,
+            "learning_rate": self.learning_rate,
+            "evaluation_due": self.evaluation_due,
+        }
+
+    def load_resume_state(self, saved: dict[str, Any]) -> None:
+        self.meter.load_state(saved["meter"])
+        self.total_loss, self.grad_norm = saved["total_loss"], saved["grad_norm"]
+        self.learning_rate, self.evaluation_due = saved["learning_rate"], saved["evaluation_due"]
+
+    # --- leaving ----------------------------------------------------------------------------------------------------
+
+    def _leave(self, stop: StopRequest) -> NoReturn:
+        """Save at the last step boundary and raise Interrupted."""
+        step = self.events.state.global_step
+        if step == 0:
+            raise Interrupted(f"Interrupted by {stop.received} before the first step; nothing to save.", None)
+        self._save()
+        raise Interrupted(f"Interrupted at step {step} ({stop.received}). Saved {self.last_checkpoint}.",
+                          self.last_checkpoint)  # fmt: skip
+
+    def _non_finite(self, step: int, micro: list[Batch], loss: float) -> NonFiniteError:
+        """Find the sequences at fault, without touching weights or gradients."""
+        culprits: list[str] = []
+        with torch.no_grad():
+            for batch in micro:
+                logp_R = self.forward(batch, Needs()).logp_R
+                bad = batch.sequence_R.to(logp_R.device)[~torch.isfinite(logp_R)].unique().tolist()
+                culprits += [str(batch.origins_S[i]) for i in bad]
+        rows = culprits or [str(origin) for batch in micro for origin in batch.origins_S]
+        shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+        what = f"loss became {loss}" if not _finite(loss) else f"gradient norm became {self.grad_norm}"
+        kept = self.last_checkpoint or "none yet; the weights are as they were before this step"
+        return NonFiniteError(
+            f"step {step + 1}: {what} (batch rows {shown}). Nothing was updated; last good checkpoint: {kept}.",
+            hint="lower the learning rate, check these rows, or train in fp32 (bf16=False)",
+        )
+
+
+def total_counts(micro: Sequence[Batch]) -> dict[str, int]:
+    """Counts over all micro-batches of a step, known before any forward."""
+    totals: dict[str, int] = {}
+    for batch in micro:
+        for unit, count in batch.counts.items():
+            totals[unit] = totals.get(unit, 0) + count
+    return totals
+
+
+def _finite(value: float) -> bool:
+    return value - value == 0

@@ -1,0 +1,84 @@
+"""Sums gathered between two log lines. Tensors stay on their device until `drain` asks for them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from posttrain.objectives.base import Metrics
+
+
+@dataclass
+class Meter:
+    """`loss_sum` is the sum of the steps' losses, `metrics` sums and counts by name; tokens and seconds cover training
+    alone, not evaluation or saving."""
+
+    steps: int = 0
+    loss_sum: float = 0.0
+    metrics: dict[str, tuple[float, int]] = field(default_factory=dict)
+    tokens: int = 0
+    supervised: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0
+    _pending: list[Metrics] = field(default_factory=list, repr=False)
+    _started: float = field(default=0.0, repr=False)
+
+    def start_step(self) -> None:
+        self._started = time.perf_counter()
+
+    def add(self, metrics: Metrics) -> None:
+        """One micro-batch's metrics."""
+        self._pending.append({name: (total.detach(), count) for name, (total, count) in metrics.items()})
+
+    def end_step(self, loss: float, tokens: int, supervised: int, flops: float) -> None:
+        self.steps += 1
+        self.loss_sum += loss
+        self.tokens += tokens
+        self.supervised += supervised
+        self.flops += flops
+        self.seconds += time.perf_counter() - self._started
+
+    def settle(self) -> None:
+        """Bring pending metrics to the host; sums are in fp64 so that their order hardly matters."""
+        for metrics in self._pending:
+            for name, (total, count) in metrics.items():
+                before, counted = self.metrics.get(name, (0.0, 0))
+                self.metrics[name] = (before + float(total), counted + count)
+        self._pending.clear()
+
+    def drain(self) -> dict[str, float]:
+        """Means since the last drain, and start again."""
+        self.settle()
+        means = {name: total / count for name, (total, count) in self.metrics.items() if count}
+        if self.seconds > 0:
+            means["tokens_per_second"] = self.tokens / self.seconds
+            means["supervised_tokens_per_second"] = self.supervised / self.seconds
+        self.reset()
+        return means
+
+    def reset(self) -> None:
+        self.steps, self.loss_sum, self.tokens, self.supervised, self.flops, self.seconds = 0, 0.0, 0, 0, 0.0, 0.0
+        self.metrics, self._pending = {}, []
+
+    def discard_step(self) -> None:
+        """Forget what an abandoned step has added."""
+        self._pending.clear()
+
+    def state(self) -> dict[str, object]:
+        """Plain values for a checkpoint taken between two log lines."""
+        self.settle()
+        return {
+            "steps": self.steps,
+            "loss_sum": self.loss_sum,
+            "metrics": {name: list(pair) for name, pair in self.metrics.items()},
+            "tokens": self.tokens,
+            "supervised": self.supervised,
+            "flops": self.flops,
+            "seconds": self.seconds,
+        }
+
+    def load_state(self, state: dict) -> None:
+        for name, value in state.items():
+            setattr(self, name, {k: tuple(v) for k, v in value.items()} if name == "metrics" else value)

@@ -1,0 +1,124 @@
+"""LoRA (arXiv 2106.09685) through PEFT, with a lean path for the ordinary case.
+
+PEFT builds, names, saves and loads every adapter. For the ordinary case - one active LoRA adapter without DoRA or other
+variants on a frozen `nn.Linear` - its layer is specialised to `LeanLora`, which runs the same arithmetic as one autograd
+function: the scale is folded into B, the update is added in place, the input is saved once in its own dtype and not
+cast to fp32, and no gradient is made for frozen weights or for an input that needs none. Everything else (DoRA, several
+adapters, disabled or merged adapters, GPT-2's Conv1D) runs PEFT's own forward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear as PeftLoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from posttrain.errors import ConfigError
+
+
+def add_adapter(model: Any, peft_config: PeftConfig) -> PeftModel:
+    """Wrap `model` with a new adapter. Raises ConfigError where there is one already or the config is not PEFT's."""
+    if not isinstance(peft_config, PeftConfig):
+        raise ConfigError(f"peft_config must be a peft.PeftConfig such as LoraConfig, got {type(peft_config).__name__}")
+    if isinstance(model, PeftModel):
+        raise ConfigError(
+            "the model has an adapter already and peft_config asks for another",
+            hint="train the one it has (leave peft_config out) or merge it first (model.merge_and_unload())",
+        )
+    if peft_config.is_prompt_learning:
+        raise ConfigError(f"{peft_config.peft_type} learns prompts, which is not supported; use LoRA")
+    return get_peft_model(model, peft_config)
+
+
+def adapter_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters that adapters added to the model's layers."""
+    return {
+        parameter
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer)
+        for name in (*module.adapter_layer_names, "lora_magnitude_vector")
+        if isinstance(getattr(module, name, None), nn.Module)
+        for parameter in getattr(module, name).parameters()
+    }
+
+
+def specialise(model: nn.Module) -> int:
+    """Give every LoRA layer that qualifies the lean forward; how many did."""
+    count = 0
+    for module in model.modules():
+        if type(module) is PeftLoraLinear:
+            module.__class__ = LeanLora  # the same attributes and state; only `forward` differs
+            count += 1
+    return count
+
+
+class LeanLora(PeftLoraLinear):
+    """PEFT's LoRA layer with one autograd function for the ordinary case."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        name = self._ordinary_adapter()
+        if name is None or args or kwargs:
+            return super().forward(x, *args, **kwargs)
+        dropout = self.lora_dropout[name]
+        rate = dropout.p if isinstance(dropout, nn.Dropout) and self.training else 0.0
+        base = self.base_layer
+        return _LoraProduct.apply(
+            x, base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name], rate
+        )
+
+    def _ordinary_adapter(self) -> str | None:
+        """The one adapter to apply, if nothing about it is out of the ordinary."""
+        if self._disable_adapters or self.merged_adapters or len(self.active_adapters) != 1:
+            return None
+        name = self.active_adapters[0]
+        ordinary = (
+            name in self.lora_A
+            and name not in self.lora_variant
+            and not self.lora_bias[name]
+            and type(self.base_layer) is nn.Linear
+            and not self.base_layer.weight.requires_grad
+            and not (self.base_layer.bias is not None and self.base_layer.bias.requires_grad)
+            and isinstance(self.lora_dropout[name], nn.Dropout | nn.Identity)
+        )
+        return name if ordinary else None
+
+
+class _LoraProduct(torch.autograd.Function):
+    """y = x W' + b + s drop(x) A' B', for frozen W and b. `x (..., in)`, `A (r, in)`, `B (out, r)`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, a, b, scale, dropout):
+        flat = x.reshape(-1, x.shape[-1])
+        low_a, low_b = a.to(x.dtype), (b * scale).to(x.dtype)
+        keep = None
+        dropped = flat
+        if dropout:
+            keep = torch.empty_like(flat).bernoulli_(1 - dropout).div_(1 - dropout)
+            dropped = flat * keep
+        inner = dropped @ low_a.t()
+        out = torch.nn.functional.linear(flat, weight, bias)
+        out.addmm_(inner, low_b.t())
+        ctx.scale = scale
+        ctx.save_for_backward(dropped, inner, weight, low_a, low_b, keep)
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+    @staticmethod
+    def backward(ctx, grad):
+        dropped, inner, weight, low_a, low_b, keep = ctx.saved_tensors
+        flat = grad.reshape(-1, grad.shape[-1])
+        grad_inner = flat @ low_b
+        grad_a = (grad_inner.t() @ dropped).float() if ctx.needs_input_grad[3] else None
+        grad_b = (flat.t() @ inner).float() * ctx.scale if ctx.needs_input_grad[4] else None
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = flat @ weight
+            if keep is None:
+                grad_x.addmm_(grad_inner, low_a)
+            else:
+                grad_x += (grad_inner @ low_a) * keep
+            grad_x = grad_x.view(*grad.shape[:-1], weight.shape[1])
+        return grad_x, None, None, grad_a, grad_b, None, None

@@ -1,0 +1,108 @@
+"""Attention over a packed batch, registered with transformers under a name of its own.
+
+Every segment attends to itself only, causally, inside the model's sliding window where it has one. The layout comes as
+a keyword argument that transformers hands through to each attention layer, with plain integers in it, so that nothing
+asks the device. On CUDA in half precision the whole batch is one varlen call (`torch.nn.attention.varlen`); elsewhere,
+and where the model caps its attention scores, it is a loop over segments. A call without a layout (generation, a plain
+forward by the user) goes to transformers' own SDPA with the mask transformers builds for it.
+
+Left out: attention sinks and ALiBi. A model that has them fails the self-check and runs padded, with its own attention.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from posttrain.types import Layout
+
+PACKED_ATTENTION = "posttrain_packed"
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    layout: Layout | None = None,
+    **kwargs: object,
+) -> tuple[torch.Tensor, None]:
+    """Queries of shape `(1, heads, T, head_dim)`, keys and values with as many or fewer heads, to `(1, T, heads,
+    head_dim)`."""
+    if layout is None:
+        if softcap is not None:
+            raise ValueError("scaled-dot-product attention cannot cap its scores; load the model with 'eager'")
+        output, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return output, None
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and softcap is None and not dropout:
+        return _varlen(query, key, value, layout, scaling, sliding_window), None
+    pieces = zip(
+        *(torch.split(tensor, list(layout.lengths), dim=2) for tensor in (query, key, value)),
+        strict=True,
+    )
+    attend = _capped(softcap) if softcap is not None else scaled_dot_product_attention
+    outputs = [
+        attend(q, k, v, dropout_p=dropout, scale=scaling, enable_gqa=q.shape[1] != k.shape[1], **_mask(q, sliding_window))
+        for q, k, v in pieces
+    ]
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def _mask(query: torch.Tensor, window: int | None) -> dict[str, object]:
+    """Causal, or a causal band where the segment is longer than the window."""
+    length = query.shape[2]
+    if window is None or length <= window:
+        return {"is_causal": True}
+    distance = torch.arange(length, device=query.device)[:, None] - torch.arange(length, device=query.device)
+    return {"attn_mask": (distance >= 0) & (distance < window)}
+
+
+def _capped(softcap: float):
+    """Attention whose scores pass through `cap * tanh(score / cap)` (Gemma 2), which SDPA does not know."""
+
+    def attend(query, key, value, dropout_p, scale, enable_gqa, is_causal=False, attn_mask=None):
+        if enable_gqa:
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        scores = softcap * torch.tanh(query @ key.mT * scale / softcap)
+        if is_causal:
+            attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        weights = scores.masked_fill(~attn_mask, -torch.inf).softmax(-1, dtype=torch.float32).to(query.dtype)
+        return torch.nn.functional.dropout(weights, dropout_p) @ value
+
+    return attend
+
+
+def _varlen(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float | None, window: int | None
+) -> torch.Tensor:
+    """One FlashAttention call over all segments."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    bounds = torch.tensor((*layout.starts, layout.num_tokens), dtype=torch.int32).to(query.device, non_blocking=True)
+    output = varlen_attn(
+        *(tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value)),
+        bounds,
+        bounds,
+        layout.max_length,
+        layout.max_length,
+        scale=scale,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output[None]
+
+
+def register() -> None:
+    """Make `PACKED_ATTENTION` known to transformers; masks for calls without a layout are SDPA's."""
+    AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+    AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)

@@ -1,0 +1,208 @@
+"""A model seen as a function from a packed batch to the log-probabilities of its supervised tokens.
+
+`Policy` holds the transformers (or PEFT) model and knows the two ways to run it: packed, all sequences end to end in
+one row; and padded, one row a sequence, for a family whose layers do not honour the packed layout. Both give the same
+`Outputs`; which one runs was decided by the self-check at load (`open_policy`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from posttrain.errors import ConfigError
+from posttrain.models import attention, capabilities
+from posttrain.models.head import HeadShape, token_logps
+from posttrain.types import Batch, Layout, Needs, Outputs, Origin
+
+logger = logging.getLogger("posttrain")
+
+
+@dataclass
+class Policy:
+    """`model` as the user knows it, `base` without the PEFT wrapper. `neftune_alpha` adds noise to the embeddings while
+    training (NEFTune, arXiv 2310.05914): uniform, of size `alpha / sqrt(length x D)` with each sequence's own length."""
+
+    model: Any
+    base: Any
+    shape: HeadShape
+    is_packed: bool = True
+    neftune_alpha: float | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.get_input_embeddings().weight.device
+
+    def __call__(self, batch: Batch, needs: Needs) -> Outputs:
+        """Log-probabilities of `batch.target_R`, with gradients where gradients are enabled."""
+        batch = batch.to(self.device)
+        hidden_TD = self._packed(batch) if self.is_packed else self._padded(batch)
+        head = self.base.get_output_embeddings()
+        logp_R, top1_R, entropy_R, uniform_R = token_logps(
+            hidden_TD[batch.rows_R],
+            head.weight,
+            head.bias,
+            batch.target_R,
+            self.shape,
+            entropy=needs.entropy,
+            uniform=needs.uniform_logp,
+        )
+        return Outputs(logp_R, top1_R, entropy_R, uniform_R)
+
+    def _packed(self, batch: Batch) -> torch.Tensor:
+        # A mask that already has four dimensions is handed through as it is, so none is built; attention reads `layout`.
+        no_mask = torch.empty(1, 1, 0, 0, device=self.device)
+        output = self.base.base_model(
+            **self._inputs(batch.input_ids_T[None], batch.layout),
+            position_ids=batch.position_ids_T[None],
+            attention_mask=no_mask,
+            layout=batch.layout,
+            use_cache=False,
+        )
+        return output.last_hidden_state[0]
+
+    def _padded(self, batch: Batch) -> torch.Tensor:
+        layout = batch.layout
+        rows, longest = batch.num_sequences, layout.max_length
+        starts_S1 = torch.tensor(layout.starts, device=self.device)[:, None]
+        mask_SL = torch.arange(longest, device=self.device) < torch.tensor(layout.lengths, device=self.device)[:, None]
+        index_SL = (starts_S1 + torch.arange(longest, device=self.device)).clamp(max=batch.num_tokens - 1)
+        padded = Layout(tuple(range(0, rows * longest, longest)), layout.lengths)
+        output = self.base.base_model(
+            **self._inputs(batch.input_ids_T[index_SL], padded), attention_mask=mask_SL.long(), use_cache=False
+        )
+        return output.last_hidden_state[mask_SL]
+
+    def _inputs(self, input_ids: torch.Tensor, layout: Layout) -> dict[str, torch.Tensor]:
+        if self.neftune_alpha is None or not self.base.training:
+            return {"input_ids": input_ids}
+        embeds = self.base.get_input_embeddings()(input_ids)
+        size_T = torch.zeros(input_ids.numel())
+        for start, length in zip(layout.starts, layout.lengths, strict=True):
+            size_T[start : start + length] = self.neftune_alpha / (length * embeds.shape[-1]) ** 0.5
+        noise = torch.zeros_like(embeds).uniform_(-1, 1)
+        return {"inputs_embeds": embeds + noise * size_T.view(*input_ids.shape, 1).to(embeds)}
+
+
+def open_policy(model: Any, *, neftune_alpha: float | None = None, router_aux_loss_coef: float | None = None) -> Policy:
+    """Prepare a transformers or PEFT model for packed batches and prove on a few tokens that it honours them.
+
+    The model's attention implementation is switched to ours; generation and plain forwards go on working and use SDPA.
+
+    Raises: ConfigError where the model cannot be trained faithfully (mixture-of-experts balancing loss, prompt tuning,
+        a head that is not a plain linear layer, logits that are more than head x hidden state).
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    _refuse_adapters(model, base)
+    capabilities.refuse_unsupported(base, router_aux_loss_coef)
+    attention.register()
+    policy = Policy(model, base, capabilities.head_shape(base))
+    with _own_attention(policy):
+        expected = _plain_logps(policy)
+    capabilities.adapt_to_packing(base)
+    own = base.config._attn_implementation
+    if base._supports_attention_backend:
+        base.set_attn_implementation(attention.PACKED_ATTENTION)
+    policy.is_packed = base._supports_attention_backend and _keeps_segments_apart(policy)
+    problem = _difference(policy, expected)
+    if problem and policy.is_packed:
+        policy.is_packed = False
+        problem = _difference(policy, expected)
+    if not policy.is_packed:
+        base.set_attn_implementation(own)
+        problem = _difference(policy, expected)
+        logger.warning("%s does not honour packed sequences; training with padded batches", type(base).__name__)
+    if problem:
+        raise ConfigError(f"{type(base).__name__}: {problem}; its logits are more than its head times its hidden states")
+    policy.neftune_alpha = neftune_alpha
+    return policy
+
+
+def _refuse_adapters(model: Any, base: Any) -> None:
+    peft_config = getattr(model, "peft_config", {})
+    for name, config in peft_config.items() if isinstance(peft_config, dict) else ():
+        if getattr(config, "is_prompt_learning", False):
+            raise ConfigError(f"adapter '{name}' is {config.peft_type}: prompts that are learned are not supported")
+    head = base.get_output_embeddings()
+    if head is None:
+        raise ConfigError(f"{type(base).__name__} has no language-model head")
+    if hasattr(head, "base_layer") or not hasattr(head, "weight"):
+        raise ConfigError(
+            "an adapter on the language-model head is not supported: log-probabilities are computed from its weight",
+            hint="leave 'lm_head' out of target_modules (modules_to_save=['lm_head'] trains it whole)",
+        )
+
+
+# --- the self-check -------------------------------------------------------------------------------------------------
+
+_CHECK_LENGTHS = (6, 9, 5)
+
+
+def _check_batch(policy: Policy, salt: int = 0) -> Batch:
+    """Three short sequences of arbitrary tokens; `salt` changes the middle one only."""
+    vocabulary = policy.base.get_output_embeddings().weight.shape[0]
+    sequences = [
+        [(7919 * (i + 1) * (j + 3) + 104729 * (i == 1) * salt) % vocabulary for j in range(n)]
+        for i, n in enumerate(_CHECK_LENGTHS)
+    ]
+    starts = tuple(sum(_CHECK_LENGTHS[:i]) for i in range(len(_CHECK_LENGTHS)))
+    rows = [s + j for s, n in zip(starts, _CHECK_LENGTHS, strict=True) for j in range(n - 1)]
+    flat = torch.tensor([token for sequence in sequences for token in sequence])
+    return Batch(
+        input_ids_T=flat,
+        position_ids_T=torch.cat([torch.arange(n) for n in _CHECK_LENGTHS]),
+        layout=Layout(starts, _CHECK_LENGTHS),
+        rows_R=torch.tensor(rows),
+        target_R=flat[torch.tensor(rows) + 1],
+        sequence_R=torch.tensor([i for i, n in enumerate(_CHECK_LENGTHS) for _ in range(n - 1)]),
+        sample_S=tuple(range(len(_CHECK_LENGTHS))),
+        origins_S=(Origin("self-check", 0),) * len(_CHECK_LENGTHS),
+        counts={"tokens": len(rows), "sequences": len(_CHECK_LENGTHS)},
+    )
+
+
+@contextmanager
+def _own_attention(policy: Policy) -> Iterator[None]:
+    """Evaluation mode, no gradients, whatever attention the model came with."""
+    training = policy.base.training
+    policy.base.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        policy.base.train(training)
+
+
+def _plain_logps(policy: Policy) -> torch.Tensor:
+    """Each sequence through the model's own forward, alone, and a plain log-softmax."""
+    batch = _check_batch(policy).to(policy.device)
+    pieces = []
+    for start, length in zip(batch.layout.starts, batch.layout.lengths, strict=True):
+        ids = batch.input_ids_T[start : start + length][None]
+        logits = policy.base(input_ids=ids, use_cache=False).logits[0, :-1].float()
+        pieces.append(logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0])
+    return torch.cat(pieces)
+
+
+def _difference(policy: Policy, expected_R: torch.Tensor) -> str | None:
+    with _own_attention(policy):
+        logp_R = policy(_check_batch(policy), Needs()).logp_R
+    gap = (logp_R - expected_R).abs().max().item()
+    low_precision = policy.base.get_output_embeddings().weight.dtype in (torch.bfloat16, torch.float16)
+    allowed = (0.05 if low_precision else 1e-4) * max(1.0, expected_R.abs().max().item())
+    return None if gap <= allowed else f"log-probabilities differ from its own forward by up to {gap:.3g}"
+
+
+def _keeps_segments_apart(policy: Policy) -> bool:
+    """Other tokens in the middle sequence leave the first and the last bit for bit alone (same shapes, same kernels)."""
+    with _own_attention(policy):
+        one, other = (policy(_check_batch(policy, salt), Needs()).logp_R for salt in (0, 1))
+    middle = slice(_CHECK_LENGTHS[0] - 1, _CHECK_LENGTHS[0] + _CHECK_LENGTHS[1] - 2)
+    gap = (one - other).abs()
+    gap[middle] = 0
+    return gap.max().item() < 1e-5 and not torch.equal(one[middle], other[middle])

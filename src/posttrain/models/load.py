@@ -1,0 +1,95 @@
+"""Models and tokenizers by name, from the hub's formats on disk or in the user's cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from posttrain.errors import ConfigError
+from posttrain.models.packaged import resolve
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "auto": "auto"}
+
+
+def load_model(name: str, options: dict[str, Any] | None = None, *, dtype: str = "float32") -> PreTrainedModel:
+    """A causal language model. `options` are keyword arguments of `from_pretrained`; `dtype` holds where they name
+    none. Raises ConfigError where there is no such model."""
+    options = dict(options or {})
+    if options.get("trust_remote_code"):
+        raise ConfigError("trust_remote_code=True is not honoured: code from the hub is never run")
+    wanted = options.pop("dtype", None) or options.pop("torch_dtype", None) or dtype
+    if isinstance(wanted, str):
+        if wanted not in DTYPES:
+            raise ConfigError(f"dtype={wanted!r} is unknown", hint=f"choose one of {sorted(DTYPES)}")
+        wanted = DTYPES[wanted]
+    try:
+        return AutoModelForCausalLM.from_pretrained(resolve(name), dtype=wanted, **options)
+    except (OSError, ValueError) as error:
+        raise _no_model(name, error) from error
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(resolve(name), **({"revision": revision} if revision else {}))
+    except (OSError, ValueError) as error:
+        raise _no_model(name, error) from error
+
+
+def _no_model(name: str, error: Exception) -> ConfigError:
+    first_line = str(error).strip().splitlines()[0]
+    return ConfigError(
+        f"cannot load the model {name!r}: {first_line}",
+        hint="give a folder with config.json and safetensors, a hub id, or 'smollm2-135m-instruct'",
+    )
+
+
+def set_eos_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token: str) -> None:
+    """Let `token` end a sequence, for the tokenizer, the model and generation alike."""
+    if token not in tokenizer.get_vocab():
+        raise ConfigError(f"eos_token={token!r} is not in the tokenizer's vocabulary")
+    tokenizer.eos_token = token
+    model.config.get_text_config().eos_token_id = tokenizer.eos_token_id
+    known = model.generation_config.eos_token_id
+    known = [] if known is None else [known] if isinstance(known, int) else list(known)
+    if tokenizer.eos_token_id not in known:
+        model.generation_config.eos_token_id = [tokenizer.eos_token_id, *known]
+
+
+def set_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token: str | None = None) -> None:
+    """A padding token for those who pad later (generation); training never does."""
+    token = token or tokenizer.pad_token or tokenizer.eos_token
+    if token not in tokenizer.get_vocab():
+        raise ConfigError(f"pad_token={token!r} is not in the tokenizer's vocabulary")
+    tokenizer.pad_token = token
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+def set_chat_template(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> list[int]:
+    """Take the chat template from a `.jinja` file, or from another tokenizer with the special tokens that it needs.
+
+    Returns the ids of tokens that were added, for which the model's embeddings were enlarged (to a multiple of 64, with
+    unused tokens making up the difference, as TRL does)."""
+    path = Path(source)
+    if path.is_file() and path.suffix in (".jinja", ".j2"):
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+        return []
+    other = load_tokenizer(source)
+    tokenizer.chat_template = other.get_chat_template()
+    vocabulary = tokenizer.get_vocab()
+    added = [token for token in other.added_tokens_decoder.values() if token.content not in vocabulary]
+    tokenizer.add_tokens(added)
+    tokenizer.eos_token = other.eos_token
+    model.config.get_text_config().eos_token_id = tokenizer.eos_token_id
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.resize_token_embeddings(len(tokenizer.get_vocab()), pad_to_multiple_of=64)
+    rows = model.get_input_embeddings().weight.shape[0]
+    fillers = (AddedToken(f"<extra_id_{i}>") for i in range(rows))
+    while rows > len(tokenizer.get_vocab()):
+        filler = next(fillers)
+        if tokenizer.add_tokens(filler):
+            added.append(filler)
+    return tokenizer.convert_tokens_to_ids([token.content for token in added])

@@ -1,0 +1,28 @@
+"""What every objective is: the needs it states, and a pure call that returns sums with their units.
+
+The loop divides each sum by the count of its unit over the whole optimiser step, so how a step was cut into
+micro-batches, packed, or spread over processes cannot change the loss.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from posttrain.types import Batch, Needs, Outputs
+
+Terms = dict[str, torch.Tensor]
+"""Summed loss by unit, e.g. `{"tokens": sum}`."""
+
+Metrics = dict[str, tuple[torch.Tensor, int]]
+"""Sum and count by metric name; tensors stay on the device until they are logged."""
+
+
+class Objective(Protocol):
+    """`(Outputs, Batch) -> (Terms, Metrics)`."""
+
+    @property
+    def needs(self) -> Needs: ...
+
+    def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Terms, Metrics]: ...

@@ -1,0 +1,348 @@
+"""The one place that knows everything: a model, data, an objective and settings become a run of the loop.
+
+`Run` opens the model, makes optimiser, schedule and source, takes up a checkpoint where asked, trains, evaluates and
+saves. Weights are safe on disk before anything else happens after the last step.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+from transformers.trainer_utils import SaveStrategy, TrainOutput, enable_full_determinism, set_seed, speed_metrics
+
+from posttrain import snapshot
+from posttrain.checkpoint import Checkpoints, verify, write_json
+from posttrain.data.batches import Order, StaticSource, StreamSource
+from posttrain.data.fingerprint import fingerprint
+from posttrain.errors import ConfigError, DataError
+from posttrain.evaluate.loss import evaluate_loss
+from posttrain.events import Events
+from posttrain.loop import Loop
+from posttrain.meter import Meter
+from posttrain.models.flops import flops_counter, measure_limit
+from posttrain.models.memory import peak_memory_bytes
+from posttrain.models.weights import load_weights, save_weights
+from posttrain.objectives.base import Objective
+from posttrain.optimization import make_optimizer, make_scheduler
+from posttrain.session import Session
+from posttrain.signals import StopRequest
+from posttrain.types import Sample
+
+DEFAULT_TOKEN_BUDGET = {"cpu": 4096, "cuda": 16384}
+
+
+class TrainResult(TrainOutput):
+    """transformers' `TrainOutput`, with the `epoch` that so many scripts ask it for."""
+
+    @property
+    def epoch(self) -> float:
+        return self.metrics["epoch"]
+
+
+@dataclass
+class Run:
+    """`train_samples` is a list, or a function that starts a new pass over a stream. `predict` computes the user's own
+    metrics over an evaluation set; `data_names` says what the training data were, for the checkpoint's record."""
+
+    model: Any
+    processing_class: Any
+    args: TrainingArguments
+    objective: Objective
+    events: Events
+    train_samples: Sequence[Sample] | Callable[[], Iterator[Sample]]
+    eval_sets: Mapping[str, Sequence[Sample]]
+    token_budget: int | None = None
+    predict: Callable[[Session, Sequence[Sample], str], dict[str, float]] | None = None
+    optimizers: tuple[Any, Any] = (None, None)
+    optimizer_choice: tuple[type, dict[str, Any]] | None = None
+    session: Session | None = None
+    optimizer: Any = None
+    scheduler: Any = None
+    identity: dict[str, Any] = field(default_factory=dict, repr=False)
+    run_id: str = field(default_factory=lambda: time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2))
+
+    # --- training ---------------------------------------------------------------------------------------------------
+
+    def train(self, resume: str | bool | None) -> TrainResult:
+        """Raises Interrupted, NonFiniteError, CheckpointError, ConfigError."""
+        args = self.args
+        (enable_full_determinism if args.full_determinism else set_seed)(args.seed)
+        source, max_steps, epochs = self._source()
+        with self._open() as session, StopRequest() as stop:
+            session.policy.model.train()
+            started = time.time()
+            loop = self._loop(session, source, max_steps, stop)
+            folder = self._resume_folder(resume)
+            self.identity = self._identity()
+            rng = self._take_up(session, loop, folder) if folder is not None else None
+            if rng is None:
+                self.events.reset_state()
+            first_step = self.events.state.global_step
+            self.events.start(max_steps, epochs, self.optimizer, self.scheduler, self.model)
+            if rng is not None:
+                snapshot.restore_rng(rng)
+            if args.eval_on_start and first_step == 0:
+                self.evaluate(self.eval_sets, stop)
+            loop.run(stop)
+            return self._finish(session, loop, started, first_step)
+
+    def _source(self) -> tuple[Any, int, int]:
+        """The source, the number of steps and of (begun) epochs, as transformers counts them."""
+        args = self.args
+        step_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        if callable(self.train_samples):
+            if args.max_steps <= 0:
+                raise ConfigError("a streaming dataset has no length: set max_steps")
+            return StreamSource(self.train_samples, step_size, self._budget(), args.max_steps), args.max_steps, 1
+        samples = self.train_samples
+        order = Order(
+            len(samples),
+            args.per_device_train_batch_size,
+            args.gradient_accumulation_steps,
+            None if args.train_sampling_strategy == "sequential" else self._data_seed(),
+            args.dataloader_drop_last,
+            _lengths(samples) if args.train_sampling_strategy == "group_by_length" else None,
+        )
+        if order.batches_per_epoch == 0:
+            raise DataError(f"{len(samples)} samples make no batch of {args.per_device_train_batch_size}",
+                            hint="lower per_device_train_batch_size or set dataloader_drop_last=False")  # fmt: skip
+        by_epochs = math.ceil(args.num_train_epochs * order.steps_per_epoch)
+        max_steps = args.max_steps if args.max_steps > 0 else by_epochs
+        epochs = math.ceil(max_steps / order.steps_per_epoch) if args.max_steps > 0 else math.ceil(args.num_train_epochs)
+        return StaticSource(samples, order, self._budget()), max_steps, epochs
+
+    def _data_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    def _budget(self) -> int:
+        return self.token_budget or DEFAULT_TOKEN_BUDGET.get(self.args.device.type, 4096)
+
+    def _loop(self, session: Session, source: Any, max_steps: int, stop: StopRequest) -> Loop:
+        args = self.args
+        if not session.trained:
+            raise ConfigError("no parameter is trained", hint="leave something unfrozen, or give peft_config")
+        optimizer, scheduler = self.optimizers
+        self.optimizer = optimizer or make_optimizer(args, session.policy.model, session.trained, self.optimizer_choice)
+        self.scheduler = scheduler or make_scheduler(args, self.optimizer, max_steps)
+        return Loop(
+            forward=session.policy,
+            objective=self.objective,
+            source=source,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            parameters=list(session.trained.values()),
+            events=self.events,
+            max_steps=max_steps,
+            max_grad_norm=args.max_grad_norm or 0.0,
+            publish=session.precision.publish,
+            evaluate=lambda: self.evaluate(self.eval_sets, stop),
+            save=lambda state: self._checkpoint(session, state),
+            extra_logs=self._extra_logs(session),
+            flops=flops_counter(session.policy.base),
+        )
+
+    def _extra_logs(self, session: Session) -> Callable[[Meter], dict[str, float]]:
+        limit = measure_limit(session.policy.base, session.precision.compute_dtype)
+        device = session.policy.device
+
+        def logs(meter: Meter) -> dict[str, float]:
+            extra = {"peak_memory_gib": peak_memory_bytes(device) / 2**30}
+            if meter.seconds > 0:
+                extra["hardware_share"] = meter.flops / meter.seconds / limit
+            if self.args.include_num_input_tokens_seen != "no":
+                extra["num_input_tokens_seen"] = self.events.state.num_input_tokens_seen
+            return extra
+
+        return logs
+
+    def _finish(self, session: Session, loop: Loop, started: float, first_step: int) -> TrainResult:
+        args, state = self.args, self.events.state
+        steps = state.global_step - first_step
+        samples = steps * args.per_device_train_batch_size * args.gradient_accumulation_steps
+        metrics = speed_metrics("train", started, num_samples=samples, num_steps=steps)
+        train_loss = loop.total_loss / max(1, state.global_step)
+        metrics |= {"total_flos": state.total_flos, "train_loss": train_loss}
+        self.events.log(metrics)
+        if args.load_best_model_at_end and state.best_model_checkpoint:
+            with session.precision.exported():
+                load_weights(self.model, Path(state.best_model_checkpoint))
+            session.precision.publish()
+        self.events.train_end()
+        return TrainResult(state.global_step, train_loss, {**metrics, "epoch": state.epoch or 0.0})
+
+    # --- evaluation -------------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self, sets: Mapping[str, Sequence[Sample]], stop: StopRequest | None = None, *, prefix: str = "eval"
+    ) -> dict[str, float] | None:
+        """Metrics of every set under `prefix` (or `prefix_<name>`), logged and told to callbacks; with several sets
+        also their mean loss as `prefix_loss`. None if a signal came meanwhile."""
+        if not sets:
+            raise ConfigError("there is nothing to evaluate", hint="give eval_dataset, or set eval_strategy='no'")
+        metrics: dict[str, float] = {}
+        with self._open() as session, _evaluating(session):
+            for name, samples in sets.items():
+                one = self._evaluate_set(session, samples, f"{prefix}_{name}" if name else prefix, stop)
+                if one is None:
+                    return None
+                self.events.log(one)
+                metrics |= one
+        if "" not in sets:
+            metrics[f"{prefix}_loss"] = sum(metrics[f"{prefix}_{name}_loss"] for name in sets) / len(sets)
+        self.events.evaluated(metrics)
+        if prefix == "eval":
+            self._note_best(metrics)
+        return metrics
+
+    def _evaluate_set(
+        self, session: Session, samples: Sequence[Sample], prefix: str, stop: StopRequest | None
+    ) -> dict[str, float] | None:
+        args, started = self.args, time.time()
+        values = evaluate_loss(
+            session.policy,
+            self.objective,
+            samples,
+            args.per_device_eval_batch_size,
+            self._budget(),
+            stopped=lambda: stop is not None and stop.received is not None,
+        )
+        if values is None:
+            return None
+        metrics = {f"{prefix}_{name}": value for name, value in values.items()}
+        if self.predict is not None:
+            metrics |= self.predict(session, samples, prefix)
+        steps = math.ceil(len(samples) / args.per_device_eval_batch_size)
+        metrics |= speed_metrics(prefix, started, num_samples=len(samples), num_steps=steps)
+        return metrics | {f"{prefix}_num_tokens": float(self.events.state.num_input_tokens_seen)}
+
+    def _note_best(self, metrics: Mapping[str, float]) -> None:
+        """Remember the best evaluation, as transformers does; `save_strategy="best"` saves when there is a new one."""
+        args, state = self.args, self.events.state
+        if args.metric_for_best_model is None:
+            return
+        name = args.metric_for_best_model
+        name = name if name.startswith("eval_") else f"eval_{name}"
+        if name not in metrics:
+            raise ConfigError(f"metric_for_best_model={name!r} is not among the metrics: {', '.join(sorted(metrics))}")
+        value, best = metrics[name], state.best_metric
+        better = best is None or (value > best if args.greater_is_better else value < best)
+        if better:
+            state.best_metric, state.best_global_step = value, state.global_step
+        if args.save_strategy == SaveStrategy.BEST:
+            self.events.control.should_save = better
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _checkpoints(self) -> Checkpoints:
+        return Checkpoints(Path(self.args.output_dir), self.run_id, self.args.save_total_limit)
+
+    def _checkpoint(self, session: Session, loop_state: dict[str, Any]) -> str:
+        state = self.events.state
+        path = Path(self.args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.best_global_step == state.global_step:
+            state.best_model_checkpoint = str(path)
+        best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
+
+        def fill(folder: Path) -> None:
+            self.write_model(folder, session)
+            self.events.save_state(str(folder / "trainer_state.json"))
+            if not self.args.save_only_model:
+                document = {"run_id": self.run_id, "identity": self.identity, "loop": loop_state}
+                snapshot.write_training_state(folder, self.optimizer, self.scheduler, snapshot.capture_rng(), document)
+
+        return str(self._checkpoints().write(state.global_step, fill, best))
+
+    def write_model(self, folder: Path, session: Session | None = None) -> None:
+        """Weights, tokenizer and settings, so that the folder can be loaded by PEFT or transformers as it is."""
+        folder.mkdir(parents=True, exist_ok=True)
+        session = session or self.session
+        if session is not None:
+            with session.precision.exported():
+                save_weights(self.model, folder)
+        else:
+            save_weights(self.model, folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        write_json(folder / "training_args.json", _plain(self.args.to_sanitized_dict()))
+
+    def _resume_folder(self, resume: str | bool | None) -> Path | None:
+        if not resume:
+            return None
+        if resume is True:
+            folder = self._checkpoints().latest()
+            if folder is None:
+                raise ConfigError(f"resume_from_checkpoint=True, but {self.args.output_dir} has no valid checkpoint")
+            return folder
+        verify(Path(resume))
+        return Path(resume)
+
+    def _take_up(self, session: Session, loop: Loop, folder: Path) -> dict[str, Any]:
+        """Load everything a checkpoint holds; the random state is returned, to be set last."""
+        with session.precision.exported():
+            load_weights(self.model, folder)
+        session.precision.publish()
+        saved = snapshot.read_training_state(folder, self.optimizer, self.scheduler)
+        snapshot.check_same_run(saved["identity"], self.identity, folder)
+        self.run_id = saved["run_id"]
+        self.events.load_state(str(folder / "trainer_state.json"))
+        best = self.events.state.best_model_checkpoint
+        if best and not Path(best).is_dir():
+            self.events.state.best_model_checkpoint = None
+        loop.load_resume_state(saved["loop"])
+        loop.last_checkpoint = str(folder)
+        return saved["rng"]
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same for a resumed run to be the same run."""
+        args = self.args
+        return {
+            "per_device_train_batch_size": args.per_device_train_batch_size,
+            "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            "data seed": self._data_seed(),
+            "training data (hash of its tokens)": None if callable(self.train_samples) else fingerprint(self.train_samples),
+            "compute dtype": "bfloat16" if args.bf16 else "float32",
+        }
+
+    # --- the open model ---------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _open(self) -> Iterator[Session]:
+        """The session in use, or one for the time being."""
+        if self.session is not None:
+            yield self.session
+            return
+        self.session = Session.open(self.model, self.args)
+        try:
+            yield self.session
+        finally:
+            session, self.session = self.session, None
+            session.close()
+
+
+@contextmanager
+def _evaluating(session: Session) -> Iterator[None]:
+    model, training = session.policy.model, session.policy.model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def _lengths(samples: Sequence[Sample]) -> tuple[int, ...]:
+    return tuple(sum(part.num_tokens for part in sample) for sample in samples)
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    plain = (str, int, float, bool, type(None))
+    return {name: value if isinstance(value, plain) else str(value) for name, value in values.items()}

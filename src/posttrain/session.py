@@ -1,0 +1,67 @@
+"""A model opened for packed computing, and given back as it was found.
+
+Opening casts it to the compute dtype with fp32 masters, switches attention and LoRA layers to ours, proves on a few
+tokens that the layout is honoured, and turns on recomputation where it was asked for. Closing undoes all of it; what was
+trained stays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from posttrain.models import adapters
+from posttrain.models.forward import Policy, open_policy
+from posttrain.models.memory import keep_freed_pages
+from posttrain.models.precision import MixedPrecision
+
+
+@dataclass
+class Session:
+    """`trained` maps names to what the optimiser holds: fp32 masters and adapter parameters."""
+
+    policy: Policy
+    precision: MixedPrecision
+    trained: dict[str, torch.nn.Parameter]
+    attention: str | None
+    recomputes: bool
+
+    @classmethod
+    def open(cls, model: Any, args: TrainingArguments) -> Session:
+        """Raises ConfigError where the model cannot be trained faithfully."""
+        keep_freed_pages()
+        model.to(args.device)
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        adapters.specialise(model)
+        adapter_parameters = adapters.adapter_parameters(model)
+        precision = MixedPrecision(model, torch.bfloat16 if args.bf16 else torch.float32, adapter_parameters)
+        attention = base.config._attn_implementation
+        try:
+            policy = open_policy(
+                model,
+                neftune_alpha=args.neftune_noise_alpha,
+                router_aux_loss_coef=getattr(args, "router_aux_loss_coef", None),
+            )
+        except BaseException:
+            precision.restore()
+            raise
+        if args.activation_checkpointing:
+            _recompute(base, args.activation_checkpointing_kwargs)
+        trained = dict(precision.masters())
+        trained |= {n: p for n, p in model.named_parameters() if p in adapter_parameters and p.requires_grad}
+        return cls(policy, precision, trained, attention, bool(args.activation_checkpointing))
+
+    def close(self) -> None:
+        base = self.policy.base
+        if self.recomputes:
+            base.gradient_checkpointing_disable()
+        self.precision.restore()
+        base.set_attn_implementation(self.attention)
+
+
+def _recompute(base: Any, options: dict[str, Any] | None) -> None:
+    """Non-reentrant checkpointing, which needs no gradient on the inputs and keeps random state exact."""
+    base.gradient_checkpointing_enable({"use_reentrant": False, **(options or {})})

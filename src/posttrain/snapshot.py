@@ -1,0 +1,142 @@
+"""What a checkpoint holds, and how a run takes it up again: weights, optimiser, scheduler, random state, the state of
+the log, and what the run was, so that resuming with other data or another batch size is refused and not averaged over.
+
+Weights are written the way PEFT and transformers read them (`adapter_model.safetensors` with `adapter_config.json`, or
+`model.safetensors` with `config.json`), with fp32 masters where training had them.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from posttrain.errors import CheckpointError
+
+OPTIMIZER, RNG, STATE = "optimizer.safetensors", "rng.safetensors", "state.json"
+
+
+# --- random state ---------------------------------------------------------------------------------------------------
+
+
+def capture_rng() -> dict[str, Any]:
+    """Python's, NumPy's and torch's generators, those of all CUDA devices included."""
+    numpy_state = np.random.get_state(legacy=False)
+    tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(numpy_state["state"]["key"].astype(np.int64))}
+    if torch.cuda.is_available():
+        tensors |= {f"cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    version, internal, gauss = random.getstate()
+    plain = {
+        "python": [version, list(internal), gauss],
+        "numpy": {
+            "pos": int(numpy_state["state"]["pos"]),
+            "has_gauss": int(numpy_state["has_gauss"]),
+            "gauss": float(numpy_state["gauss"]),
+        },
+    }
+    return {"tensors": tensors, "plain": plain}
+
+
+def restore_rng(captured: dict[str, Any]) -> None:
+    tensors, plain = captured["tensors"], captured["plain"]
+    torch.set_rng_state(tensors["torch"])
+    for name, state in tensors.items():
+        if name.startswith("cuda.") and int(name[5:]) < torch.cuda.device_count():
+            torch.cuda.set_rng_state(state, int(name[5:]))
+    version, internal, gauss = plain["python"]
+    random.setstate((version, tuple(internal), gauss))
+    extra = plain["numpy"]
+    np.random.set_state(
+        {
+            "bit_generator": "MT19937",
+            "state": {"key": tensors["numpy"].numpy().astype(np.uint32), "pos": extra["pos"]},
+            "has_gauss": extra["has_gauss"],
+            "gauss": extra["gauss"],
+        }
+    )
+
+
+# --- optimiser and scheduler ----------------------------------------------------------------------------------------
+
+
+def split_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Its state as named tensors and plain JSON. Raises CheckpointError for state that is neither."""
+    state = optimizer.state_dict()
+    tensors: dict[str, torch.Tensor] = {}
+    plain: dict[str, Any] = {"param_groups": state["param_groups"], "state": {}}
+    for index, entries in state["state"].items():
+        for name, value in entries.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{index}/{name}"] = value.detach().cpu().contiguous().clone()
+            else:
+                plain["state"].setdefault(str(index), {})[name] = value
+    _must_be_json(plain, type(optimizer).__name__)
+    return tensors, plain
+
+
+def join_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], plain: dict[str, Any]) -> None:
+    """Give the optimiser back what `split_optimizer` took apart."""
+    state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in plain["state"].items()}
+    for key, tensor in tensors.items():
+        index, name = key.split("/", 1)
+        state.setdefault(int(index), {})[name] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": plain["param_groups"]})
+
+
+def _must_be_json(value: Any, owner: str) -> None:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the state of {owner} cannot be stored without pickle ({error})",
+            hint="choose an optimiser and scheduler of torch's or transformers', or save_only_model=True",
+        ) from None
+
+
+# --- the whole ------------------------------------------------------------------------------------------------------
+
+
+def write_training_state(
+    folder: Path,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    rng: dict[str, Any],
+    state: dict[str, Any],
+) -> None:
+    """Everything beside the weights. `state` is the run's own plain values."""
+    tensors, plain = split_optimizer(optimizer)
+    save_file(tensors, folder / OPTIMIZER)
+    save_file(rng["tensors"], folder / RNG)
+    scheduler_state = {k: v for k, v in scheduler.state_dict().items() if k != "lr_lambdas"}
+    document = {**state, "optimizer": plain, "scheduler": scheduler_state, "rng": rng["plain"]}
+    _must_be_json(document, type(scheduler).__name__)
+    (folder / STATE).write_text(json.dumps(document, allow_nan=False), encoding="utf-8")
+
+
+def read_training_state(folder: Path, optimizer: torch.optim.Optimizer, scheduler: Any) -> dict[str, Any]:
+    """Load optimiser and scheduler; return the plain state with the captured random state under `rng`."""
+    if not (folder / OPTIMIZER).is_file():
+        raise CheckpointError(f"{folder} holds weights only (save_only_model=True); it cannot be resumed from")
+    document = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    join_optimizer(optimizer, load_file(folder / OPTIMIZER), document.pop("optimizer"))
+    scheduler_state = document.pop("scheduler")
+    if "lr_lambdas" in scheduler.state_dict():
+        scheduler_state["lr_lambdas"] = [None] * len(scheduler.state_dict()["lr_lambdas"])
+    scheduler.load_state_dict(scheduler_state)
+    document["rng"] = {"tensors": load_file(folder / RNG), "plain": document["rng"]}
+    return document
+
+
+def check_same_run(saved: dict[str, Any], present: dict[str, Any], folder: Path) -> None:
+    """Refuse to go on with something else than what the checkpoint was made with."""
+    for name, value in present.items():
+        if name in saved and saved[name] != value:
+            raise CheckpointError(
+                f"{folder} was written with {name} = {saved[name]}, and this run has {value}",
+                hint="restore the old setting to go on with that run, or start anew in another output_dir",
+            )

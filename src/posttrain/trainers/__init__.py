@@ -1,0 +1,1 @@
+"""The public trainers: TRL's names and arguments over posttrain's engine."""

@@ -1,0 +1,135 @@
+"""What every trainer's facade shares: the methods and attributes that scripts use, over one `Run`.
+
+A facade never computes. Hooks of transformers' `Trainer` that posttrain's loop would never call are refused when a
+subclass overrides them, naming what to write instead.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerState, TrainingArguments
+
+from posttrain.errors import ConfigError
+from posttrain.events import Events, default_callbacks
+from posttrain.run import Run, TrainResult
+
+logger = logging.getLogger("posttrain")
+
+NEVER_CALLED = {
+    "compute_loss": "write an objective (posttrain.objectives) instead",
+    "training_step": "write an objective (posttrain.objectives) instead",
+    "prediction_step": "pass compute_metrics instead",
+    "get_train_dataloader": "give the data in the order you want, with train_sampling_strategy='sequential'",
+    "get_eval_dataloader": "give the data as eval_dataset",
+    "_get_train_sampler": "give the data in the order you want, with train_sampling_strategy='sequential'",
+    "create_optimizer": "pass optimizers=(optimizer, scheduler) or optimizer_cls_and_kwargs",
+    "create_scheduler": "pass optimizers=(optimizer, scheduler)",
+    "create_optimizer_and_scheduler": "pass optimizers=(optimizer, scheduler)",
+    "evaluation_loop": "pass compute_metrics instead",
+    "log": "use a TrainerCallback with on_log",
+}
+
+
+class PackedTrainer:
+    """Base of the public trainers. `self.run` does the work; `state`, `control` and `args` are transformers' own."""
+
+    run: Run
+    args: TrainingArguments
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__module__.startswith("posttrain."):
+            return
+        for name, instead in NEVER_CALLED.items():
+            if name in cls.__dict__:
+                raise ConfigError(f"{cls.__name__}.{name} would never be called by posttrain's loop: {instead}")
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **refused: Any) -> TrainResult:
+        """Train, from the beginning or from a checkpoint (True: the newest valid one in `output_dir`).
+
+        Raises: Interrupted after a signal, everything saved; NonFiniteError before a bad gradient reaches the weights.
+        """
+        for name, value in refused.items():
+            if value is not None:
+                raise ConfigError(f"train({name}=...) is not honoured")
+        return self.run.train(resume_from_checkpoint)
+
+    @property
+    def state(self) -> TrainerState:
+        return self.run.events.state
+
+    @property
+    def control(self) -> Any:
+        return self.run.events.control
+
+    @property
+    def callback_handler(self) -> Any:
+        return self.run.events.handler
+
+    @property
+    def model(self) -> Any:
+        return self.run.model
+
+    @property
+    def processing_class(self) -> Any:
+        return self.run.processing_class
+
+    tokenizer = processing_class
+
+    @property
+    def optimizer(self) -> Any:
+        return self.run.optimizer
+
+    @property
+    def lr_scheduler(self) -> Any:
+        return self.run.scheduler
+
+    def add_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
+        self.run.events.handler.add_callback(callback)
+
+    def pop_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> TrainerCallback | None:
+        return self.run.events.handler.pop_callback(callback)
+
+    def remove_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
+        self.run.events.handler.remove_callback(callback)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Adapter or full model, tokenizer and settings, loadable by plain PEFT or transformers."""
+        self.run.write_model(Path(output_dir or self.args.output_dir))
+
+    def save_state(self) -> None:
+        """`trainer_state.json` in `output_dir`."""
+        Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+        self.run.events.save_state(str(Path(self.args.output_dir) / "trainer_state.json"))
+
+    def log_metrics(self, split: str, metrics: dict[str, float]) -> None:
+        print(f"***** {split} metrics *****")
+        for name, value in sorted(metrics.items()):
+            print(f"  {name} = {value:.4f}" if isinstance(value, float) else f"  {name} = {value}")
+
+    def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
+        """`{split}_results.json`, and joined into `all_results.json`, as transformers writes them."""
+        folder = Path(self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{split}_results.json").write_text(json.dumps(metrics, indent=4, sort_keys=True))
+        if combined:
+            path = folder / "all_results.json"
+            joined = json.loads(path.read_text()) if path.exists() else {}
+            path.write_text(json.dumps(joined | metrics, indent=4, sort_keys=True))
+
+    def is_world_process_zero(self) -> bool:
+        return True
+
+    is_local_process_zero = is_world_process_zero
+
+    def push_to_hub(self, *_args: Any, **_kwargs: Any) -> None:
+        raise ConfigError("trainer.push_to_hub is not honoured: use trainer.model.push_to_hub(...)")
+
+
+def make_events(args: TrainingArguments, callbacks: list[Any] | None, model: Any, processing_class: Any) -> Events:
+    """Transformers' default callbacks for these settings, then the user's."""
+    return Events(args, [*default_callbacks(args), *(callbacks or [])], model, processing_class)

@@ -1,0 +1,227 @@
+"""`SFTTrainer`: TRL 1.16's arguments, posttrain's engine.
+
+Not here: images (refused), `compute_loss_func` and custom collators (a loss is an objective; batches are packed, so there
+is nothing to collate).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, set_seed
+
+from posttrain.data.prepare import prepare, stream
+from posttrain.data.report import DataReport
+from posttrain.data.settings import DataSettings
+from posttrain.errors import ConfigError, DataError
+from posttrain.evaluate.predictions import Predictor
+from posttrain.models import adapters
+from posttrain.models.load import load_model, load_tokenizer, set_chat_template, set_eos_token, set_pad_token
+from posttrain.objectives.sft import SupervisedLoss
+from posttrain.run import Run
+from posttrain.trainers.arguments import check_arguments
+from posttrain.trainers.base import PackedTrainer, make_events
+from posttrain.trainers.config import SFTConfig
+from posttrain.trainers.spellings import TRAINER_GONE, TRAINER_TO_CONFIG, say_read_as
+from posttrain.types import Sample
+
+logger = logging.getLogger("posttrain")
+
+
+class SFTTrainer(PackedTrainer):
+    """Supervised fine-tuning.
+
+    Args:
+        model: a `PreTrainedModel`, a `PeftModel`, or the name or folder of one.
+        args: `SFTConfig`, or a plain `TrainingArguments`.
+        train_dataset, eval_dataset: `datasets.Dataset` or `IterableDataset`, a list of dicts, or a path; the evaluation
+            set may be a dict of several. Rows may be tokenized (`input_ids` with `labels` or masks).
+        processing_class: the tokenizer (`tokenizer=` is read as this); default: the model's own.
+        peft_config: an adapter to add.
+        formatting_func: a function from a row to a text.
+        compute_metrics, preprocess_logits_for_metrics: as in transformers; they cost padded forwards with full logits.
+        optimizers, optimizer_cls_and_kwargs, callbacks: as in transformers.
+
+    Raises: ConfigError for anything that would not be honoured, DataError for rows that cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_loss_func: Any = None,
+        compute_metrics: Callable[..., dict[str, float]] | None = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[..., Any] | None = None,
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        formatting_func: Callable[[dict[str, Any]], str] | None = None,
+        **older: Any,
+    ):
+        processing_class = older.pop("tokenizer", None) or processing_class
+        self.args = args = _config(model, args, older)
+        _refuse(data_collator=data_collator, compute_loss_func=compute_loss_func)
+        check_arguments(args)
+        if optimizer_cls_and_kwargs is not None and optimizers[0] is not None:
+            raise ConfigError("optimizers and optimizer_cls_and_kwargs both name an optimiser; give one of them")
+        set_seed(args.seed)  # adapters are initialised at random
+        model, processing_class = _open_model(model, processing_class, args, peft_config, quantization_config)
+        self._settings = _data_settings(args, formatting_func)
+        self._tokenizer = processing_class
+        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        self.data_reports: dict[str, DataReport] = {}
+        predictor = Predictor(args, compute_metrics, preprocess_logits_for_metrics) if compute_metrics else None
+        self.run = Run(
+            model=model,
+            processing_class=processing_class,
+            args=args,
+            objective=SupervisedLoss(args.loss_type, args.label_smoothing_factor if args.loss_type == "nll" else 0.0),
+            events=make_events(args, callbacks, model, processing_class),
+            train_samples=self._train_samples(train_dataset),
+            eval_sets=self._eval_sets(eval_dataset),
+            token_budget=args.token_budget,
+            predict=predictor,
+            optimizers=optimizers,
+            optimizer_choice=optimizer_cls_and_kwargs,
+        )
+        if args.eval_strategy != IntervalStrategy.NO and not self.run.eval_sets:
+            raise ConfigError(f"eval_strategy={args.eval_strategy.value!r} needs an eval_dataset")
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Loss and metrics over `eval_dataset` (default: the trainer's own; a string names one of several)."""
+        if isinstance(eval_dataset, str):
+            sets: Mapping[str, Sequence[Sample]] = {"": self.run.eval_sets[eval_dataset]}
+        else:
+            sets = self.run.eval_sets if eval_dataset is None else self._eval_sets(eval_dataset)
+        metrics = self.run.evaluate(sets, prefix=metric_key_prefix)
+        assert metrics is not None
+        return metrics
+
+    # --- data -------------------------------------------------------------------------------------------------------
+
+    def _train_samples(self, dataset: Any) -> Sequence[Sample] | Callable[[], Iterator[Sample]]:
+        if dataset is None:
+            raise ConfigError("train_dataset is required")
+        if _is_stream(dataset):
+            return lambda: stream(dataset, self._tokenizer, self._settings, "train")
+        return self._prepared(dataset, "train", self._settings)
+
+    def _eval_sets(self, dataset: Any) -> dict[str, Sequence[Sample]]:
+        if dataset is None:
+            return {}
+        packing = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
+        settings = dataclasses.replace(self._settings, packing=packing)
+        several = dataset if isinstance(dataset, Mapping) else {"": dataset}
+        return {name: self._prepared(one, name or "eval", settings) for name, one in several.items()}
+
+    def _prepared(self, dataset: Any, name: str, settings: DataSettings) -> Sequence[Sample]:
+        if _is_stream(dataset):
+            samples = list(stream(dataset, self._tokenizer, settings, name))
+            if not samples:
+                raise DataError(f"the {name} stream has no usable rows", code="E-DATA-0031")
+            return samples
+        prepared = prepare(dataset, self._tokenizer, settings, name)
+        self.data_reports[name] = prepared.report
+        logger.info("data     %s", prepared.report.summary())
+        for note in prepared.report.notes():
+            logger.info("         %s", note)
+        return prepared.samples
+
+
+def _config(model: Any, args: TrainingArguments | None, older: dict[str, Any]) -> SFTConfig:
+    """`args` as an `SFTConfig`, with what was once given to the trainer itself."""
+    moved = {}
+    for name in list(older):
+        if name in TRAINER_TO_CONFIG:
+            moved[TRAINER_TO_CONFIG[name]] = older.pop(name)
+            say_read_as(name, {f"args.{TRAINER_TO_CONFIG[name]}": moved[TRAINER_TO_CONFIG[name]]})
+        elif name in TRAINER_GONE:
+            older.pop(name)
+            say_read_as(name, {})
+    if older:
+        raise TypeError(f"SFTTrainer() got an unexpected argument {next(iter(older))!r}")
+    if args is None:
+        name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
+        args = SFTConfig(f"{name.rstrip('/').split('/')[-1]}-SFT")
+    if not isinstance(args, SFTConfig):
+        given = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.init}
+        args = SFTConfig(**given)
+    return dataclasses.replace(args, **moved) if moved else args
+
+
+def _refuse(**given: Any) -> None:
+    instead = {
+        "data_collator": "batches are packed; put the labels into the dataset (input_ids, labels)",
+        "compute_loss_func": "write an objective (posttrain.objectives)",
+    }
+    for name, value in given.items():
+        if value is not None:
+            raise ConfigError(f"{name} is not honoured: {instead[name]}")
+
+
+def _open_model(
+    model: Any, tokenizer: Any, args: SFTConfig, peft_config: Any, quantization_config: Any
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    if quantization_config is not None:
+        raise ConfigError("quantization_config is not honoured yet: QLoRA is not built")
+    if isinstance(model, str):
+        name, options = model, dict(args.model_init_kwargs or {})
+        model = load_model(name, options, dtype="auto" if peft_config is not None else "float32")
+        tokenizer = tokenizer or load_tokenizer(name, options.get("revision"))
+    elif args.model_init_kwargs is not None:
+        raise ConfigError("model_init_kwargs is not honoured: the model is loaded already")
+    tokenizer = tokenizer or load_tokenizer(model.config._name_or_path)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ConfigError(f"processing_class must be a tokenizer, got {type(tokenizer).__name__}; images are not supported")
+    if args.eos_token is not None:
+        set_eos_token(model, tokenizer, args.eos_token)
+    added = set_chat_template(model, tokenizer, args.chat_template_path) if args.chat_template_path else []
+    if peft_config is not None:
+        if added:
+            _train_added_tokens(peft_config, added)
+        model = adapters.add_adapter(model, peft_config)
+    set_pad_token(model, tokenizer, args.pad_token)
+    return model, tokenizer
+
+
+def _train_added_tokens(peft_config: Any, added: list[int]) -> None:
+    """New tokens have random embeddings: train those rows, and the head that must learn to say them."""
+    indices = peft_config.trainable_token_indices or {}
+    indices.setdefault("embed_tokens", []).extend(added)
+    peft_config.trainable_token_indices = indices
+    kept = list(peft_config.modules_to_save or [])
+    if "lm_head" not in kept:
+        logger.warning("the chat template added tokens; lm_head is trained whole so that the model can say them")
+        peft_config.modules_to_save = [*kept, "lm_head"]
+
+
+def _data_settings(args: SFTConfig, formatting_func: Callable[[dict[str, Any]], str] | None) -> DataSettings:
+    return DataSettings(
+        text_field=args.dataset_text_field,
+        formatting_func=formatting_func,
+        completion_only=args.completion_only_loss,
+        assistant_only=args.assistant_only_loss,
+        max_length=args.max_length,
+        truncation_mode=args.truncation_mode,
+        packing=args.packing,
+        packing_strategy=args.packing_strategy,
+        on_bad_row=args.on_bad_row,
+        shuffle=args.shuffle_dataset,
+        shuffle_seed=args.seed,
+    )
+
+
+def _is_stream(dataset: Any) -> bool:
+    return isinstance(dataset, Iterable) and not hasattr(dataset, "__len__")

@@ -1,0 +1,92 @@
+"""Yesterday's spellings, read as today's, with a line that says so.
+
+Scripts in everybody's notebooks write `tokenizer=`, `max_seq_length=` or `evaluation_strategy=`; none of them runs on
+today's transformers. Here they do.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from posttrain.errors import ConfigError
+
+logger = logging.getLogger("posttrain")
+
+Rewrite = Callable[[Any], dict[str, Any]]
+
+
+def _renamed(new: str) -> Rewrite:
+    return lambda value: {new: value}
+
+
+def _gone(_: Any) -> dict[str, Any]:
+    return {}
+
+
+def _warmup_ratio(value: Any) -> dict[str, Any]:
+    return {"warmup_steps": value} if value else {}  # a fraction below 1 is a ratio in today's transformers
+
+
+def _group_by_length(value: Any) -> dict[str, Any]:
+    return {"train_sampling_strategy": "group_by_length"} if value else {}
+
+
+def _safetensors(value: Any) -> dict[str, Any]:
+    if value is False:
+        raise ConfigError("save_safetensors=False is not honoured: weights are written as safetensors only")
+    return {}
+
+
+CONFIG_SPELLINGS: dict[str, Rewrite] = {
+    "max_seq_length": _renamed("max_length"),
+    "evaluation_strategy": _renamed("eval_strategy"),
+    "no_cuda": _renamed("use_cpu"),
+    "per_gpu_train_batch_size": _renamed("per_device_train_batch_size"),
+    "per_gpu_eval_batch_size": _renamed("per_device_eval_batch_size"),
+    "warmup_ratio": _warmup_ratio,
+    "group_by_length": _group_by_length,
+    "save_safetensors": _safetensors,
+    "overwrite_output_dir": _gone,
+    "logging_dir": _gone,
+    "dataset_batch_size": _gone,
+    "num_of_sequences": _gone,
+    "chars_per_token": _gone,
+    "use_mps_device": _gone,
+}
+
+# Arguments that trainers once took and that belong to the config today.
+TRAINER_TO_CONFIG = {
+    "max_seq_length": "max_length",
+    "dataset_text_field": "dataset_text_field",
+    "dataset_num_proc": "dataset_num_proc",
+    "dataset_kwargs": "dataset_kwargs",
+    "packing": "packing",
+    "eval_packing": "eval_packing",
+    "model_init_kwargs": "model_init_kwargs",
+    "neftune_noise_alpha": "neftune_noise_alpha",
+}
+TRAINER_GONE = ("dataset_batch_size", "num_of_sequences", "chars_per_token", "infinite")
+
+
+def modern_config(given: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of a config, old spellings replaced. None for `max_steps` means that it is not set."""
+    modern = {}
+    for name, value in given.items():
+        if name in CONFIG_SPELLINGS:
+            rewritten = CONFIG_SPELLINGS[name](value)
+            say_read_as(name, rewritten)
+            modern |= rewritten
+        elif name in ("max_steps", "num_train_epochs") and value is None:
+            continue
+        else:
+            modern[name] = value
+    return modern
+
+
+def say_read_as(old: str, rewritten: dict[str, Any]) -> None:
+    if rewritten:
+        logger.info("read %s as %s", old, ", ".join(f"{name}={value!r}" for name, value in rewritten.items()))
+    else:
+        logger.info("%s is not needed any more", old)

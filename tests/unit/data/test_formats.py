@@ -1,0 +1,208 @@
+"""Each format: told by its shape, read into the same examples, and explicit about what is wrong where."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from posttrain.data.formats import choose, detect, formats
+from posttrain.data.sources import read_rows
+from posttrain.errors import ConfigError, DataError
+from posttrain.types import Example, Origin
+
+ORIGIN = Origin("train.jsonl", 16, 17)
+USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+
+
+def parse(row: dict[str, Any], text_field: str = "text") -> Example:
+    return detect(row, ORIGIN, formats(text_field)).parse(row, ORIGIN)
+
+
+def describe(row: dict[str, Any]) -> str:
+    return detect(row, ORIGIN, formats()).describe(row)
+
+
+def error(row: dict[str, Any]) -> DataError:
+    with pytest.raises(DataError) as caught:
+        parse(row)
+    return caught.value
+
+
+def test_alpaca() -> None:
+    row = {"instruction": "Add.", "input": "1, 2", "output": "3", "id": 7}
+    example = parse(row)
+    assert example.prompt == [{"role": "user", "content": "Add.\n\n1, 2"}]
+    assert example.completions == ([{"role": "assistant", "content": "3"}],)
+    assert example.columns == {"id": 7}
+    assert describe(row) == "read as Alpaca: columns `instruction`, `input`, `output`, as a conversation"
+    assert parse({"instruction": "Add.", "input": None, "output": "3"}).prompt == [{"role": "user", "content": "Add."}]
+
+
+def test_alpaca_with_system_and_history() -> None:
+    row = {"instruction": "And 3?", "input": "", "output": "6", "system": "Add.", "history": [["1+2?", "3"]]}
+    assert [(m["role"], m["content"]) for m in parse(row).prompt or []] == [
+        ("system", "Add."),
+        ("user", "1+2?"),
+        ("assistant", "3"),
+        ("user", "And 3?"),
+    ]
+    assert '"history[0]" is not a pair' in error({**row, "history": ["a"]}).message
+
+
+def test_sharegpt_roles() -> None:
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}, {"from": "user", "value": "?"}]
+    example = parse({"conversations": turns, "system": "Be kind."})
+    assert example.prompt is None
+    assert [m["role"] for m in example.completions[0]] == ["system", "user", "assistant", "user"]
+    assert describe({"conversations": turns}) == "read as ShareGPT: column `conversations` with keys `from`, `value`"
+
+
+def test_sharegpt_tool_calls_join_the_assistants_turn() -> None:
+    call = {"name": "add", "arguments": {"a": 1}}
+    turns = [
+        {"from": "human", "value": "1+1?"},
+        {"from": "gpt", "value": "Let me see."},
+        {"from": "function_call", "value": json.dumps(call)},
+        {"from": "function_call", "value": json.dumps({"name": "add", "arguments": '{"a": 2}'})},
+        {"from": "observation", "value": "2"},
+        {"from": "function_call", "value": json.dumps([call, call])},
+    ]
+    tools = [{"name": "add", "description": "adds", "parameters": {}}]
+    example = parse({"conversations": turns, "tools": json.dumps(tools)})
+    messages = example.completions[0]
+    assert [m["role"] for m in messages] == ["user", "assistant", "tool", "assistant"]
+    first, last = messages[1], messages[3]
+    assert first["content"] == "Let me see."
+    assert [c["function"]["arguments"] for c in first["tool_calls"]] == [{"a": 1}, {"a": 2}]
+    assert last["content"] == "" and len(last["tool_calls"]) == 2
+    assert example.tools == [{"type": "function", "function": tools[0]}]
+
+
+def test_messages() -> None:
+    row = {"messages": [USER, {**ASSISTANT, "name": None}], "label": True}
+    example = parse(row)
+    assert example.completions == ([USER, ASSISTANT],)
+    assert example.columns == {"label": True}
+    assert describe(row) == "read as messages: column `messages` with keys `role`, `content`"
+    assert parse({"conversations": [USER, ASSISTANT]}).completions == ([USER, ASSISTANT],)
+    assert parse({"messages": [{"role": "human", "content": "Hi"}, ASSISTANT]}).completions == ([USER, ASSISTANT],)
+
+
+def test_template_arguments_and_tools() -> None:
+    row = {"messages": [USER, ASSISTANT], "tools": "[]", "chat_template_kwargs": {"enable_thinking": False, "x": None}}
+    example = parse(row)
+    assert example.tools is None
+    assert example.template_kwargs == {"enable_thinking": False}
+    assert example.columns == {}
+    assert error({**row, "tools": "{broken"}).code == "E-DATA-0015"
+    assert '"chat_template_kwargs" is text' in error({**row, "chat_template_kwargs": "a"}).message
+
+
+def test_prompt_completion() -> None:
+    assert parse({"prompt": "2+2=", "completion": "4"}).completions == ("4",)
+    example = parse({"prompt": [USER], "completion": [ASSISTANT]})
+    assert (example.prompt, example.completions) == ([USER], ([ASSISTANT],))
+    mixed = error({"prompt": "Hi", "completion": [ASSISTANT]})
+    assert mixed.code == "E-DATA-0016"
+    assert mixed.message.startswith('train.jsonl:17  "prompt" is text but `completion` is messages')
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Hi", "completion": " \n"},
+        {"prompt": [USER], "completion": []},
+        {"prompt": [USER], "completion": [{"role": "assistant", "content": ""}]},
+        {"instruction": "Add.", "output": ""},
+    ],
+)
+def test_empty_completions_are_refused(row: dict[str, Any]) -> None:
+    assert error(row).code == "E-DATA-0013"
+
+
+def test_text() -> None:
+    assert parse({"text": "abc", "n": 1}).completions == ("abc",)
+    assert parse({"body": "abc"}, text_field="body").completions == ("abc",)
+    assert error({"text": " "}).code == "E-DATA-0014"
+
+
+def test_precedence_is_trls() -> None:
+    assert "messages" in describe({"messages": [USER, ASSISTANT], "text": "a"})
+    assert "prompt-completion" in describe({"messages": [USER], "prompt": "a", "completion": "b"})
+    assert "messages" in describe({"messages": [USER, ASSISTANT], "prompt": "a"})
+    assert "as text" in describe({"instruction": "a", "output": "b", "text": "c"})
+
+
+def test_unknown_columns_are_named_with_a_way_out() -> None:
+    found = error({"question": "1+1?", "answer": "2", "id": None})
+    assert found.code == "E-DATA-0010"
+    assert "columns `answer`, `question` are of no known format (null: `id`)" in found.message
+    assert (found.hint or "").startswith("rename question → prompt, answer → completion, or pass a formatting_func")
+    assert "`instruction`, `input`, `output`" in (found.hint or "")
+
+
+def test_data_of_other_methods_is_refused() -> None:
+    assert "DPO" in error({"conversations": [{"from": "human", "value": "a"}], "chosen": "b", "rejected": "c"}).message
+    assert "GRPO" in (error({"prompt": "a"}).hint or "")
+    assert "images" in error({"messages": [USER, ASSISTANT], "images": ["a.png"]}).message
+
+
+@pytest.mark.parametrize(
+    ("row", "field", "says"),
+    [
+        ({"messages": []}, "messages", "is an empty list"),
+        ({"messages": [USER, "Hello"]}, "messages[1]", "is text, not a message"),
+        ({"messages": [USER, {"content": "a"}]}, "messages[1]", "has no role"),
+        ({"messages": [USER, {"role": "assistant"}]}, "messages[1].content", "is missing"),
+        ({"messages": [USER, {"role": "assistant", "content": 4}]}, "messages[1].content", "is a number, not text"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}]},
+            "messages[0].content[1]",
+            "is of type image",
+        ),
+        ({"conversations": [{"from": "human"}]}, "conversations[0]", "lacks `from` or a text in `value`"),
+        (
+            {"conversations": [{"from": "function_call", "value": "add(1)"}]},
+            "conversations[0].value",
+            "is not valid JSON",
+        ),
+        ({"conversations": [{"from": "function_call", "value": "3"}]}, "conversations[0].value", "is no tool call"),
+        ({"prompt": "a", "completion": 3}, "completion", "is a number, not text"),
+    ],
+)
+def test_malformed_fields_are_named(row: dict[str, Any], field: str, says: str) -> None:
+    assert error(row).message.startswith(f'train.jsonl:17  "{field}" {says}')
+
+
+def test_a_mistyped_role_is_found_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    row = {"messages": [USER, {"role": "assitant", "content": "Hello" * 60}]}
+    path.write_text('{"text": "a"}\n' + json.dumps(row) + "\n")
+    (_, _), (origin, read) = read_rows(path)
+    with pytest.raises(DataError) as caught:
+        detect(read, origin, formats()).parse(read, origin)
+    first, evidence, hint = str(caught.value).split("\n")
+    column = json.dumps(row).index('"assitant"') + 1
+    assert caught.value.code == "E-DATA-0012"
+    assert first == f'{path}:2:{column}  "messages[1].role" is "assitant"'
+    assert '"role": "assitant"' in evidence and len(evidence) < 120
+    assert hint == '  = did you mean "assistant"?'
+
+
+def test_a_mistyped_role_in_an_array(tmp_path: Path) -> None:
+    path = tmp_path / "train.json"
+    path.write_text('[\n {"conversations": [\n   {"from": "humann", "value": "Hi"}\n ]}\n]')
+    ((origin, read),) = read_rows(path)
+    with pytest.raises(DataError, match=r'train.json:3:13  "conversations\[0\].from" is "humann"') as caught:
+        detect(read, origin, formats()).parse(read, origin)
+    assert caught.value.hint == 'did you mean "human"?'
+
+
+def test_choosing_a_format_by_name() -> None:
+    assert choose("auto", formats()) is None
+    assert choose("alpaca", formats()) is formats()["alpaca"]
+    with pytest.raises(ConfigError, match="did you mean 'sharegpt'"):
+        choose("share-gpt", formats())
