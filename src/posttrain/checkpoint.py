@@ -1,8 +1,8 @@
 """Checkpoint folders that are whole or not there.
 
 `checkpoint-N` is written as `checkpoint-N.partial`: the files, each synced to disk, then `MANIFEST.json` with the size
-and SHA-256 of every one, then one rename. The new folder is read back and verified before anything older is deleted, and
-what is deleted is never the last valid one, the best one, or another run's. A folder whose files do not match its
+and SHA-256 of every one, then one rename. The new folder is read back and verified before anything older is deleted,
+and what is deleted is never the last valid one, the best one, or another run's. A folder whose files do not match its
 manifest is named and passed over when a run resumes. Nothing here is pickled: tensors are safetensors, the rest JSON.
 
 Left out: what goes into a checkpoint. `snapshot.py` knows.

@@ -1,7 +1,8 @@
 """What the rest of the world hears from the loop: transformers' callbacks, state and control, and the log history.
 
-`Events` owns a `TrainerState`, a `TrainerControl` and a `CallbackHandler`, all transformers' own, so that every callback
-and reporting integration written for them works unchanged. The loop tells it what happened and asks it what is due.
+`Events` owns a `TrainerState`, a `TrainerControl` and a `CallbackHandler`, all transformers' own, so that every
+callback and reporting integration written for them works unchanged. The loop tells it what happened and asks what is
+due.
 """
 
 from __future__ import annotations
@@ -104,7 +105,9 @@ class Events:
         begin = {"on_epoch_begin": "_new_epoch", "on_step_begin": "_new_step"}.get(event)
         if begin:
             getattr(self.control, begin)()
-        for done in {"on_log": ["should_log"], "on_save": ["should_save"], "on_evaluate": ["should_evaluate"]}.get(event, []):
+        for done in {"on_log": ["should_log"], "on_save": ["should_save"], "on_evaluate": ["should_evaluate"]}.get(
+            event, []
+        ):
             setattr(self.control, done, False)
         self.control = self.handler.call_event(event, self.args, self.state, self.control, **kwargs)
 
@@ -114,7 +117,10 @@ def _exported(callbacks: list[ExportableState]) -> dict[str, Any]:
     for callback in callbacks:
         name = type(callback).__name__
         if name in exported:
-            exported[name] = [*(exported[name] if isinstance(exported[name], list) else [exported[name]]), callback.state()]
+            exported[name] = [
+                *(exported[name] if isinstance(exported[name], list) else [exported[name]]),
+                callback.state(),
+            ]
         else:
             exported[name] = callback.state()
     return exported
@@ -124,7 +130,9 @@ class Progress(ProgressCallback):
     """transformers' progress bar with what one wants to know beside it: loss, rate, time left. Log lines that are not
     evaluations stay in the bar, so that a long run does not fill the screen."""
 
-    def on_prediction_step(self, args: Any, state: Any, control: Any, eval_total: int | None = None, **kwargs: Any) -> None:
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_total: int | None = None, **kwargs: Any
+    ) -> None:
         """Evaluation is quicker than a bar is worth; nothing to draw."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:

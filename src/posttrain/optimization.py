@@ -35,7 +35,11 @@ def make_optimizer(
         kind, options = chosen or Trainer.get_optimizer_cls_and_kwargs(args, model)
     except ImportError as error:
         raise ConfigError(f"optim={args.optim!r}: {error}") from None
-    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)) or {"params", "model", "optimizer_dict"} & set(options):
+    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)) or {
+        "params",
+        "model",
+        "optimizer_dict",
+    } & set(options):
         raise ConfigError(f"optim={args.optim!r} takes the model apart by itself, which is not supported",
                           hint="choose an optimiser over parameters, such as adamw_torch")  # fmt: skip
     decayed = set(get_parameter_names(model, [nn.LayerNorm], NOT_DECAYED))

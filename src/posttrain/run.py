@@ -117,7 +117,9 @@ class Run:
                             hint="lower per_device_train_batch_size or set dataloader_drop_last=False")  # fmt: skip
         by_epochs = math.ceil(args.num_train_epochs * order.steps_per_epoch)
         max_steps = args.max_steps if args.max_steps > 0 else by_epochs
-        epochs = math.ceil(max_steps / order.steps_per_epoch) if args.max_steps > 0 else math.ceil(args.num_train_epochs)
+        epochs = (
+            math.ceil(max_steps / order.steps_per_epoch) if args.max_steps > 0 else math.ceil(args.num_train_epochs)
+        )
         return StaticSource(samples, order, self._budget()), max_steps, epochs
 
     def _data_seed(self) -> int:
@@ -308,7 +310,9 @@ class Run:
             "per_device_train_batch_size": args.per_device_train_batch_size,
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
             "data seed": self._data_seed(),
-            "training data (hash of its tokens)": None if callable(self.train_samples) else fingerprint(self.train_samples),
+            "training data (hash of its tokens)": None
+            if callable(self.train_samples)
+            else fingerprint(self.train_samples),
             "compute dtype": "bfloat16" if args.bf16 else "float32",
         }
 

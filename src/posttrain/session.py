@@ -1,8 +1,8 @@
 """A model opened for packed computing, and given back as it was found.
 
 Opening casts it to the compute dtype with fp32 masters, switches attention and LoRA layers to ours, proves on a few
-tokens that the layout is honoured, and turns on recomputation where it was asked for. Closing undoes all of it; what was
-trained stays.
+tokens that the layout is honoured, and turns on recomputation where it was asked for. Closing undoes all of it; what
+was trained stays.
 """
 
 from __future__ import annotations

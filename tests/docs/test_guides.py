@@ -65,7 +65,7 @@ def test_only_runnable_python_is_kept() -> None:
     guide = (
         "# T\n```python\na = 1\n```\n```sh\nls\n```\n<!-- no-run -->\n```python\nb = 2\n```\n\n```python\nc = 3\n```\n"
     )
-    assert python_lines(guide) == (["", "", "a = 1", *[""] * 9, "c = 3", ""], False)
+    assert python_lines(guide) == (["", "", "a = 1", *[""] * 10, "c = 3", ""], False)
 
 
 def test_a_slow_guide_is_known() -> None:

@@ -16,14 +16,15 @@ PACKAGE = Path(__file__).resolve().parents[2] / "src" / "posttrain"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("types", "errors"),
     ("data", "models", "objectives", "rewards", "parallel", "events", "signals", "snapshot", "optimization"),
-    ("checkpoint", "meter", "rollout", "evaluate"),
+    ("checkpoint", "meter", "session", "rollout", "evaluate"),
     ("loop",),
     ("run", "export"),
-    ("trainers", "runner"),
+    ("trainers",),
+    ("runner",),
     ("cli", "web"),
     ("__init__", "__main__"),
 )
-"""A module may import from layers above its own line here, and from its own package; never sideways, never down."""
+"""A module may import from lines above its own, and from its own package; never from its own line, never below."""
 
 NOT_FOR = {"loop": {"data", "models"}}
 """The loop knows no file format and no model family."""

@@ -1,8 +1,8 @@
 """Which samples make up optimiser step n. A pure function of the seed and n, so resuming needs no replay.
 
-The order is the one transformers and accelerate produce for the same seed: epoch e is `torch.randperm` under a generator
-seeded with `seed + e`, cut into batches of `per_device_train_batch_size`, `gradient_accumulation_steps` of which make a
-step; the last step of an epoch may be smaller.
+The order is the one transformers and accelerate produce for the same seed: epoch e is `torch.randperm` under a
+generator seeded with `seed + e`, cut into batches of `per_device_train_batch_size`, of which a step takes
+`gradient_accumulation_steps`; the last step of an epoch may be smaller.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Order:
         return list(usable[within * size : (within + 1) * size])
 
     def epoch_after(self, step: int) -> float:
-        """`trainer_state.json`'s epoch once `step` steps are done: whole epochs and the share of batches of this one."""
+        """`trainer_state.json`'s epoch once `step` steps are done: whole epochs, and the share of this one's batches."""
         done, within = divmod(step, self.steps_per_epoch)
         if within == 0:
             return float(done)

@@ -124,8 +124,11 @@ def _parse_at(text: str, position: int, path: Path) -> tuple[Any, int]:
         return DECODER.raw_decode(text, position)
     except json.JSONDecodeError as error:
         raise _broken_array(error.msg, text, error.pos, path) from None
-    except _NotANumber as error:
-        raise _not_a_number(error, text, position, f"{path}:{1 + text.count(chr(10), 0, position)}") from None
+    except ValueError as error:
+        where = f"{path}:{1 + text.count(chr(10), 0, position)}"
+        if isinstance(error, _NotANumber):
+            raise _not_a_number(error, text, position, where) from None
+        raise DataError(f"{where}  not valid JSON: {error}", code="E-DATA-0002") from None
 
 
 def _broken_array(what: str, text: str, position: int, path: Path) -> DataError:

@@ -26,15 +26,31 @@ def read_csv(path: Path, reject: Reject) -> Rows:
     header = next(csv.reader([first], delimiter=delimiter))
     if len(set(header)) < len(header) or not all(header):
         raise DataError(f"{path}:1: the header names a column twice or not at all: {excerpt(first.strip())}")
-    reader, line = csv.reader(lines, delimiter=delimiter), 2
-    for row, values in enumerate(reader):
-        origin, line = Origin(str(path), row, line), reader.line_num + 2
+    for row, (line, values) in enumerate(_records(lines, delimiter, path)):
+        origin = Origin(str(path), row, line)
         if len(values) == len(header):
             yield origin, dict(zip(header, values, strict=True))
-        elif values:  # a blank line has none
+        else:
             what = f"has {len(values)} fields, but the header has {len(header)}"
             hint = f"put quotes around fields that hold a {delimiter!r}"
             reject(bad_row("E-DATA-0007", origin, what, row=delimiter.join(values), hint=hint), origin)
+
+
+def _records(lines: Iterator[str], delimiter: str, path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The fields of each record after the header, and the line it begins on; blank lines are passed over. Strictly: a
+    quote that is never closed would swallow the rest of the file."""
+    reader, line = csv.reader(lines, delimiter=delimiter, strict=True), 2
+    while True:
+        try:
+            values = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            hint = 'a quote inside a quoted field is written twice: ""'
+            raise DataError(f"{path}:{line}  broken CSV: {error}", hint=hint, code="E-DATA-0007") from None
+        if values:
+            yield line, values
+        line = reader.line_num + 2
 
 
 def read_parquet(path: Path, reject: Reject) -> Rows:

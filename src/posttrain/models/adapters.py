@@ -3,8 +3,8 @@
 PEFT builds, names, saves and loads every adapter. For the ordinary case - one active LoRA adapter without DoRA or other
 variants on a frozen `nn.Linear` - its layer is specialised to `LeanLora`, which runs the same arithmetic as one autograd
 function: the scale is folded into B, the update is added in place, the input is saved once in its own dtype and not
-cast to fp32, and no gradient is made for frozen weights or for an input that needs none. Everything else (DoRA, several
-adapters, disabled or merged adapters, GPT-2's Conv1D) runs PEFT's own forward.
+cast to fp32, and no gradient is made for frozen weights or for an input that needs none. Everything else (DoRA,
+several adapters, disabled or merged adapters, GPT-2's Conv1D) runs PEFT's own forward.
 """
 
 from __future__ import annotations

@@ -52,7 +52,9 @@ def packed_attention(
     )
     attend = _capped(softcap) if softcap is not None else scaled_dot_product_attention
     outputs = [
-        attend(q, k, v, dropout_p=dropout, scale=scaling, enable_gqa=q.shape[1] != k.shape[1], **_mask(q, sliding_window))
+        attend(
+            q, k, v, dropout_p=dropout, scale=scaling, enable_gqa=q.shape[1] != k.shape[1], **_mask(q, sliding_window)
+        )
         for q, k, v in pieces
     ]
     return torch.cat(outputs, dim=2).transpose(1, 2), None

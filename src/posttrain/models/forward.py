@@ -18,7 +18,7 @@ import torch
 from posttrain.errors import ConfigError
 from posttrain.models import attention, capabilities
 from posttrain.models.head import HeadShape, token_logps
-from posttrain.types import Batch, Layout, Needs, Outputs, Origin
+from posttrain.types import Batch, Layout, Needs, Origin, Outputs
 
 logger = logging.getLogger("posttrain")
 
@@ -26,7 +26,7 @@ logger = logging.getLogger("posttrain")
 @dataclass
 class Policy:
     """`model` as the user knows it, `base` without the PEFT wrapper. `neftune_alpha` adds noise to the embeddings while
-    training (NEFTune, arXiv 2310.05914): uniform, of size `alpha / sqrt(length x D)` with each sequence's own length."""
+    training (NEFTune, arXiv 2310.05914): uniform, of size `alpha / sqrt(length x D)`, each sequence's own length."""
 
     model: Any
     base: Any
@@ -55,7 +55,7 @@ class Policy:
         return Outputs(logp_R, top1_R, entropy_R, uniform_R)
 
     def _packed(self, batch: Batch) -> torch.Tensor:
-        # A mask that already has four dimensions is handed through as it is, so none is built; attention reads `layout`.
+        # A mask of four dimensions is handed through as it is, so none is built; attention reads `layout` instead.
         no_mask = torch.empty(1, 1, 0, 0, device=self.device)
         output = self.base.base_model(
             **self._inputs(batch.input_ids_T[None], batch.layout),
@@ -118,7 +118,9 @@ def open_policy(model: Any, *, neftune_alpha: float | None = None, router_aux_lo
         problem = _difference(policy, expected)
         logger.warning("%s does not honour packed sequences; training with padded batches", type(base).__name__)
     if problem:
-        raise ConfigError(f"{type(base).__name__}: {problem}; its logits are more than its head times its hidden states")
+        raise ConfigError(
+            f"{type(base).__name__}: {problem}; its logits are more than its head times its hidden states"
+        )
     policy.neftune_alpha = neftune_alpha
     return policy
 
@@ -199,7 +201,7 @@ def _difference(policy: Policy, expected_R: torch.Tensor) -> str | None:
 
 
 def _keeps_segments_apart(policy: Policy) -> bool:
-    """Other tokens in the middle sequence leave the first and the last bit for bit alone (same shapes, same kernels)."""
+    """Other tokens in the middle sequence leave the first and last bit for bit alone (same shapes, same kernels)."""
     with _own_attention(policy):
         one, other = (policy(_check_batch(policy, salt), Needs()).logp_R for salt in (0, 1))
     middle = slice(_CHECK_LENGTHS[0] - 1, _CHECK_LENGTHS[0] + _CHECK_LENGTHS[1] - 2)

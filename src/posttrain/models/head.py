@@ -75,9 +75,7 @@ class _TokenLogps(torch.autograd.Function):
         rows = len(target_R)
         head_trained = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         early = ctx.needs_input_grad[0] and not head_trained
-        logp_R, entropy_R, uniform_R = (
-            hidden_RD.new_zeros(rows, dtype=_accurate(hidden_RD.dtype)) for _ in range(3)
-        )
+        logp_R, entropy_R, uniform_R = (hidden_RD.new_zeros(rows, dtype=_accurate(hidden_RD.dtype)) for _ in range(3))
         top1_R = torch.empty(rows, dtype=torch.bool, device=hidden_RD.device)
         slope_RD = torch.empty_like(hidden_RD) if early else None  # d logp / d hidden
         uniform_slope_RD = torch.empty_like(hidden_RD) if early and uniform else None
@@ -121,7 +119,9 @@ class _TokenLogps(torch.autograd.Function):
             return grad_RD, None, None, None, None, None, None
         hidden_RD, weight_VD, bias_V, target_R = ctx.saved_tensors
         grad_hidden_RD = torch.empty_like(hidden_RD) if ctx.needs_input_grad[0] else None
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=_accurate(hidden_RD.dtype)) if ctx.needs_input_grad[1] else None
+        grad_weight_VD = (
+            torch.zeros_like(weight_VD, dtype=_accurate(hidden_RD.dtype)) if ctx.needs_input_grad[1] else None
+        )
         grad_bias_V = torch.zeros_like(bias_V, dtype=_accurate(hidden_RD.dtype)) if ctx.needs_input_grad[2] else None
         for start in range(0, len(target_R), CHUNK_ROWS):
             part = slice(start, start + CHUNK_ROWS)

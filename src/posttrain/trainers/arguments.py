@@ -16,20 +16,20 @@ from posttrain.errors import ConfigError
 
 logger = logging.getLogger("posttrain")
 
-HONOURED = frozenset(
-    """
-    output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type
-    lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon
-    optim_target_modules gradient_accumulation_steps max_grad_norm label_smoothing_factor bf16 tf32
-    activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs
-    neftune_noise_alpha logging_strategy logging_steps logging_first_step include_num_input_tokens_seen log_level
-    disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id eval_strategy
-    eval_steps eval_delay per_device_eval_batch_size prediction_loss_only eval_on_start eval_do_concat_batches
-    eval_accumulation_steps include_for_metrics batch_eval_metrics save_only_model save_strategy save_steps
-    save_total_limit load_best_model_at_end metric_for_best_model greater_is_better full_determinism seed data_seed
-    use_cpu dataloader_drop_last train_sampling_strategy
-    """.split()
-)
+HONOURED = frozenset((
+    "output_dir", "per_device_train_batch_size", "num_train_epochs", "max_steps", "learning_rate",
+    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "weight_decay", "adam_beta1",
+    "adam_beta2", "adam_epsilon", "optim_target_modules", "gradient_accumulation_steps", "max_grad_norm",
+    "label_smoothing_factor", "bf16", "tf32", "activation_checkpointing", "activation_checkpointing_kwargs",
+    "gradient_checkpointing", "gradient_checkpointing_kwargs", "neftune_noise_alpha", "logging_strategy",
+    "logging_steps", "logging_first_step", "include_num_input_tokens_seen", "log_level", "disable_tqdm",
+    "report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id",
+    "eval_strategy", "eval_steps", "eval_delay", "per_device_eval_batch_size", "prediction_loss_only",
+    "eval_on_start", "eval_do_concat_batches", "eval_accumulation_steps", "include_for_metrics",
+    "batch_eval_metrics", "save_only_model", "save_strategy", "save_steps", "save_total_limit",
+    "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "full_determinism", "seed", "data_seed",
+    "use_cpu", "dataloader_drop_last", "train_sampling_strategy",
+))  # fmt: skip
 
 # Cannot change any number here; what each is for happens anyway or has no counterpart.
 HARMLESS = {
@@ -73,7 +73,15 @@ HARMLESS = {
     "hub_revision": "it matters with push_to_hub only",
 }
 # Set by transformers itself or part of nearly every script; a note about them would be noise.
-_SILENT = {"remove_unused_columns", "do_train", "do_eval", "do_predict", "local_rank", "accelerator_config", "hub_token"}
+_SILENT = {
+    "remove_unused_columns",
+    "do_train",
+    "do_eval",
+    "do_predict",
+    "local_rank",
+    "accelerator_config",
+    "hub_token",
+}
 
 REFUSED = {
     "fp16": "half precision with loss scaling is not supported; use bf16=True, or fp32 with bf16=False",

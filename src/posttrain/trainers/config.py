@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
@@ -40,7 +40,11 @@ class SFTConfig(TrainingArguments):
     Raises: ConfigError for a setting that is not honoured, naming it.
     """
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "dataset_kwargs"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+        "dataset_kwargs",
+    ]
 
     learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate; LoRA wants about 2e-4."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between log lines; below 1: a share of all."})
@@ -58,7 +62,8 @@ class SFTConfig(TrainingArguments):
         default=None, metadata={"help": "Balancing loss of mixtures of experts; only 0.0 is supported."}
     )
     chat_template_path: str | None = field(
-        default=None, metadata={"help": "A .jinja file, or a folder or name of a tokenizer, whose chat template to use."}
+        default=None,
+        metadata={"help": "A .jinja file, or a folder or name of a tokenizer, whose chat template to use."},
     )
     dataset_text_field: str = field(default="text", metadata={"help": "Column that holds plain text."})
     dataset_kwargs: dict[str, Any] | str | None = field(
@@ -88,6 +93,7 @@ class SFTConfig(TrainingArguments):
     token_budget: int | None = field(
         default=None, metadata={"help": "Most tokens in one forward. Changes memory and speed, never the result."}
     )
+    dataset_format: str = field(default="auto", metadata={"help": "Name of the rows' format; 'auto' asks each row."})
     on_bad_row: str = field(default="error", metadata={"help": "'error', or 'skip' (counted and reported)."})
 
     def __post_init__(self) -> None:
@@ -112,12 +118,16 @@ class SFTConfig(TrainingArguments):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is unknown", hint=f"choose one of {choices}")
         for name in ("trust_remote_code", "activation_offloading"):
             if getattr(self, name):
-                raise ConfigError(f"{name}=True is not honoured: {type(self).__dataclass_fields__[name].metadata['help']}")
+                raise ConfigError(
+                    f"{name}=True is not honoured: {type(self).__dataclass_fields__[name].metadata['help']}"
+                )
         if self.padding_free and not self.packing and self.max_length is not None:
             # TRL refuses this pair; here both can be had, and nothing is padded in any case.
             self.padding_free = False
         if set(self.dataset_kwargs or {}) - {"skip_prepare_dataset"}:
-            raise ConfigError(f"dataset_kwargs={self.dataset_kwargs} is not honoured: only skip_prepare_dataset is known")
+            raise ConfigError(
+                f"dataset_kwargs={self.dataset_kwargs} is not honoured: only skip_prepare_dataset is known"
+            )
         if self.token_budget is not None and self.token_budget < 1:
             raise ConfigError(f"token_budget={self.token_budget} must be at least 1")
 

@@ -1,7 +1,7 @@
 """`SFTTrainer`: TRL 1.16's arguments, posttrain's engine.
 
-Not here: images (refused), `compute_loss_func` and custom collators (a loss is an objective; batches are packed, so there
-is nothing to collate).
+Not here: images (refused), `compute_loss_func` and custom collators (a loss is an objective; batches are packed, so
+there is nothing to collate).
 """
 
 from __future__ import annotations
@@ -184,7 +184,9 @@ def _open_model(
         raise ConfigError("model_init_kwargs is not honoured: the model is loaded already")
     tokenizer = tokenizer or load_tokenizer(model.config._name_or_path)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise ConfigError(f"processing_class must be a tokenizer, got {type(tokenizer).__name__}; images are not supported")
+        raise ConfigError(
+            f"processing_class must be a tokenizer, got {type(tokenizer).__name__}; images are not supported"
+        )
     if args.eos_token is not None:
         set_eos_token(model, tokenizer, args.eos_token)
     added = set_chat_template(model, tokenizer, args.chat_template_path) if args.chat_template_path else []
@@ -209,6 +211,7 @@ def _train_added_tokens(peft_config: Any, added: list[int]) -> None:
 
 def _data_settings(args: SFTConfig, formatting_func: Callable[[dict[str, Any]], str] | None) -> DataSettings:
     return DataSettings(
+        format=args.dataset_format,
         text_field=args.dataset_text_field,
         formatting_func=formatting_func,
         completion_only=args.completion_only_loss,

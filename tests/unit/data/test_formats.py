@@ -77,7 +77,8 @@ def test_sharegpt_tool_calls_join_the_assistants_turn() -> None:
     first, last = messages[1], messages[3]
     assert first["content"] == "Let me see."
     assert [c["function"]["arguments"] for c in first["tool_calls"]] == [{"a": 1}, {"a": 2}]
-    assert last["content"] == "" and len(last["tool_calls"]) == 2
+    assert last["content"] == ""
+    assert len(last["tool_calls"]) == 2
     assert example.tools == [{"type": "function", "function": tools[0]}]
 
 
@@ -141,7 +142,9 @@ def test_unknown_columns_are_named_with_a_way_out() -> None:
     assert found.code == "E-DATA-0010"
     assert "columns `answer`, `question` are of no known format (null: `id`)" in found.message
     assert (found.hint or "").startswith("rename question → prompt, answer → completion, or pass a formatting_func")
-    assert "`instruction`, `input`, `output`" in (found.hint or "")
+    assert "alpaca (`instruction`, `input`, `output`)" in (found.hint or "")
+    with pytest.raises(DataError, match=r"text \(`body`\)"):
+        parse({"text": "a"}, text_field="body")
 
 
 def test_data_of_other_methods_is_refused() -> None:
@@ -188,7 +191,8 @@ def test_a_mistyped_role_is_found_in_the_file(tmp_path: Path) -> None:
     column = json.dumps(row).index('"assitant"') + 1
     assert caught.value.code == "E-DATA-0012"
     assert first == f'{path}:2:{column}  "messages[1].role" is "assitant"'
-    assert '"role": "assitant"' in evidence and len(evidence) < 120
+    assert '"role": "assitant"' in evidence
+    assert len(evidence) < 120
     assert hint == '  = did you mean "assistant"?'
 
 

@@ -1,7 +1,7 @@
 """The formats rows come in. Each is told by the shape of a row, explains itself, and becomes an `Example`.
 
-A new format is one file with `matches`, `parse` and `describe`, and one line in the table, in order of precedence:
-as in TRL a row that has both messages and text is a conversation.
+A new format is one file with `SHAPE`, `matches`, `parse` and `describe`, and one line in the table. The table is in
+order of precedence: as in TRL, a row that has both messages and text is a conversation.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from posttrain.types import Example, Origin
 
 
 class Format(Protocol):
-    """A module of this package, or an object like one."""
+    """A module of this package, or an object like one. `SHAPE` says in a few words what its rows look like."""
 
+    @property
+    def SHAPE(self) -> str: ...
     def matches(self, row: Row) -> bool: ...
     def parse(self, row: Row, origin: Origin) -> Example: ...
     def describe(self, row: Row) -> str: ...
@@ -81,22 +83,13 @@ def _unknown(row: Row, origin: Origin, known: dict[str, Format]) -> DataError:
     columns = [column for column, value in row.items() if value is not None]
     nulls = sorted(set(row) - set(columns))
     renames = [f"{column} → {LIKELY[column]}" for column in columns if column in LIKELY]
-    hint = "known formats: " + "; ".join(f"{name} ({SHAPES[name]})" for name in known)
+    hint = "known formats: " + "; ".join(f"{name} ({fmt.SHAPE})" for name, fmt in known.items())
     if columns == ["prompt"] and not nulls:
         hint = "a prompt alone is data for GRPO, RLOO or PPO; supervised training wants a completion beside it"
     elif renames:
         hint = f"rename {', '.join(renames)}, or pass a formatting_func; {hint}"
     what = f"columns {_names(columns)} are of no known format" + (f" (null: {_names(nulls)})" if nulls else "")
     return bad_row("E-DATA-0010", origin, what, row=row, hint=hint)
-
-
-SHAPES = {
-    "prompt-completion": "`prompt` and `completion`, both text or both messages",
-    "sharegpt": "`conversations` with `from`, `value`",
-    "messages": "`messages` with `role`, `content`",
-    "text": "`text`",
-    "alpaca": "`instruction`, `input`, `output`",
-}
 
 
 def _names(columns: list[str] | set[str]) -> str:

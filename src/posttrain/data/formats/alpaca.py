@@ -10,6 +10,7 @@ from posttrain.data.codes import Row, bad_row
 from posttrain.data.formats.build import build, filled_text
 from posttrain.types import Example, Message, Origin
 
+SHAPE = "`instruction`, `input`, `output`"
 COLUMNS = {"instruction", "input", "output", "system", "history"}
 
 

@@ -9,6 +9,7 @@ from posttrain.data.conversation import clean_messages
 from posttrain.data.formats.build import build
 from posttrain.types import Example, Origin
 
+SHAPE = "`messages` with `role`, `content`"
 COLUMNS = ("messages", "conversations", "conversation")
 
 

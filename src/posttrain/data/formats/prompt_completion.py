@@ -7,6 +7,7 @@ from posttrain.data.conversation import clean_messages
 from posttrain.data.formats.build import build, filled_text
 from posttrain.types import Example, Message, Origin
 
+SHAPE = "`prompt` and `completion`, both text or both messages"
 COLUMNS = {"prompt", "completion"}
 
 

@@ -14,6 +14,7 @@ from posttrain.data.conversation import map_role, parse_json
 from posttrain.data.formats.build import build
 from posttrain.types import Example, Message, Origin
 
+SHAPE = "`conversations` with `from`, `value`"
 COLUMN = "conversations"
 CALLS = ("function_call", "tool_call", "tool_calls")
 

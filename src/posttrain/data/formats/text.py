@@ -13,6 +13,10 @@ from posttrain.types import Example, Origin
 class TextFormat:
     column: str
 
+    @property
+    def SHAPE(self) -> str:  # as the modules' constant
+        return f"`{self.column}`"
+
     def matches(self, row: Row) -> bool:
         return isinstance(row.get(self.column), str)
 

@@ -1,0 +1,162 @@
+"""One row after another: read, parsed, rendered, tokenised, checked, limited in length; the report counts along.
+
+Every row is accounted for: it comes out, or is in the report with its reason. With `on_bad_row="error"` it raises.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from posttrain.data.chat import Chat
+from posttrain.data.codes import Row, bad_row, excerpt, kind
+from posttrain.data.encode import Encoded, Encoder
+from posttrain.data.formats import choose, detect, formats
+from posttrain.data.render import Rendered, Supervision, render
+from posttrain.data.report import DataReport
+from posttrain.data.settings import DataSettings
+from posttrain.data.sources import Rows, read_rows
+from posttrain.data.templates import resolve_template
+from posttrain.data.tokens import from_tokens, is_tokenized
+from posttrain.errors import ConfigError, DataError
+from posttrain.types import Branch, Example, Origin, Tokenized
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CHUNK = 1000
+
+
+class Pipeline:
+    """Rows in, tokens out, the report on the side. Rows go through in chunks, for the tokenizer is fast on many texts
+    at once."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: DataSettings, report: DataReport):
+        self.tokenizer, self.settings, self.report = tokenizer, settings, report
+        self.supervision = Supervision(settings.completion_only, settings.assistant_only)
+        self.encoder = Encoder(tokenizer, settings.columns)
+        self.formats = formats(settings.text_field)
+        self.format = choose(settings.format, self.formats)
+        self.chat: Chat | None = None
+
+    def run(self, dataset: Any, name: str) -> Iterator[Tokenized]:
+        rows = _with_progress(read_rows(dataset, name, self._reject), dataset, name)
+        while chunk := list(islice(rows, CHUNK)):
+            self.report.rows += len(chunk)
+            for tokenized in self._chunk(chunk):
+                self.report.used += 1
+                self.report.tokens += tokenized.num_tokens
+                self.report.supervised += tokenized.num_supervised
+                yield tokenized
+
+    def _chunk(self, chunk: list[tuple[Origin, Row]]) -> Iterator[Tokenized]:
+        ready: list[Rendered | Tokenized] = []
+        for origin, row in chunk:
+            try:
+                ready.append(self._read(row, origin))
+            except DataError as error:
+                self._skip(error, origin)
+        encoded = iter(self.encoder.encode([item for item in ready if isinstance(item, Rendered)]))
+        for item in ready:
+            done = Encoded(item, False) if isinstance(item, Tokenized) else next(encoded)
+            limited = self._accept(done, item)
+            if limited is not None:
+                yield limited
+
+    def _read(self, row: Row, origin: Origin) -> Rendered | Tokenized:
+        if is_tokenized(row):
+            if self.settings.formatting_func is not None:
+                raise ConfigError(f"{origin}: the row is tokenised already, so formatting_func has nothing to format")
+            self.report.formats["read as tokens: column `input_ids`"] += 1
+            return from_tokens(row, origin, self.supervision, len(self.tokenizer), self.settings.columns)
+        example = self._parse(row, origin)
+        if example.is_conversational:
+            self.report.conversational += 1
+            self.chat = self.chat or Chat(self.tokenizer, resolve_template(self.tokenizer, self.settings.chat_template))
+        rendered = render(example, self.tokenizer, self.chat, self.supervision)
+        if self.chat is not None and rendered.is_chat and not self.chat.ends(rendered.trained_text):
+            self.report.endless.add(origin)
+        return rendered
+
+    def _parse(self, row: Row, origin: Origin) -> Example:
+        if self.settings.formatting_func is not None:
+            self.report.formats["read by formatting_func, as text"] += 1
+            return _formatted(self.settings.formatting_func, row, origin)
+        chosen = self.format or detect(row, origin, self.formats)
+        if not chosen.matches(row):
+            columns = ", ".join(row)
+            what = f"is not of format {self.settings.format!r} (columns {columns})"
+            raise bad_row("E-DATA-0010", origin, what, row=row, hint='format="auto" tells by the shape of each row')
+        self.report.formats[chosen.describe(row)] += 1
+        return chosen.parse(row, origin)
+
+    def _accept(self, done: Encoded, item: Rendered | Tokenized) -> Tokenized | None:
+        """What of it is used: limited to `max_length`, or nothing if there is nothing to train."""
+        whole, report = done.tokenized, self.report
+        if whole.num_supervised == 0:
+            self._skip(_nothing_supervised(whole, item), whole.origin)
+            return None
+        if done.boundary_moved:
+            report.boundary_moved.add(whole.origin)
+        if self.settings.packing:  # packing cuts
+            return whole
+        limited = _limit(whole, self.settings)
+        if limited.num_supervised == 0:
+            report.drop("E-DATA-0030", whole.origin)
+            return None
+        if limited is not whole:
+            report.truncated.add(whole.origin)
+            report.tokens_lost += whole.num_tokens - limited.num_tokens
+            report.supervised_lost += whole.num_supervised - limited.num_supervised
+        return limited
+
+    def _reject(self, error: DataError, origin: Origin) -> None:
+        """A row that could not even be read."""
+        self.report.rows += 1
+        self._skip(error, origin)
+
+    def _skip(self, error: DataError, origin: Origin) -> None:
+        if self.settings.on_bad_row == "error":
+            raise error
+        self.report.skip(error, origin)
+
+
+def _formatted(function: Callable[[Row], object], row: Row, origin: Origin) -> Example:
+    try:
+        text = function(row)
+    except Exception as error:  # the user's own code: its own error, and where it happened
+        error.add_note(f"formatting_func failed on {origin}")
+        raise
+    if not isinstance(text, str):
+        hint = "it is called with one row at a time, a dict of values; return one text"
+        raise bad_row("E-DATA-0019", origin, f"formatting_func returned {kind(text)}", row=row, hint=hint)
+    if not text.strip():
+        raise bad_row("E-DATA-0014", origin, "formatting_func returned an empty text", row=row)
+    return Example(None, (text,), origin, columns=row)
+
+
+def _limit(example: Tokenized, settings: DataSettings) -> Tokenized:
+    length, branch = settings.max_length, example.branches[0]
+    if length is None or len(branch.ids) <= length:
+        return example
+    kept = slice(None, length) if settings.truncation_mode == "keep_start" else slice(-length, None)
+    return replace(example, branches=(Branch(branch.ids[kept], branch.supervised[kept]),))
+
+
+def _with_progress(rows: Rows, dataset: Any, name: str) -> Rows:
+    """A bar on a terminal, once it has taken two seconds."""
+    from tqdm import tqdm
+
+    total = len(dataset) if hasattr(dataset, "__len__") and not isinstance(dataset, str) else None
+    return iter(tqdm(rows, desc=name, total=total, unit=" rows", delay=2, leave=False, disable=None, file=sys.stderr))
+
+
+def _nothing_supervised(whole: Tokenized, item: Rendered | Tokenized) -> DataError:
+    seen = item.full if isinstance(item, Rendered) else whole.branches[0].ids.tolist()
+    hint = "with assistant_only_loss a row needs an assistant turn, which the chat template must not leave out"
+    if not (isinstance(item, Rendered) and item.spans is not None):
+        hint = "drop such rows, or skip them (on_bad_row=skip)"
+    return bad_row("E-DATA-0022", whole.origin, "no token of the row would be trained", row=excerpt(seen), hint=hint)

@@ -1,0 +1,1 @@
+"""From a configuration file to a run: what the command line and later the dashboard stand on."""

@@ -1,0 +1,185 @@
+"""A configuration becomes a trainer, runs, and leaves the adapter (or model) where the configuration says."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from posttrain.errors import ConfigError
+from posttrain.runner.config import LoraSection, RunConfig, unknown_key
+
+ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run leaves: its result, where the weights are, and how evaluation loss moved."""
+
+    result: Any
+    path: Path
+    log_history: list[dict[str, Any]]
+
+
+def train(config: RunConfig, source: Path, resume: str = "never", quiet: bool = False) -> Trained:
+    """Run `config`, read from `source`, whose folder relative paths start from. `resume` is `auto`, `never` or a path.
+
+    Raises: ConfigError, DataError, CheckpointError, NonFiniteError, Interrupted.
+    """
+    from posttrain.trainers.sft import SFTTrainer
+
+    root = source.resolve().parent
+    args = _training_arguments(config, root, source, quiet)
+    peft_config = _adapter(config, args.seed)
+    train_path = str(root / config.dataset.path)
+    trainer = SFTTrainer(
+        model=_local_or_named(config.model.name, root),
+        args=args,
+        train_dataset=train_path,
+        eval_dataset=str(root / config.dataset.val_path) if config.dataset.val_path else None,
+        peft_config=peft_config,
+    )
+    result = trainer.train(resume_from_checkpoint=_resume(resume, args.output_dir))
+    path = root / config.save.lora_path
+    trainer.save_model(str(path))
+    trainer.save_state()
+    return Trained(result, path, trainer.state.log_history)
+
+
+def _training_arguments(config: RunConfig, root: Path, source: Path, quiet: bool) -> Any:
+    from posttrain.trainers.config import SFTConfig
+
+    known = {field.name for field in dataclasses.fields(SFTConfig) if field.init}
+    given = dict(config.training)
+    for name in given:
+        if name not in known and not _is_old_spelling(name):
+            raise unknown_key(str(source), f"training.{name}", known)
+    for name, section_key in TAKEN.items():
+        if name in given:
+            raise ConfigError(f"{source}: training.{name} is set as {section_key}")
+    given.setdefault("output_dir", "outputs")
+    given["output_dir"] = str(root / given["output_dir"])
+    given.setdefault("report_to", "none")
+    if config.dataset.val_path:
+        given.setdefault("eval_strategy", "epoch")
+    if quiet:
+        given["disable_tqdm"] = True
+    data = config.dataset
+    options: dict[str, Any] = {
+        "max_length": config.model.max_seq_length,
+        "dataset_text_field": data.text_field,
+        "dataset_num_proc": data.num_proc,
+        "on_bad_row": data.on_bad_row,
+        "assistant_only_loss": _assistant_only(config, root),
+        "completion_only_loss": False if data.train_on == "all" else None,
+        "chat_template_path": None
+        if data.chat_template in (None, "auto")
+        else _local_or_named(data.chat_template, root),
+        "model_init_kwargs": _model_options(config),
+        "dataset_format": data.format,
+    }
+    if config.lora.use_gradient_checkpointing:
+        options["gradient_checkpointing"] = True
+    try:
+        return SFTConfig(**given, **options)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{source}: training: {error}") from None
+
+
+# Settings that other sections hold, so that each can be set in one place only.
+TAKEN = {
+    "max_length": "model.max_seq_length",
+    "max_seq_length": "model.max_seq_length",
+    "dataset_text_field": "dataset.text_field",
+    "dataset_num_proc": "dataset.num_proc",
+    "dataset_format": "dataset.format",
+    "on_bad_row": "dataset.on_bad_row",
+    "assistant_only_loss": "dataset.train_on",
+    "completion_only_loss": "dataset.train_on",
+    "chat_template_path": "dataset.chat_template",
+}
+
+
+def _is_old_spelling(name: str) -> bool:
+    from posttrain.trainers.spellings import CONFIG_SPELLINGS
+
+    return name in CONFIG_SPELLINGS
+
+
+def _assistant_only(config: RunConfig, root: Path) -> bool:
+    """Whole conversations are trained on the assistant's turns; rows with a prompt on what follows it."""
+    if config.dataset.train_on == "all":
+        return False
+    from posttrain.data.formats import choose, detect, formats
+    from posttrain.data.sources import read_rows
+
+    table = formats(config.dataset.text_field)
+    for origin, row in islice(read_rows(str(root / config.dataset.path)), 1):
+        chosen = choose(config.dataset.format, table) or detect(row, origin, table)
+        example = chosen.parse(row, origin)
+        return example.prompt is None and example.is_conversational
+    return False
+
+
+def _model_options(config: RunConfig) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if config.model.dtype is not None:
+        options["dtype"] = config.model.dtype
+    if config.model.revision is not None:
+        options["revision"] = config.model.revision
+    if config.model.local_only:
+        options["local_files_only"] = True
+    return options
+
+
+def _adapter(config: RunConfig, seed: int) -> Any:
+    lora = config.lora
+    if not lora.enabled:
+        return None
+    from peft import LoraConfig
+
+    if lora.random_state is not None and lora.random_state != seed:
+        raise ConfigError(f"lora.random_state={lora.random_state} differs from training.seed={seed}",
+                          hint="one seed serves both: set training.seed")  # fmt: skip
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=_targets(lora),
+        bias=lora.bias,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        modules_to_save=lora.modules_to_save,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _targets(lora: LoraSection) -> list[str] | str:
+    if isinstance(lora.target_modules, str):
+        if not (lora.finetune_attention_modules and lora.finetune_mlp_modules):
+            raise ConfigError("lora.finetune_*_modules choose among named target_modules; name them")
+        return lora.target_modules
+    left_out = (() if lora.finetune_attention_modules else ATTENTION) + (() if lora.finetune_mlp_modules else MLP)
+    targets = [name for name in lora.target_modules if name not in left_out]
+    if not targets:
+        raise ConfigError("lora: no target module is left", hint="set one of finetune_*_modules to true")
+    return targets
+
+
+def _local_or_named(name: str, root: Path) -> str:
+    return str(root / name) if (root / name).exists() else name
+
+
+def _resume(resume: str, output_dir: str) -> str | bool | None:
+    if resume == "never":
+        return None
+    if resume != "auto":
+        return resume
+    from posttrain.checkpoint import Checkpoints
+
+    folder = Checkpoints(Path(output_dir), run_id="").latest()
+    return str(folder) if folder else None

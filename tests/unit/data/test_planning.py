@@ -1,0 +1,98 @@
+"""Micro-batches: every sequence once, within the budget, and rows that predict the right targets."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from posttrain.data.planning import plan
+from posttrain.types import Batch, Branch, Origin, Sample, Tokenized
+
+
+def sample(index: int, *lengths: int, prefix: int = 0, branches: int = 1) -> Sample:
+    """Ids `1000 * sample + position`; every third token is not supervised."""
+
+    def part(number: int, length: int) -> Tokenized:
+        start = 1000 * index + 100 * number
+        made = tuple(
+            Branch(np.arange(start + 10 * b, start + 10 * b + length, dtype=np.int32), np.arange(length) % 3 != 2)
+            for b in range(branches)
+        )
+        return Tokenized(np.arange(-prefix, 0, dtype=np.int32), made, Origin("train", index))
+
+    return tuple(part(number, length) for number, length in enumerate(lengths))
+
+
+def targets(batch: Batch) -> list[int]:
+    return batch.target_R.tolist()
+
+
+def test_rows_predict_the_token_that_follows_them() -> None:
+    (batch,) = plan([sample(1, 4), sample(2, 3)], 100)
+    assert batch.input_ids_T.tolist() == [1000, 1001, 1002, 1003, 2000, 2001, 2002]
+    assert batch.position_ids_T.tolist() == [0, 1, 2, 3, 0, 1, 2]
+    assert (batch.layout.starts, batch.layout.lengths) == ((0, 4), (4, 3))
+    assert batch.rows_R.tolist() == [0, 2, 4]
+    assert targets(batch) == [1001, 1003, 2001]
+    assert batch.input_ids_T[batch.rows_R + 1].tolist() == targets(batch)
+    assert batch.sequence_R.tolist() == [0, 0, 1]
+    assert batch.sample_S == (0, 1)
+    assert [str(origin) for origin in batch.origins_S] == ["train[1]", "train[2]"]
+    assert batch.counts == {"tokens": 3, "sequences": 2}
+    assert {tensor.dtype for tensor in batch.tensors().values()} == {torch.int64}
+
+
+def test_first_tokens_are_never_targets_but_the_first_after_a_prefix_is() -> None:
+    (alone,) = plan([sample(0, 2)], 100)
+    assert targets(alone) == [1]
+    (after,) = plan([sample(0, 2, prefix=2)], 100)
+    assert after.input_ids_T.tolist() == [-2, -1, 0, 1]
+    assert (after.rows_R.tolist(), targets(after)) == ([1, 2], [0, 1])
+
+
+def test_branches_of_one_prefix_become_sequences_of_one_sample() -> None:
+    (batch,) = plan([sample(0, 2, prefix=1, branches=2)], 100)
+    assert batch.input_ids_T.tolist() == [-1, 0, 1, -1, 10, 11]
+    assert batch.position_ids_T.tolist() == [0, 1, 2, 0, 1, 2]
+    assert batch.sample_S == (0, 0)
+    assert targets(batch) == [0, 1, 10, 11]
+
+
+@pytest.mark.parametrize("budget", [1, 7, 16, 40, 1000])
+def test_every_sequence_once_and_within_the_budget(budget: int) -> None:
+    rng = np.random.default_rng(budget)
+    samples = [sample(i, *rng.integers(1, 12, size=1 + i % 3)) for i in range(40)]
+    batches = plan(samples, budget)
+    whole = [part for s in samples for part in s]
+    assert sorted(id_ for b in batches for id_ in b.input_ids_T.tolist()) == sorted(
+        id_ for part in whole for id_ in part.branches[0].ids.tolist()
+    )
+    assert sum(b.counts["tokens"] for b in batches) == sum(part.num_supervised for part in whole)
+    assert all(b.num_tokens <= budget or b.num_sequences == 1 for b in batches)
+    for b in batches:
+        assert b.input_ids_T[b.rows_R + 1].tolist() == targets(b)
+        assert list(b.sample_S) == sorted(b.sample_S)
+        first = set(b.layout.starts)
+        assert not first & set((b.rows_R + 1).tolist())
+
+
+def test_micro_batches_are_few_and_of_equal_size() -> None:
+    sizes = [b.num_tokens for b in plan([sample(i, 10) for i in range(10)], 60)]
+    assert sizes == [50, 50]
+    sizes = [b.num_tokens for b in plan([sample(i, n) for i, n in enumerate([60, 40, 50, 50, 70, 30])], 100)]
+    assert sizes == [100, 100, 100]
+    # Emptiest-first makes 9 and 11 of these; first-fit finds the two that fit.
+    sizes = [b.num_tokens for b in plan([sample(i, n) for i, n in enumerate([5, 5, 4, 3, 3])], 10)]
+    assert sizes == [10, 10]
+
+
+def test_a_sequence_over_the_budget_is_alone() -> None:
+    batches = plan([sample(0, 5), sample(1, 30), sample(2, 5)], 12)
+    assert [b.num_tokens for b in batches] == [10, 30]
+
+
+def test_the_plan_is_the_same_each_time_and_empty_for_nothing() -> None:
+    samples = [sample(i, 3 + i % 5) for i in range(20)]
+    assert [b.input_ids_T.tolist() for b in plan(samples, 20)] == [b.input_ids_T.tolist() for b in plan(samples, 20)]
+    assert plan([], 10) == []
