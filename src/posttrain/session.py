@@ -57,11 +57,13 @@ class Session:
     def close(self) -> None:
         base = self.policy.base
         if self.recomputes:
-            base.gradient_checkpointing_disable()
+            base.activation_checkpointing_disable()
         self.precision.restore()
         base.set_attn_implementation(self.attention)
 
 
 def _recompute(base: Any, options: dict[str, Any] | None) -> None:
     """Non-reentrant checkpointing, which needs no gradient on the inputs and keeps random state exact."""
-    base.gradient_checkpointing_enable({"use_reentrant": False, **(options or {})})
+    options = dict(options or {})
+    layers = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
+    base.activation_checkpointing_enable({"use_reentrant": False, **options}, **layers)

@@ -57,7 +57,7 @@ class Order:
         return list(usable[within * size : (within + 1) * size])
 
     def epoch_after(self, step: int) -> float:
-        """`trainer_state.json`'s epoch once `step` steps are done: whole epochs, and the share of this one's batches."""
+        """`trainer_state.json`'s epoch after `step` steps: whole epochs, and the share of this one's batches."""
         done, within = divmod(step, self.steps_per_epoch)
         if within == 0:
             return float(done)

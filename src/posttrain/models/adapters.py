@@ -1,14 +1,15 @@
 """LoRA (arXiv 2106.09685) through PEFT, with a lean path for the ordinary case.
 
-PEFT builds, names, saves and loads every adapter. For the ordinary case - one active LoRA adapter without DoRA or other
-variants on a frozen `nn.Linear` - its layer is specialised to `LeanLora`, which runs the same arithmetic as one autograd
-function: the scale is folded into B, the update is added in place, the input is saved once in its own dtype and not
-cast to fp32, and no gradient is made for frozen weights or for an input that needs none. Everything else (DoRA,
+PEFT builds, names, saves and loads every adapter. For the ordinary case - one active LoRA adapter without DoRA or
+other variants on a frozen `nn.Linear` - its layer is specialised to `LeanLora`, which runs the same arithmetic as one
+autograd function: the scale is folded into B, the update is added in place, the input is saved once in its own dtype
+and not cast to fp32, and no gradient is made for frozen weights or for an input that needs none. Everything else (DoRA,
 several adapters, disabled or merged adapters, GPT-2's Conv1D) runs PEFT's own forward.
 """
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -31,7 +32,9 @@ def add_adapter(model: Any, peft_config: PeftConfig) -> PeftModel:
         )
     if peft_config.is_prompt_learning:
         raise ConfigError(f"{peft_config.peft_type} learns prompts, which is not supported; use LoRA")
-    return get_peft_model(model, peft_config)
+    with warnings.catch_warnings():  # PEFT asks transformers under a name that transformers deprecates
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        return get_peft_model(model, peft_config)
 
 
 def adapter_parameters(model: nn.Module) -> set[nn.Parameter]:
@@ -91,7 +94,16 @@ class _LoraProduct(torch.autograd.Function):
     """y = x W' + b + s drop(x) A' B', for frozen W and b. `x (..., in)`, `A (r, in)`, `B (out, r)`."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, a, b, scale, dropout):
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scale: float,
+        dropout: float,
+    ) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
         low_a, low_b = a.to(x.dtype), (b * scale).to(x.dtype)
         keep = None
@@ -107,7 +119,8 @@ class _LoraProduct(torch.autograd.Function):
         return out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:
+        grad = grads[0]
         dropped, inner, weight, low_a, low_b, keep = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1])
         grad_inner = flat @ low_b

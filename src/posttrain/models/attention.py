@@ -11,6 +11,9 @@ Left out: attention sinks and ALiBi. A model that has them fails the self-check 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -60,7 +63,7 @@ def packed_attention(
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
-def _mask(query: torch.Tensor, window: int | None) -> dict[str, object]:
+def _mask(query: torch.Tensor, window: int | None) -> dict[str, Any]:
     """Causal, or a causal band where the segment is longer than the window."""
     length = query.shape[2]
     if window is None or length <= window:
@@ -69,14 +72,23 @@ def _mask(query: torch.Tensor, window: int | None) -> dict[str, object]:
     return {"attn_mask": (distance >= 0) & (distance < window)}
 
 
-def _capped(softcap: float):
+def _capped(softcap: float) -> Callable[..., torch.Tensor]:
     """Attention whose scores pass through `cap * tanh(score / cap)` (Gemma 2), which SDPA does not know."""
 
-    def attend(query, key, value, dropout_p, scale, enable_gqa, is_causal=False, attn_mask=None):
+    def attend(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        dropout_p: float,
+        scale: float,
+        enable_gqa: bool,
+        is_causal: bool = False,
+        attn_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         if enable_gqa:
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         scores = softcap * torch.tanh(query @ key.mT * scale / softcap)
-        if is_causal:
+        if is_causal or attn_mask is None:
             attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         weights = scores.masked_fill(~attn_mask, -torch.inf).softmax(-1, dtype=torch.float32).to(query.dtype)
         return torch.nn.functional.dropout(weights, dropout_p) @ value
@@ -92,7 +104,9 @@ def _varlen(
 
     bounds = torch.tensor((*layout.starts, layout.num_tokens), dtype=torch.int32).to(query.device, non_blocking=True)
     output = varlen_attn(
-        *(tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value)),
+        _rows(query),
+        _rows(key),
+        _rows(value),
         bounds,
         bounds,
         layout.max_length,
@@ -101,7 +115,13 @@ def _varlen(
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
+    assert isinstance(output, torch.Tensor)
     return output[None]
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    """`(1, heads, T, head_dim)` to `(T, heads, head_dim)`."""
+    return tensor[0].transpose(0, 1).contiguous()
 
 
 def register() -> None:

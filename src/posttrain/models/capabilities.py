@@ -61,7 +61,10 @@ def adapt_to_packing(model: PreTrainedModel) -> None:
     if model.config.get_text_config().model_type in ("lfm2", "lfm2_moe"):
         for layer in model.modules():
             short_conv = getattr(layer, "conv", None)
-            if type(short_conv).__name__ in ("Lfm2ShortConv", "Lfm2MoeShortConv"):
+            if isinstance(short_conv, torch.nn.Module) and type(short_conv).__name__ in (
+                "Lfm2ShortConv",
+                "Lfm2MoeShortConv",
+            ):
                 layer.conv = PackedShortConv(short_conv)
 
 
@@ -70,7 +73,11 @@ class PackedShortConv(torch.nn.Module):
     first j tokens of a segment. It holds the original's own children under their own names, so parameters, state dict
     and adapters do not notice; without a layout the original runs."""
 
-    def __init__(self, original: torch.nn.Module):
+    conv: Any
+    in_proj: Any
+    out_proj: Any
+
+    def __init__(self, original: Any):
         super().__init__()
         self.conv, self.in_proj, self.out_proj = original.conv, original.in_proj, original.out_proj
         self._original = (original,)  # in a tuple, so that its parameters are not registered twice

@@ -13,6 +13,7 @@ weight; there the chunk's logits are computed again in the backward pass, which 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -71,7 +72,16 @@ def _accurate(dtype: torch.dtype) -> torch.dtype:
 
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_RD, weight_VD, bias_V, target_R, shape, entropy, uniform):
+    def forward(
+        ctx: Any,
+        hidden_RD: torch.Tensor,
+        weight_VD: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        target_R: torch.Tensor,
+        shape: HeadShape,
+        entropy: bool,
+        uniform: bool,
+    ) -> tuple[torch.Tensor, ...]:
         rows = len(target_R)
         head_trained = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         early = ctx.needs_input_grad[0] and not head_trained
@@ -95,11 +105,11 @@ class _TokenLogps(torch.autograd.Function):
             p_CV = torch.exp(z_CV - lse_C[:, None])
             if entropy:
                 entropy_R[part] = lse_C - torch.linalg.vecdot(p_CV, z_CV)
-            if early:
+            if slope_RD is not None:
                 chosen_slope_C1 = slope if isinstance(slope, float) else slope.gather(1, target_C[:, None])
-                expected_CD = (p_CV * slope).to(weight_VD.dtype) @ weight_VD
+                expected_CD = p_CV.mul_(slope).to(weight_VD.dtype) @ weight_VD
                 slope_RD[part] = chosen_slope_C1 * weight_VD[target_C] - expected_CD
-                if uniform:
+                if uniform_slope_RD is not None:
                     uniform_slope_RD[part] = _mean_row(slope, weight_VD) - expected_CD
         ctx.shape, ctx.early = shape, early
         if early:
@@ -110,7 +120,8 @@ class _TokenLogps(torch.autograd.Function):
         return logp_R, top1_R, entropy_R, uniform_R
 
     @staticmethod
-    def backward(ctx, grad_logp_R, _top1, _entropy, grad_uniform_R):
+    def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:
+        grad_logp_R, _, _, grad_uniform_R = grads
         if ctx.early:
             slope_RD, uniform_slope_RD = ctx.saved_tensors
             grad_RD = slope_RD * grad_logp_R[:, None].to(slope_RD.dtype)
@@ -139,7 +150,15 @@ class _TokenLogps(torch.autograd.Function):
         return grad_hidden_RD, grad_weight_VD, grad_bias_V, None, None, None, None
 
 
-def _logit_gradient(shape, hidden_CD, weight_VD, bias_V, target_C, grad_logp_C, grad_uniform_C) -> torch.Tensor:
+def _logit_gradient(
+    shape: HeadShape,
+    hidden_CD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    target_C: torch.Tensor,
+    grad_logp_C: torch.Tensor,
+    grad_uniform_C: torch.Tensor,
+) -> torch.Tensor:
     """d loss / d (h W' + b) of a chunk: `g (onehot - p) + u (1/V - p)`, times the slope of scale and cap."""
     z_CV = shape.logits(hidden_CD, weight_VD, bias_V)
     slope = shape.slope(z_CV)

@@ -123,11 +123,11 @@ def check_arguments(args: TrainingArguments) -> None:
 
 
 def _same(value: Any, default: Any) -> bool:
-    empty = (None, "", [], {}, False)
+    empty: tuple[Any, ...] = (None, "", [], {}, False)
     return value == default or (value in empty and default in empty)
 
 
-def _default(field: dataclasses.Field) -> Any:
+def _default(field: dataclasses.Field[Any]) -> Any:
     if field.default is not dataclasses.MISSING:
         return field.default
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else None

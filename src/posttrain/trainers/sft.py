@@ -177,7 +177,7 @@ def _open_model(
     if quantization_config is not None:
         raise ConfigError("quantization_config is not honoured yet: QLoRA is not built")
     if isinstance(model, str):
-        name, options = model, dict(args.model_init_kwargs or {})
+        name, options = model, _as_dict(args.model_init_kwargs)
         model = load_model(name, options, dtype="auto" if peft_config is not None else "float32")
         tokenizer = tokenizer or load_tokenizer(name, options.get("revision"))
     elif args.model_init_kwargs is not None:
@@ -196,6 +196,10 @@ def _open_model(
         model = adapters.add_adapter(model, peft_config)
     set_pad_token(model, tokenizer, args.pad_token)
     return model, tokenizer
+
+
+def _as_dict(given: dict[str, Any] | str | None) -> dict[str, Any]:
+    return dict(given) if isinstance(given, dict) else {}  # transformers has parsed a string into a dict by now
 
 
 def _train_added_tokens(peft_config: Any, added: list[int]) -> None:

@@ -72,7 +72,7 @@ TRAINER_GONE = ("dataset_batch_size", "num_of_sequences", "chars_per_token", "in
 
 def modern_config(given: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments of a config, old spellings replaced. None for `max_steps` means that it is not set."""
-    modern = {}
+    modern: dict[str, Any] = {}
     for name, value in given.items():
         if name in CONFIG_SPELLINGS:
             rewritten = CONFIG_SPELLINGS[name](value)

@@ -1,0 +1,118 @@
+"""One measured run of one library, in a process of its own; prints one line of JSON.
+
+The script is the same for both libraries but for the import: their public names, the same model, data, order and seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import tempfile
+import time
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+STARTED = time.perf_counter()
+
+# What each variant sets beside the common arguments. "documented" is what the library's own pages show for a CPU;
+# "tuned" the best of TRL's documented switches found here.
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "trl": {"documented": {"use_cpu": True}, "tuned": {"use_cpu": True, "gradient_checkpointing": False}},
+    "posttrain": {"default": {}},
+}
+
+
+def main() -> None:
+    options = _options()
+    import torch
+    from transformers import TrainerCallback
+
+    torch.set_num_threads(options.threads)
+
+    class Clock(TrainerCallback):
+        """When each optimiser step ended."""
+
+        ends: list[float] = []  # noqa: RUF012
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.ends.append(time.perf_counter())
+
+    library = import_module(options.library)
+    rows = _rows(Path(options.data), options.rows)
+    clock = Clock()
+    from datasets import Dataset
+
+    trainer = library.SFTTrainer(
+        model=options.model,
+        args=library.SFTConfig(
+            tempfile.mkdtemp(),
+            per_device_train_batch_size=options.batch,
+            max_steps=options.steps,
+            learning_rate=2e-5 if options.full else 2e-4,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            **VARIANTS[options.library][options.variant],
+        ),
+        train_dataset=Dataset.from_list(rows),
+        peft_config=None if options.full else _lora(),
+        callbacks=[clock],
+    )
+    trainer.train()
+    _print(trainer.state.log_history, clock.ends, options.warmup)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--library", choices=VARIANTS, required=True)
+    parser.add_argument("--variant", required=True)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--rows", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--warmup", type=int, default=2, help="steps not counted, first")
+    parser.add_argument("--threads", type=int, default=2)
+    return parser.parse_args()
+
+
+def _rows(path: Path, limit: int) -> list[dict[str, Any]]:
+    """GSM8K's question and answer as conversational prompt and completion."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:limit]]
+    return [
+        {
+            "prompt": [{"role": "user", "content": row["question"]}],
+            "completion": [{"role": "assistant", "content": row["answer"]}],
+        }
+        for row in rows
+    ]
+
+
+def _lora() -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def _print(history: list[dict[str, Any]], ends: list[float], warmup: int) -> None:
+    steps = [entry for entry in history if "loss" in entry]
+    tokens = steps[-1]["num_tokens"] - steps[warmup - 1]["num_tokens"]
+    result = {
+        "losses": [entry["loss"] for entry in steps],
+        "grad_norms": [entry["grad_norm"] for entry in steps],
+        "tokens_per_second": tokens / (ends[-1] - ends[warmup - 1]),
+        "seconds_to_first_step": ends[0] - STARTED,
+        "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "hardware_share": steps[-1].get("hardware_share"),
+    }
+    print("RESULT " + json.dumps(result))
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
