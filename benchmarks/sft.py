@@ -71,8 +71,9 @@ def _measure(kind: str, model: str, options: argparse.Namespace) -> Runs:
 
 
 def _run(kind: str, library: str, variant: str, extra: dict[str, str], model: str, options: argparse.Namespace) -> Any:
-    command = [sys.executable, str(HERE / "worker.py"), "--library", library, "--variant", variant, "--model", model,
-               "--data", options.data, "--steps", str(options.steps), *(["--full"] if kind == "full" else [])]  # fmt: skip
+    command = [sys.executable, str(HERE / "worker.py"), "--model", model, "--data", options.data]
+    command += ["--library", library, "--variant", variant, "--steps", str(options.steps)]
+    command += ["--full"] if kind == "full" else []
     environment = {**os.environ, **extra, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]

@@ -35,11 +35,12 @@ def main() -> None:
         model=MODEL,
         args=SFTConfig(
             output_dir=str(folder),
+            model_init_kwargs={"dtype": "bfloat16"},  # half the memory, and answers come faster too
             learning_rate=options.learning_rate,
             per_device_train_batch_size=options.batch_size,
             num_train_epochs=options.epochs,
-            lr_scheduler_type="cosine",
-            warmup_steps=0.05,
+            lr_scheduler_type="linear",
+            warmup_steps=2,
             logging_steps=5,
             save_steps=50,
             save_total_limit=1,
@@ -67,9 +68,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--output", default="outputs/demo")
     parser.add_argument("--train-rows", type=int, default=480)
     parser.add_argument("--test-rows", type=int, default=100)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--epochs", type=float, default=2)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--epochs", type=float, default=1)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
     return parser.parse_args()
 
 

@@ -3,9 +3,9 @@
     python3 scripts/bootstrap.py --extras demo     # what `make demo` needs
     python3 scripts/bootstrap.py --extras dev      # that, and tests, linters, TRL for the parity tests
 
-Standard library only. Debian and Ubuntu ship python3 without ensurepip and pip; there the virtual environment is made
-bare and pip's own wheel, whose hash stands below, is fetched from the package index and installs itself. A stamp of
-the profile, pyproject.toml and constraints.txt makes every later call return at once.
+Standard library only. Debian and Ubuntu ship python3 without ensurepip; there it installs python3-venv with apt-get, as
+root or through sudo where that asks for no password, and says what to type where it cannot. A stamp of the profile,
+pyproject.toml and constraints.txt makes every later call return at once.
 """
 
 from __future__ import annotations
@@ -13,15 +13,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-import re
-import ssl
+import shutil
 import subprocess
 import sys
-import tempfile
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,9 +24,7 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 OLDEST_PYTHON = (3, 11)
-PIP_WHEEL = "pip-26.2.1-py3-none-any.whl"
-PIP_SHA256 = "71138adf1f4ca900cdb7d289c21b7494329f2332b6d85f0e1c42108c0384ed3e"
-DEFAULT_INDEX = "https://pypi.org/simple"
+BY_HAND = "sudo apt-get install python3-venv"
 
 EXTRAS = {"demo": "", "dev": "[data,dev,parity]"}
 """What each profile installs beside the core; a later profile has all of an earlier one."""
@@ -87,52 +80,24 @@ def make_venv() -> None:
     say(f"creating {VENV.name} with Python {sys.version.split()[0]}")
     made = run([sys.executable, "-m", "venv", "--clear", str(VENV)], check=False)
     if made != 0 or not has_pip():
-        say(f"this Python has no ensurepip: fetching {PIP_WHEEL}")
-        run([sys.executable, "-m", "venv", "--clear", "--without-pip", str(VENV)])
-        install_pip()
+        install_venv_package()
+        run([sys.executable, "-m", "venv", "--clear", str(VENV)])
 
 
 def has_pip() -> bool:
     return PYTHON.exists() and run([str(PYTHON), "-m", "pip", "--version"], check=False) == 0
 
 
-def install_pip() -> None:
-    """A wheel is a zip that Python can run: pip installs itself from its own file."""
-    with tempfile.TemporaryDirectory() as scratch:
-        wheel = Path(scratch, PIP_WHEEL)
-        wheel.write_bytes(fetch_pip())
-        run([str(PYTHON), str(wheel / "pip"), "install", "--quiet", "--no-index", str(wheel)])
-
-
-def fetch_pip() -> bytes:
-    """The pinned wheel from the package index (PEP 503), its hash checked."""
-    index = os.environ.get("PIP_INDEX_URL", DEFAULT_INDEX).rstrip("/") + "/pip/"
-    link = re.search(rf'href="([^"#]*{re.escape(PIP_WHEEL)})', fetch(index).decode("utf-8", "replace"))
-    if link is None:
-        raise ValueError(f"{index} does not list {PIP_WHEEL}; install python3-venv and run this again")
-    wheel = fetch(urllib.parse.urljoin(index, link.group(1)))
-    found = hashlib.sha256(wheel).hexdigest()
-    if found != PIP_SHA256:
-        raise ValueError(f"{PIP_WHEEL}: sha256 is {found}, expected {PIP_SHA256}")
-    return wheel
-
-
-def fetch(url: str) -> bytes:
-    try:
-        return read(url, ssl.create_default_context())
-    except urllib.error.URLError as error:
-        if not isinstance(error.reason, ssl.SSLCertVerificationError):
-            raise ValueError(f"{url}: {error.reason}") from error
-    # A bare machine has no CA certificates either. What is fetched here is trusted by its hash alone; pip, which
-    # brings certificates of its own, fetches all the rest.
-    unverified = ssl.create_default_context()
-    unverified.check_hostname, unverified.verify_mode = False, ssl.CERT_NONE
-    return read(url, unverified)
-
-
-def read(url: str, context: ssl.SSLContext) -> bytes:
-    with urllib.request.urlopen(url, timeout=60, context=context) as answer:
-        return bytes(answer.read())
+def install_venv_package() -> None:
+    """Debian and Ubuntu keep ensurepip in a package of its own."""
+    apt = shutil.which("apt-get")
+    as_root = [] if hasattr(os, "geteuid") and os.geteuid() == 0 else ["sudo", "-n"]
+    if apt is None or (as_root and shutil.which("sudo") is None):
+        raise ValueError(f"this Python has no ensurepip; install it first, e.g.: {BY_HAND}")
+    say("this Python has no ensurepip: installing python3-venv")
+    run([*as_root, apt, "update", "-qq"], check=False)
+    if run([*as_root, apt, "install", "-y", "-qq", "python3-venv"], check=False) != 0:
+        raise ValueError(f"python3-venv could not be installed; try: {BY_HAND}")
 
 
 def install(profile: str) -> None:

@@ -3,7 +3,8 @@
 `checkpoint-N` is written as `checkpoint-N.partial`: the files, each synced to disk, then `MANIFEST.json` with the size
 and SHA-256 of every one, then one rename. The new folder is read back and verified before anything older is deleted,
 and what is deleted is never the last valid one, the best one, or another run's. A folder whose files do not match its
-manifest is named and passed over when a run resumes. Nothing here is pickled: tensors are safetensors, the rest JSON.
+manifest, or whose manifest does not match its own hash, is named and passed over when a run resumes. Nothing here is
+pickled: tensors are safetensors, the rest JSON.
 
 Left out: what goes into a checkpoint. `snapshot.py` knows.
 """
@@ -25,6 +26,8 @@ from posttrain.errors import CheckpointError
 
 MANIFEST = "MANIFEST.json"
 SCHEMA = "urn:posttrain:checkpoint:1"
+SEAL = "manifest_sha256"
+UNREADABLE = float("inf")
 _NAME = re.compile(r"checkpoint-(\d+)$")
 logger = logging.getLogger("posttrain")
 
@@ -41,22 +44,26 @@ class Checkpoints:
         """Make `checkpoint-{step}`: `fill` writes its files into the folder it is given. Returns the final path.
 
         Whatever fails on the way, checkpoints that were there before are untouched."""
+        self._tidy()
         final = self.output_dir / f"checkpoint-{step}"
         partial = final.with_name(final.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        fill(partial)
-        manifest = {"schema_version": 1, "$schema": SCHEMA, "run_id": self.run_id, "step": step,
-                    "sequence": self._next_sequence(), "files": _hashes(partial)}  # fmt: skip
-        write_json(partial / MANIFEST, manifest)
-        _sync_folder(partial)
-        self._move_into_place(partial, final)
-        verify(final)
+        try:
+            fill(partial)
+            manifest = {"schema_version": 1, "$schema": SCHEMA, "run_id": self.run_id, "step": step,
+                        "sequence": self._next_sequence(), "files": _hashes(partial)}  # fmt: skip
+            write_json(partial / MANIFEST, {**manifest, SEAL: _seal(manifest)})
+            _sync_folder(partial)
+            self._move_into_place(partial, final)
+        except Exception:
+            shutil.rmtree(partial, ignore_errors=True)  # a full disk gets its space back
+            raise
         self._prune(keep={final, best} if best else {final})
         return final
 
     def latest(self) -> Path | None:
         """The newest valid checkpoint in the folder, whichever run wrote it; invalid ones are named in the log."""
+        self._tidy()
         for path in self._newest_first():
             try:
                 verify(path)
@@ -71,15 +78,32 @@ class Checkpoints:
         return sorted(found, key=lambda path: (_sequence(path), _step(path)), reverse=True)
 
     def _next_sequence(self) -> int:
-        return 1 + max((_sequence(path) for path in self._newest_first()), default=0)
+        return 1 + int(max((s for s in map(_sequence, self._newest_first()) if s != UNREADABLE), default=0))
+
+    def _tidy(self) -> None:
+        """Clear away what a process that died while writing has left, and put back what it was about to replace."""
+        for partial in self.output_dir.glob("checkpoint-*.partial"):
+            shutil.rmtree(partial, ignore_errors=True)
+        for replaced in self.output_dir.glob("checkpoint-*.replaced"):
+            final = replaced.with_suffix("")
+            if final.exists():
+                shutil.rmtree(replaced, ignore_errors=True)
+            else:
+                os.replace(replaced, final)
 
     def _move_into_place(self, partial: Path, final: Path) -> None:
         replaced = final.with_name(final.name + ".replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
         if final.exists():
             os.replace(final, replaced)
-        os.replace(partial, final)
-        _sync_folder(self.output_dir)
+        try:
+            os.replace(partial, final)
+            _sync_folder(self.output_dir)
+            verify(final)
+        except Exception:
+            if replaced.exists():
+                shutil.rmtree(final, ignore_errors=True)
+                os.replace(replaced, final)
+            raise
         shutil.rmtree(replaced, ignore_errors=True)
 
     def _prune(self, keep: set[Path]) -> None:
@@ -102,13 +126,15 @@ def verify(path: Path) -> dict[str, Any]:
     altered."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        files = manifest["files"].items()
+        seal, files = manifest.pop(SEAL, None), manifest["files"].items()
     except FileNotFoundError:
         raise CheckpointError(f"{path} has no {MANIFEST}: it was not completed, or another tool wrote it.") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path / MANIFEST} cannot be read ({error}).") from None
     if manifest.get("schema_version") != 1:
         raise CheckpointError(f"{path} has schema version {manifest.get('schema_version')}; this posttrain reads 1.")
+    if seal != _seal(manifest):
+        raise CheckpointError(f"{path} is not whole: {MANIFEST} does not match its own hash.")
     for name, expected in files:
         file = path / name
         if file.is_symlink() or not file.is_file():
@@ -142,6 +168,11 @@ def _hashes(folder: Path) -> dict[str, dict[str, Any]]:
     return hashes
 
 
+def _seal(manifest: dict[str, Any]) -> str:
+    """The hash of a manifest's content, kept beside it."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
 def _sha256(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
@@ -163,9 +194,11 @@ def _manifest_or_empty(path: Path) -> dict[str, Any]:
     return manifest if isinstance(manifest, dict) else {}
 
 
-def _sequence(path: Path) -> int:
-    value = _manifest_or_empty(path).get("sequence", 0)
-    return value if isinstance(value, int) else 0
+def _sequence(path: Path) -> float:
+    """Which write this was, counted over the folder; without a readable manifest it passes for the newest, so that it
+    is looked at first and named."""
+    value = _manifest_or_empty(path).get("sequence")
+    return value if isinstance(value, int) else UNREADABLE
 
 
 def _step(path: Path) -> int:

@@ -20,6 +20,7 @@ from posttrain.errors import Interrupted, NonFiniteError
 from posttrain.events import Events
 from posttrain.meter import Meter
 from posttrain.objectives.base import Objective
+from posttrain.optimization import follows_metrics
 from posttrain.signals import StopRequest
 from posttrain.snapshot import capture_rng, restore_rng
 from posttrain.types import Batch, Needs, Outputs
@@ -59,25 +60,21 @@ class Loop:
     total_loss: float = 0.0
     grad_norm: float = 0.0
     learning_rate: float = 0.0
-    evaluation_due: bool = False
+    epoch_end_due: bool = False
     last_checkpoint: str | None = None
 
     def run(self, stop: StopRequest) -> None:
         """From the present step to the last, or until a callback says stop. Raises Interrupted, NonFiniteError."""
         state = self.events.state
-        if self.evaluation_due:  # the run was interrupted between a step and its evaluation
-            self._evaluate(stop)
+        if state.global_step > 0:  # the run may have been interrupted between a step and what was due after it
+            self._after_step(stop)
         while state.global_step < self.max_steps and not self.events.control.should_training_stop:
             if state.global_step % self.source.steps_per_epoch == 0:
                 self.events.epoch_begin()
             self._step(state.global_step, stop)
+            self.epoch_end_due = state.global_step % self.source.steps_per_epoch == 0
             self.events.step_end()
-            self._act(stop)
-            if state.global_step % self.source.steps_per_epoch == 0 or self.events.control.should_epoch_stop:
-                self.events.epoch_end()
-                self._act(stop)
-            if stop.received:
-                self._leave(stop)
+            self._after_step(stop)
 
     def _step(self, step: int, stop: StopRequest) -> None:
         """One optimiser step."""
@@ -129,10 +126,20 @@ class Loop:
         state.total_flos += flops
 
     def _advance_scheduler(self) -> None:
-        if not isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        if not follows_metrics(self.scheduler):
             self.scheduler.step()
 
     # --- what is due after a step -----------------------------------------------------------------------------------
+
+    def _after_step(self, stop: StopRequest) -> None:
+        """Everything between two steps. A resumed run begins with what its checkpoint says is still due."""
+        self._act(stop)
+        if self.epoch_end_due or self.events.control.should_epoch_stop:
+            self.epoch_end_due = False
+            self.events.epoch_end()
+            self._act(stop)
+        if stop.received:
+            self._leave(stop)
 
     def _act(self, stop: StopRequest) -> None:
         control = self.events.control
@@ -141,6 +148,7 @@ class Loop:
         if control.should_evaluate:
             self._evaluate(stop)
         if self.events.control.should_save:
+            self.events.control.should_save = False  # a run that resumes from this checkpoint has saved it already
             self._save()
             self.events.save()
 
@@ -152,15 +160,13 @@ class Loop:
         self.events.log(logs | rates | {"num_tokens": float(self.events.state.num_input_tokens_seen)} | extra)
 
     def _evaluate(self, stop: StopRequest) -> None:
-        self.evaluation_due = True
         metrics = self.evaluate()
-        if metrics is None:  # a signal came; the resumed run evaluates first
+        if metrics is None:  # a signal came; evaluation is still due, and the resumed run begins with it
             self._leave(stop)
-        self.evaluation_due = False
-        if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            self.scheduler.step(metrics[self._plateau_metric(metrics)])
+        if follows_metrics(self.scheduler):
+            self.scheduler.step(metrics[self._metric_followed(metrics)])
 
-    def _plateau_metric(self, metrics: dict[str, float]) -> str:
+    def _metric_followed(self, metrics: dict[str, float]) -> str:
         name = self.events.args.metric_for_best_model or "loss"
         return name if name in metrics else f"eval_{name}"
 
@@ -174,13 +180,17 @@ class Loop:
             "total_loss": self.total_loss,
             "grad_norm": self.grad_norm,
             "learning_rate": self.learning_rate,
-            "evaluation_due": self.evaluation_due,
+            "epoch_end_due": self.epoch_end_due,
+            "evaluation_due": self.events.control.should_evaluate,
+            "save_due": self.events.control.should_save,
         }
 
     def load_resume_state(self, saved: dict[str, Any]) -> None:
         self.meter.load_state(saved["meter"])
         self.total_loss, self.grad_norm = saved["total_loss"], saved["grad_norm"]
-        self.learning_rate, self.evaluation_due = saved["learning_rate"], saved["evaluation_due"]
+        self.learning_rate, self.epoch_end_due = saved["learning_rate"], saved["epoch_end_due"]
+        control = self.events.control
+        control.should_evaluate, control.should_save = saved["evaluation_due"], saved["save_due"]
 
     # --- leaving ----------------------------------------------------------------------------------------------------
 

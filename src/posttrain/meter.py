@@ -22,9 +22,11 @@ class Meter:
     seconds: float = 0.0
     _pending: list[Metrics] = field(default_factory=list, repr=False)
     _started: float = field(default=0.0, repr=False)
+    _pending_before: int = field(default=0, repr=False)
 
     def start_step(self) -> None:
         self._started = time.perf_counter()
+        self._pending_before = len(self._pending)
 
     def add(self, metrics: Metrics) -> None:
         """One micro-batch's metrics."""
@@ -61,8 +63,8 @@ class Meter:
         self.metrics, self._pending = {}, []
 
     def discard_step(self) -> None:
-        """Forget what an abandoned step has added."""
-        self._pending.clear()
+        """Forget what an abandoned step has added, and only that."""
+        del self._pending[self._pending_before :]
 
     def state(self) -> dict[str, object]:
         """Plain values for a checkpoint taken between two log lines."""

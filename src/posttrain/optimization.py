@@ -59,3 +59,8 @@ def make_scheduler(args: TrainingArguments, optimizer: torch.optim.Optimizer, ma
         num_training_steps=max_steps,
         scheduler_specific_kwargs=args.lr_scheduler_kwargs,
     )
+
+
+def follows_metrics(scheduler: Any) -> bool:
+    """Whether it steps after evaluations, on a metric, and not after every optimiser step."""
+    return isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) or type(scheduler).__name__ == "GreedyLR"

@@ -82,7 +82,7 @@ class Run:
             started = time.time()
             loop = self._loop(session, source, max_steps, stop)
             folder = self._resume_folder(resume)
-            self.identity = self._identity()
+            self.identity = self._identity(session)
             rng = self._take_up(session, loop, folder) if folder is not None else None
             if rng is None:
                 self.events.reset_state()
@@ -191,13 +191,16 @@ class Run:
         if not sets:
             raise ConfigError("there is nothing to evaluate", hint="give eval_dataset, or set eval_strategy='no'")
         metrics: dict[str, float] = {}
+        metrics_by_set: list[dict[str, float]] = []  # logged together, or after a signal not at all
         with self._open() as session, _evaluating(session):
             for name, samples in sets.items():
                 one = self._evaluate_set(session, samples, f"{prefix}_{name}" if name else prefix, stop)
                 if one is None:
                     return None
-                self.events.log(one)
-                metrics |= one
+                metrics_by_set.append(one)
+        for one in metrics_by_set:
+            self.events.log(one)
+            metrics |= one
         if "" not in sets:
             metrics[f"{prefix}_loss"] = sum(metrics[f"{prefix}_{name}_loss"] for name in sets) / len(sets)
         self.events.evaluated(metrics)
@@ -289,11 +292,11 @@ class Run:
 
     def _take_up(self, session: Session, loop: Loop, folder: Path) -> dict[str, Any]:
         """Load everything a checkpoint holds; the random state is returned, to be set last."""
+        snapshot.check_same_run(folder, self.identity)
         with session.precision.exported():
             load_weights(self.model, folder)
         session.precision.publish()
         saved = snapshot.read_training_state(folder, self.optimizer, self.scheduler)
-        snapshot.check_same_run(saved["identity"], self.identity, folder)
         self.run_id = saved["run_id"]
         self.events.load_state(str(folder / "trainer_state.json"))
         best = self.events.state.best_model_checkpoint
@@ -303,7 +306,7 @@ class Run:
         loop.last_checkpoint = str(folder)
         return saved["rng"]
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self, session: Session) -> dict[str, Any]:
         """What must be the same for a resumed run to be the same run."""
         args = self.args
         return {
@@ -314,6 +317,8 @@ class Run:
             if callable(self.train_samples)
             else fingerprint(self.train_samples),
             "compute dtype": "bfloat16" if args.bf16 else "float32",
+            "trained parameters": f"{len(session.trained)} ({sum(p.numel() for p in session.trained.values())} numbers)",
+            "optimizer": type(self.optimizer).__name__,
         }
 
     # --- the open model ---------------------------------------------------------------------------------------------

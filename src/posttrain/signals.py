@@ -1,6 +1,6 @@
 """Turn SIGINT, SIGTERM and SIGHUP into a request that the loop grants at the next safe point.
 
-The first signal asks; work in progress ends, everything is saved, and the process leaves with status 75. A second one
+A signal that was being ignored stays ignored (`nohup` does that to SIGHUP). The first signal asks; work in progress ends, everything is saved, and the process leaves with status 75. A second one
 does not wait: it raises KeyboardInterrupt where it stands, and the last checkpoint stays as it is.
 """
 
@@ -24,7 +24,8 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            heeded = [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+            self._previous = {number: signal.signal(number, self._handle) for number in heeded}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from posttrain.errors import CheckpointError
 
 OPTIMIZER, RNG, STATE = "optimizer.safetensors", "rng.safetensors", "state.json"
+INFINITIES = (float("inf"), float("-inf"))  # a metric's best before the first evaluation; JSON has no word for them
 
 
 # --- random state ---------------------------------------------------------------------------------------------------
@@ -113,6 +114,7 @@ def write_training_state(
     save_file(tensors, folder / OPTIMIZER)
     save_file(rng["tensors"], folder / RNG)
     scheduler_state = {k: v for k, v in scheduler.state_dict().items() if k != "lr_lambdas"}
+    scheduler_state |= {k: str(v) for k, v in scheduler_state.items() if v in INFINITIES}
     document = {**state, "optimizer": plain, "scheduler": scheduler_state, "rng": rng["plain"]}
     _must_be_json(document, type(scheduler).__name__)
     (folder / STATE).write_text(json.dumps(document, allow_nan=False), encoding="utf-8")
@@ -120,11 +122,10 @@ def write_training_state(
 
 def read_training_state(folder: Path, optimizer: torch.optim.Optimizer, scheduler: Any) -> dict[str, Any]:
     """Load optimiser and scheduler; return the plain state with the captured random state under `rng`."""
-    if not (folder / OPTIMIZER).is_file():
-        raise CheckpointError(f"{folder} holds weights only (save_only_model=True); it cannot be resumed from")
-    document = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    document = _read_state(folder)
     join_optimizer(optimizer, load_file(folder / OPTIMIZER), document.pop("optimizer"))
     scheduler_state = document.pop("scheduler")
+    scheduler_state |= {k: float(v) for k, v in scheduler_state.items() if v in map(str, INFINITIES)}
     if "lr_lambdas" in scheduler.state_dict():
         scheduler_state["lr_lambdas"] = [None] * len(scheduler.state_dict()["lr_lambdas"])
     scheduler.load_state_dict(scheduler_state)
@@ -132,8 +133,15 @@ def read_training_state(folder: Path, optimizer: torch.optim.Optimizer, schedule
     return document
 
 
-def check_same_run(saved: dict[str, Any], present: dict[str, Any], folder: Path) -> None:
-    """Refuse to go on with something else than what the checkpoint was made with."""
+def _read_state(folder: Path) -> dict[str, Any]:
+    if not (folder / STATE).is_file():
+        raise CheckpointError(f"{folder} holds weights only (save_only_model=True); it cannot be resumed from")
+    return json.loads((folder / STATE).read_text(encoding="utf-8"))
+
+
+def check_same_run(folder: Path, present: dict[str, Any]) -> None:
+    """Refuse to go on with something else than what the checkpoint was made with, before anything is loaded."""
+    saved = _read_state(folder)["identity"]
     for name, value in present.items():
         if name in saved and saved[name] != value:
             raise CheckpointError(

@@ -269,6 +269,7 @@ def _warm_up() -> None:
 
 
 def _main() -> None:
+    import gc
     import logging
 
     import torch
@@ -281,6 +282,8 @@ def _main() -> None:
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
     _warm_up()
+    gc.collect()
+    gc.freeze()  # children then share these pages for good, and take down nothing at their end
     request = _serve(replies)
     if request is None:
         return

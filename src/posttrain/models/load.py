@@ -25,15 +25,17 @@ def load_model(name: str, options: dict[str, Any] | None = None, *, dtype: str =
         if wanted not in DTYPES:
             raise ConfigError(f"dtype={wanted!r} is unknown", hint=f"choose one of {sorted(DTYPES)}")
         wanted = DTYPES[wanted]
+    path = resolve(name)
     try:
-        return AutoModelForCausalLM.from_pretrained(resolve(name), dtype=wanted, **options)
+        return AutoModelForCausalLM.from_pretrained(path, dtype=wanted, **options)
     except (OSError, ValueError) as error:
         raise _no_model(name, error) from error
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    path = resolve(name)
     try:
-        return AutoTokenizer.from_pretrained(resolve(name), **({"revision": revision} if revision else {}))
+        return AutoTokenizer.from_pretrained(path, **({"revision": revision} if revision else {}))
     except (OSError, ValueError) as error:
         raise _no_model(name, error) from error
 
