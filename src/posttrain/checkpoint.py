@@ -44,7 +44,9 @@ class Checkpoints:
         """Make `checkpoint-{step}`: `fill` writes its files into the folder it is given. Returns the final path.
 
         Whatever fails on the way, checkpoints that were there before are untouched."""
-        self._tidy()
+        self._put_back()
+        for left in self.output_dir.glob("checkpoint-*.partial"):
+            shutil.rmtree(left, ignore_errors=True)
         final = self.output_dir / f"checkpoint-{step}"
         partial = final.with_name(final.name + ".partial")
         partial.mkdir(parents=True)
@@ -63,7 +65,7 @@ class Checkpoints:
 
     def latest(self) -> Path | None:
         """The newest valid checkpoint in the folder, whichever run wrote it; invalid ones are named in the log."""
-        self._tidy()
+        self._put_back()
         for path in self._newest_first():
             try:
                 verify(path)
@@ -80,10 +82,8 @@ class Checkpoints:
     def _next_sequence(self) -> int:
         return 1 + int(max((s for s in map(_sequence, self._newest_first()) if s != UNREADABLE), default=0))
 
-    def _tidy(self) -> None:
-        """Clear away what a process that died while writing has left, and put back what it was about to replace."""
-        for partial in self.output_dir.glob("checkpoint-*.partial"):
-            shutil.rmtree(partial, ignore_errors=True)
+    def _put_back(self) -> None:
+        """Undo the first half of a replacement whose second half never came, because the process died between."""
         for replaced in self.output_dir.glob("checkpoint-*.replaced"):
             final = replaced.with_suffix("")
             if final.exists():
@@ -118,7 +118,9 @@ class Checkpoints:
                 continue
             room -= 1
             if room < 0:
-                shutil.rmtree(path)
+                left = path.with_name(path.name + ".partial")  # so that half a deletion does not look like a checkpoint
+                os.replace(path, left)
+                shutil.rmtree(left)
 
 
 def verify(path: Path) -> dict[str, Any]:

@@ -317,7 +317,7 @@ class Run:
             if callable(self.train_samples)
             else fingerprint(self.train_samples),
             "compute dtype": "bfloat16" if args.bf16 else "float32",
-            "trained parameters": f"{len(session.trained)} ({sum(p.numel() for p in session.trained.values())} numbers)",
+            "number of trained parameters": sum(parameter.numel() for parameter in session.trained.values()),
             "optimizer": type(self.optimizer).__name__,
         }
 

@@ -1,7 +1,8 @@
 """Turn SIGINT, SIGTERM and SIGHUP into a request that the loop grants at the next safe point.
 
-A signal that was being ignored stays ignored (`nohup` does that to SIGHUP). The first signal asks; work in progress ends, everything is saved, and the process leaves with status 75. A second one
-does not wait: it raises KeyboardInterrupt where it stands, and the last checkpoint stays as it is.
+The first signal asks; work in progress ends, everything is saved, and the process leaves with status 75. A second one
+does not wait: it raises KeyboardInterrupt where it stands, and the last checkpoint stays as it is. A signal that was
+being ignored goes on being ignored (`nohup` has it so with SIGHUP).
 """
 
 from __future__ import annotations

@@ -4,12 +4,14 @@
 a test pays for the imports only once. A child computes on one thread, ends the way any script ends (an exception that
 nobody catches, `SystemExit`, a signal), and leaves its end state in `end.safetensors` and `end.json` for comparison.
 
-A run is a `Spec`: what to train, and an `Incident` that is to befall it. Incidents really happen: SIGKILL is a SIGKILL.
+A run is a `Spec`: what to train, and what is to befall it: an `Incident` at a callback, or a `Trap` in a function of the
+standard library. They really happen: SIGKILL is a SIGKILL.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import re
@@ -36,6 +38,16 @@ class Incident:
 
 
 @dataclasses.dataclass(frozen=True)
+class Trap:
+    """The process kills itself at call number `call` (from 1) of `function`, such as `os.replace`, before it happens.
+    With `within`, only calls with this text among their arguments count."""
+
+    function: str
+    call: int
+    within: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Spec:
     """One run in `folder`. `arguments` are `SFTConfig`'s, over the defaults below."""
 
@@ -44,6 +56,7 @@ class Spec:
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
     resume: str | bool = False
     incident: Incident | None = None
+    trap: Trap | None = None
     patience: int | None = None
     family: str = "llama"
     end: str = "end"
@@ -127,6 +140,22 @@ def _happening(spec: Spec) -> Any:
     return type("Happening", (TrainerCallback,), {incident.event: happen})()
 
 
+def lay(trap: Trap) -> None:
+    """Replace the trap's function, for the rest of this process."""
+    module_name, name = trap.function.rsplit(".", 1)
+    module = importlib.import_module(module_name)
+    original, calls = getattr(module, name), 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += trap.within in repr((args, kwargs))
+        if calls == trap.call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(module, name, counted)
+
+
 def end_state(trainer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Everything a run leaves behind, as tensors and as plain values without timings."""
     import torch
@@ -206,11 +235,10 @@ class RunServer:
         )
         self._spec: Spec | None = None
 
-    def start(self, spec: Spec, lay: str | None = None) -> int:
-        """`lay` names a function of `traps.py` to be called in the child before it trains."""
+    def start(self, spec: Spec) -> int:
         Path(spec.folder).mkdir(parents=True, exist_ok=True)
         self._spec = spec
-        self._say({"spec": dataclasses.asdict(spec), "lay": lay})
+        self._say(dataclasses.asdict(spec))
         return int(self._hear()["pid"])
 
     def wait(self) -> Ended:
@@ -218,8 +246,8 @@ class RunServer:
         status = int(self._hear()["status"])
         return Ended(status, Path(self._spec.folder, "stderr.txt").read_text())
 
-    def run(self, spec: Spec, lay: str | None = None) -> Ended:
-        self.start(spec, lay)
+    def run(self, spec: Spec) -> Ended:
+        self.start(spec)
         return self.wait()
 
     def close(self) -> None:
@@ -287,15 +315,13 @@ def _main() -> None:
     request = _serve(replies)
     if request is None:
         return
-    values = request["spec"]
-    spec = Spec(**{**values, "incident": Incident(**values["incident"]) if values["incident"] else None})
+    kinds = {"incident": Incident, "trap": Trap}
+    spec = Spec(**{name: kinds[name](**value) if name in kinds and value else value for name, value in request.items()})
     with open(Path(spec.folder, "stderr.txt"), "w") as errors:
         os.dup2(errors.fileno(), 2)
-    if request["lay"]:
-        import traps
-
-        getattr(traps, request["lay"])()
     trainer = make_trainer(spec)
+    if spec.trap is not None:
+        lay(spec.trap)
     trainer.train(resume_from_checkpoint=spec.resume)
     from safetensors.torch import save_file
 

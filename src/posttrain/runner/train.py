@@ -41,7 +41,7 @@ def train(config: RunConfig, source: Path, resume: str = "never", quiet: bool = 
         eval_dataset=str(root / config.dataset.val_path) if config.dataset.val_path else None,
         peft_config=peft_config,
     )
-    result = trainer.train(resume_from_checkpoint=_resume(resume, args.output_dir))
+    result = trainer.run.train(_resume(resume, args.output_dir))
     path = root / config.save.lora_path
     trainer.save_model(str(path))
     trainer.save_state()

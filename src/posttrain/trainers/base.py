@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, Interrupted
 from posttrain.events import Events, default_callbacks
 from posttrain.run import Run, TrainResult
 
@@ -56,7 +57,13 @@ class PackedTrainer:
         for name, value in refused.items():
             if value is not None:
                 raise ConfigError(f"train({name}=...) is not honoured")
-        return self.run.train(resume_from_checkpoint)
+        try:
+            return self.run.train(resume_from_checkpoint)
+        except Interrupted as stopped:  # a SystemExit: Python ends with its status and prints nothing of its own
+            print(stopped.message, file=sys.stderr)
+            if stopped.checkpoint:
+                print("Continue: trainer.train(resume_from_checkpoint=True)", file=sys.stderr)
+            raise
 
     @property
     def state(self) -> TrainerState:
