@@ -81,8 +81,8 @@ class Events:
     def step_end(self) -> None:
         self._fire("on_step_end")
 
-    def prediction_step(self, total: int | None = None) -> None:
-        self._fire("on_prediction_step", eval_total=total)
+    def prediction_step(self) -> None:
+        self._fire("on_prediction_step")
 
     def save(self) -> None:
         self._fire("on_save")
@@ -93,13 +93,15 @@ class Events:
     def evaluated(self, metrics: Mapping[str, float]) -> None:
         self._fire("on_evaluate", metrics=dict(metrics))
 
-    def log(self, logs: Mapping[str, float]) -> None:
-        """Append to the history and tell the callbacks; `epoch` and `step` are added as transformers adds them."""
+    def log(self, logs: Mapping[str, float]) -> dict[str, float]:
+        """Append to the history and tell the callbacks; `epoch` and `step` are added as transformers adds them.
+        Returns what was logged."""
         entry = dict(logs)
         if self.state.epoch is not None:
             entry["epoch"] = self.state.epoch
         self.state.log_history.append({**entry, "step": self.state.global_step})
-        self._fire("on_log", logs=entry)
+        self._fire("on_log", logs=dict(entry))
+        return entry
 
     def _fire(self, event: str, **kwargs: Any) -> None:
         begin = {"on_epoch_begin": "_new_epoch", "on_step_begin": "_new_step"}.get(event)
@@ -130,9 +132,7 @@ class Progress(ProgressCallback):
     """transformers' progress bar with what one wants to know beside it: loss, rate, time left. Log lines that are not
     evaluations stay in the bar, so that a long run does not fill the screen."""
 
-    def on_prediction_step(
-        self, args: Any, state: Any, control: Any, eval_total: int | None = None, **kwargs: Any
-    ) -> None:
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Evaluation is quicker than a bar is worth; nothing to draw."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:

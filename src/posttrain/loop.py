@@ -72,7 +72,8 @@ class Loop:
             if state.global_step % self.source.steps_per_epoch == 0:
                 self.events.epoch_begin()
             self._step(state.global_step, stop)
-            self.epoch_end_due = state.global_step % self.source.steps_per_epoch == 0
+            is_last = state.global_step >= self.max_steps
+            self.epoch_end_due = is_last or state.global_step % self.source.steps_per_epoch == 0
             self.events.step_end()
             self._after_step(stop)
 
@@ -132,9 +133,11 @@ class Loop:
     # --- what is due after a step -----------------------------------------------------------------------------------
 
     def _after_step(self, stop: StopRequest) -> None:
-        """Everything between two steps. A resumed run begins with what its checkpoint says is still due."""
+        """Everything between two steps. A resumed run begins with what its checkpoint says is still due. The end of a
+        run ends its epoch too, as in transformers, so that what is due every epoch is not missed."""
         self._act(stop)
-        if self.epoch_end_due or self.events.control.should_epoch_stop:
+        control = self.events.control
+        if self.epoch_end_due or control.should_epoch_stop or control.should_training_stop:
             self.epoch_end_due = False
             self.events.epoch_end()
             self._act(stop)

@@ -173,13 +173,13 @@ class Run:
         metrics = speed_metrics("train", started, num_samples=samples, num_steps=steps)
         train_loss = loop.total_loss / max(1, state.global_step)
         metrics |= {"total_flos": state.total_flos, "train_loss": train_loss}
-        self.events.log(metrics)
+        metrics = self.events.log(metrics)
         if args.load_best_model_at_end and state.best_model_checkpoint:
             with session.precision.exported():
                 load_weights(self.model, Path(state.best_model_checkpoint))
             session.precision.publish()
         self.events.train_end()
-        return TrainResult(state.global_step, train_loss, {**metrics, "epoch": state.epoch or 0.0})
+        return TrainResult(state.global_step, train_loss, metrics)
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
@@ -199,8 +199,7 @@ class Run:
                     return None
                 metrics_by_set.append(one)
         for one in metrics_by_set:
-            self.events.log(one)
-            metrics |= one
+            metrics |= self.events.log(one)
         if "" not in sets:
             metrics[f"{prefix}_loss"] = sum(metrics[f"{prefix}_{name}_loss"] for name in sets) / len(sets)
         self.events.evaluated(metrics)
@@ -219,6 +218,7 @@ class Run:
             args.per_device_eval_batch_size,
             self._budget(),
             stopped=lambda: stop is not None and stop.received is not None,
+            batch_done=self.events.prediction_step,
         )
         if values is None:
             return None

@@ -1,7 +1,8 @@
 """Loss and metrics of an objective over held-out samples.
 
-The loss is averaged as transformers averages it, so that it can be compared: the mean over evaluation batches of
-`per_device_eval_batch_size` samples, each divided by its own tokens, weighted by their number of samples.
+All are averaged as transformers and TRL average them, so that they can be compared: over evaluation batches of
+`per_device_eval_batch_size` samples, each divided by its own tokens; the loss weighted by their number of samples, the
+metrics not weighted.
 """
 
 from __future__ import annotations
@@ -23,12 +24,16 @@ def evaluate_loss(
     batch_size: int,
     token_budget: int,
     stopped: Callable[[], bool] = lambda: False,
+    batch_done: Callable[[], None] = lambda: None,
 ) -> dict[str, float] | None:
-    """`{"loss": ..., metric: ...}`, or None if `stopped()` came true on the way."""
-    total, sums, counts = 0.0, {}, {}  # type: float, dict[str, float], dict[str, int]
+    """`{"loss": ..., metric: ...}`, or None if `stopped()` came true on the way. `batch_done` is told of each batch."""
+    total = 0.0
+    means: dict[str, list[float]] = {}
     for first in range(0, len(samples), batch_size):
         group = samples[first : first + batch_size]
         micro = plan(group, token_budget)
+        sums: dict[str, float] = {}
+        counts: dict[str, int] = {}
         for batch in micro:
             if stopped():
                 return None
@@ -38,5 +43,7 @@ def evaluate_loss(
             for name, (value, count) in metrics.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
                 counts[name] = counts.get(name, 0) + count
-    means = {name: value / counts[name] for name, value in sums.items() if counts[name]}
-    return {"loss": total / max(1, len(samples)), **means}
+        for name, value in sums.items():
+            means.setdefault(name, []).append(value / max(1, counts[name]))
+        batch_done()
+    return {"loss": total / max(1, len(samples)), **{name: sum(each) / len(each) for name, each in means.items()}}

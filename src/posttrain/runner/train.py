@@ -28,6 +28,8 @@ def train(config: RunConfig, source: Path, resume: str = "never", quiet: bool = 
 
     Raises: ConfigError, DataError, CheckpointError, NonFiniteError, Interrupted.
     """
+    from transformers import PrinterCallback
+
     from posttrain.trainers.sft import SFTTrainer
 
     root = source.resolve().parent
@@ -41,6 +43,8 @@ def train(config: RunConfig, source: Path, resume: str = "never", quiet: bool = 
         eval_dataset=str(root / config.dataset.val_path) if config.dataset.val_path else None,
         peft_config=peft_config,
     )
+    if quiet:
+        trainer.remove_callback(PrinterCallback)
     result = trainer.run.train(_resume(resume, args.output_dir))
     path = root / config.save.lora_path
     trainer.save_model(str(path))

@@ -73,15 +73,8 @@ HARMLESS = {
     "hub_revision": "it matters with push_to_hub only",
 }
 # Set by transformers itself or part of nearly every script; a note about them would be noise.
-_SILENT = {
-    "remove_unused_columns",
-    "do_train",
-    "do_eval",
-    "do_predict",
-    "local_rank",
-    "accelerator_config",
-    "hub_token",
-}
+_SILENT = frozenset(("remove_unused_columns", "do_train", "do_eval", "do_predict", "local_rank", "accelerator_config",
+                     "hub_token", "dataloader_pin_memory"))  # fmt: skip
 
 REFUSED = {
     "fp16": "half precision with loss scaling is not supported; use bf16=True, or fp32 with bf16=False",

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.utils import logging as transformers_logging
 
 from posttrain.errors import ConfigError, Interrupted
 from posttrain.events import Events, default_callbacks
@@ -95,6 +96,10 @@ class PackedTrainer:
     def lr_scheduler(self) -> Any:
         return self.run.scheduler
 
+    def __getattr__(self, name: str) -> Any:
+        known = " (transformers.Trainer has it, this loop has no use for it)" if hasattr(Trainer, name) else ""
+        raise AttributeError(f"posttrain's {type(self).__name__} has no attribute {name!r}{known}")
+
     def add_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
         self.run.events.handler.add_callback(callback)
 
@@ -138,5 +143,7 @@ class PackedTrainer:
 
 
 def make_events(args: TrainingArguments, callbacks: list[Any] | None, model: Any, processing_class: Any) -> Events:
-    """Transformers' default callbacks for these settings, then the user's."""
+    """Transformers' default callbacks for these settings, then the user's; its log level as `args.log_level` says."""
+    if args.log_level != "passive":
+        transformers_logging.set_verbosity(args.get_process_log_level())
     return Events(args, [*default_callbacks(args), *(callbacks or [])], model, processing_class)

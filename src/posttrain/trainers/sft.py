@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, TrainingArguments
-from transformers.trainer_utils import IntervalStrategy, set_seed
+from transformers.trainer_utils import IntervalStrategy, align_special_tokens, set_seed
 
 from posttrain.data.prepare import prepare, stream
 from posttrain.data.report import DataReport
@@ -101,6 +101,8 @@ class SFTTrainer(PackedTrainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Loss and metrics over `eval_dataset` (default: the trainer's own; a string names one of several)."""
+        if ignore_keys is not None:
+            raise ConfigError("evaluate(ignore_keys=...) is not honoured: compute_metrics receives logits only")
         if isinstance(eval_dataset, str):
             sets: Mapping[str, Sequence[Sample]] = {"": self.run.eval_sets[eval_dataset]}
         else:
@@ -114,9 +116,19 @@ class SFTTrainer(PackedTrainer):
     def _train_samples(self, dataset: Any) -> Sequence[Sample] | Callable[[], Iterator[Sample]]:
         if dataset is None:
             raise ConfigError("train_dataset is required")
+        self._check_prepared(dataset)
         if _is_stream(dataset):
             return lambda: stream(dataset, self._tokenizer, self._settings, "train")
         return self._prepared(dataset, "train", self._settings)
+
+    def _check_prepared(self, dataset: Any) -> None:
+        """`skip_prepare_dataset` promises tokens; anything else would be prepared after all."""
+        if not _as_dict(self.args.dataset_kwargs).get("skip_prepare_dataset"):
+            return
+        first: Mapping[str, Any] = next(iter(dataset), {}) if not isinstance(dataset, str) else {}
+        if "input_ids" not in first:
+            seen = ", ".join(first) or "a path"
+            raise ConfigError(f"skip_prepare_dataset=True needs rows with input_ids (and labels), these have {seen}")
 
     def _eval_sets(self, dataset: Any) -> dict[str, Sequence[Sample]]:
         if dataset is None:
@@ -195,6 +207,7 @@ def _open_model(
             _train_added_tokens(peft_config, added)
         model = adapters.add_adapter(model, peft_config)
     set_pad_token(model, tokenizer, args.pad_token)
+    align_special_tokens(model, tokenizer)  # what ends a turn in training ends it in generation
     return model, tokenizer
 
 
@@ -220,7 +233,7 @@ def _data_settings(args: SFTConfig, formatting_func: Callable[[dict[str, Any]], 
         formatting_func=formatting_func,
         completion_only=args.completion_only_loss,
         assistant_only=args.assistant_only_loss,
-        max_length=args.max_length,
+        max_length=None if _as_dict(args.dataset_kwargs).get("skip_prepare_dataset") else args.max_length,
         truncation_mode=args.truncation_mode,
         packing=args.packing,
         packing_strategy=args.packing_strategy,

@@ -1,0 +1,116 @@
+"""The command line on a tiny model: train, override, resume, and every mistake as one line with its exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
+
+from tests.tiny_models import tiny_model
+from tests.tiny_tokenizers import chatml_tokenizer
+
+CONFIG = """
+model: {name: model, max_seq_length: 64, dtype: float32}
+dataset: {path: train.jsonl, val_path: train.jsonl}
+lora: {r: 4, lora_dropout: 0.1}
+training: {learning_rate: 1e-2, num_train_epochs: 2, per_device_train_batch_size: 2, save_steps: 1, save_total_limit: 3,
+           logging_steps: 1, bf16: false}
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    tokenizer = chatml_tokenizer()
+    tiny_model(vocabulary=len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [
+        {"messages": [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": f"{i} is {i}."}]}
+        for i in range(7)
+    ]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "run.yaml").write_text(CONFIG)
+    return tmp_path
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "posttrain.cli", *arguments]
+
+
+def posttrain(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_trains_and_leaves_an_adapter_that_peft_loads(project: Path) -> None:
+    done = posttrain(project, "train", "run.yaml", "--json")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["steps"] == 8
+    assert summary["final_loss"] < summary["first_loss"]
+    assert summary["path"] == str(project / "models/checkpoints/lora")
+    assert AutoPeftModelForCausalLM.from_pretrained(summary["path"]).peft_config["default"].r == 4
+    assert "7 rows: 7 used" in done.stderr
+    state = json.loads((project / "outputs/trainer_state.json").read_text())
+    assert [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
+
+
+def test_a_signal_saves_and_resuming_gives_the_undisturbed_result(project: Path) -> None:
+    undisturbed = posttrain(project, "train", "run.yaml", "--set", "training.output_dir=whole",
+                            "--set", "save.lora_path=whole/adapter", "--quiet")  # fmt: skip
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    running = subprocess.Popen(command("train", "run.yaml", "--set", "training.num_train_epochs=2"), cwd=project,
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    while not list((project / "outputs").glob("checkpoint-[2-9]")) and running.poll() is None:
+        time.sleep(0.01)
+    running.send_signal(signal.SIGTERM)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 75, said
+    assert "Interrupted at step" in said
+    assert "Continue: posttrain train run.yaml --resume auto" in said
+    resumed = posttrain(project, "train", "run.yaml", "--resume", "auto")
+    assert resumed.returncode == 0, resumed.stderr
+    one, other = (load_file(project / folder / "adapter_model.safetensors") for folder in
+                  ("whole/adapter", "models/checkpoints/lora"))  # fmt: skip
+    assert all(one[name].equal(other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "status", "message"),
+    [
+        (["training.learning_rat=1"], 2, "did you mean training.learning_rate?"),
+        (["training.max_length=5"], 2, "training.max_length is set as model.max_seq_length"),
+        (["training.fp16=true"], 2, "fp16=True is not honoured"),
+        (["model.name=nowhere"], 2, "cannot load the model 'nowhere'"),
+        (["dataset.path=trian.jsonl"], 3, "train.jsonl"),
+    ],
+)
+def test_mistakes_are_one_line_and_no_traceback(project: Path, overrides: list[str], status: int, message: str) -> None:
+    extra = [part for override in overrides for part in ("--set", override)]
+    done = posttrain(project, "train", "run.yaml", *extra, "--quiet")
+    assert done.returncode == status, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_bad_row_is_named(project: Path) -> None:
+    with (project / "train.jsonl").open("a") as file:
+        file.write('{"messages": [{"role": "assitant", "content": "x"}]}\n')
+    done = posttrain(project, "train", "run.yaml", "--quiet")
+    assert done.returncode == 3
+    assert "train.jsonl:8" in done.stderr
+    assert "assistant" in done.stderr
+
+
+def test_help_and_recipes_answer_at_once(project: Path) -> None:
+    started = time.perf_counter()
+    assert "train" in posttrain(project, "--help").stdout
+    assert "sft" in posttrain(project, "recipes").stdout
+    assert time.perf_counter() - started < 5  # a tenth of that, but never a timed test on a loaded machine
+    assert os.path.exists(project / "run.yaml")
