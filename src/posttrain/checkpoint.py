@@ -131,7 +131,7 @@ def verify(path: Path) -> dict[str, Any]:
         seal, files = manifest.pop(SEAL, None), manifest["files"].items()
     except FileNotFoundError:
         raise CheckpointError(f"{path} has no {MANIFEST}: it was not completed, or another tool wrote it.") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path / MANIFEST} cannot be read ({error}).") from None
     if manifest.get("schema_version") != 1:
         raise CheckpointError(f"{path} has schema version {manifest.get('schema_version')}; this posttrain reads 1.")

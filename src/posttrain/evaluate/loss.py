@@ -43,7 +43,7 @@ def evaluate_loss(
             for name, (value, count) in metrics.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
                 counts[name] = counts.get(name, 0) + count
-        for name, value in sums.items():
-            means.setdefault(name, []).append(value / max(1, counts[name]))
+        for name, total_of_group in sums.items():
+            means.setdefault(name, []).append(total_of_group / max(1, counts[name]))
         batch_done()
     return {"loss": total / max(1, len(samples)), **{name: sum(each) / len(each) for name, each in means.items()}}

@@ -2,9 +2,10 @@
 
 Every segment attends to itself only, causally, inside the model's sliding window where it has one. The layout comes as
 a keyword argument that transformers hands through to each attention layer, with plain integers in it, so that nothing
-asks the device. On CUDA in half precision the whole batch is one varlen call (`torch.nn.attention.varlen`); elsewhere,
-and where the model caps its attention scores, it is a loop over segments. A call without a layout (generation, a plain
-forward by the user) goes to transformers' own SDPA with the mask transformers builds for it.
+asks the device. On CUDA in half precision the whole batch is one varlen call (`torch.nn.attention.varlen`); on a CPU
+short segments in bf16 are batched matrix products (`segment_attention`); elsewhere, and where the model caps its
+attention scores, it is a loop of SDPA over segments. A call without a layout (generation, a plain forward by the user)
+goes to transformers' own SDPA with the mask transformers builds for it.
 
 Left out: attention sinks and ALiBi. A model that has them fails the self-check and runs padded, with its own attention.
 """
@@ -20,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from posttrain.models.segment_attention import MAX_LENGTH, segment_attention
 from posttrain.types import Layout
 
 PACKED_ATTENTION = "posttrain_packed"
@@ -49,18 +51,19 @@ def packed_attention(
         return output, None
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and softcap is None and not dropout:
         return _varlen(query, key, value, layout, scaling, sliding_window), None
-    pieces = zip(
-        *(torch.split(tensor, list(layout.lengths), dim=2) for tensor in (query, key, value)),
-        strict=True,
-    )
+    if softcap is None and not dropout and _is_quicker_by_products(query, layout, sliding_window):
+        return segment_attention(query, key, value, layout, scaling or query.shape[-1] ** -0.5), None
+    pieces = (torch.split(tensor, list(layout.lengths), dim=2) for tensor in (query, key, value))
     attend = _capped(softcap) if softcap is not None else scaled_dot_product_attention
-    outputs = [
-        attend(
-            q, k, v, dropout_p=dropout, scale=scaling, enable_gqa=q.shape[1] != k.shape[1], **_mask(q, sliding_window)
-        )
-        for q, k, v in pieces
-    ]
+    options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+    outputs = [attend(q, k, v, **options, **_mask(q, sliding_window)) for q, k, v in zip(*pieces, strict=True)]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def _is_quicker_by_products(query: torch.Tensor, layout: Layout, window: int | None) -> bool:
+    """Short segments in bf16 on a CPU: there SDPA's backward pass is slow (in fp32 it is not)."""
+    limit = MAX_LENGTH if window is None else min(window, MAX_LENGTH)
+    return query.device.type == "cpu" and query.dtype == torch.bfloat16 and layout.max_length <= limit
 
 
 def _mask(query: torch.Tensor, window: int | None) -> dict[str, Any]:

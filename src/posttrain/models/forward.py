@@ -46,7 +46,7 @@ class Policy:
         logp_R, top1_R, entropy_R, uniform_R = token_logps(
             hidden_TD[batch.rows_R],
             head.weight,
-            head.bias,
+            getattr(head, "bias", None),  # PEFT's wrapper of a tied head with trainable tokens has none
             batch.target_R,
             self.shape,
             entropy=needs.entropy,

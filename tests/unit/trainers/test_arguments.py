@@ -44,7 +44,8 @@ def test_what_is_honoured_is_read_somewhere(name: str) -> None:
     ours = "".join(path.read_text() for path in SOURCE.rglob("*.py") if path.name not in tables)
     handed_on = {
         "optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon", "learning_rate",
-        "warmup_steps", "logging_strategy", "logging_steps", "logging_first_step", "eval_steps", "eval_delay", "save_steps",
+        "warmup_steps", "logging_strategy", "logging_steps", "logging_first_step", "eval_steps", "eval_delay",
+        "save_steps",
         "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "tf32",
         "gradient_checkpointing", "gradient_checkpointing_kwargs",
     }  # fmt: skip

@@ -1,0 +1,103 @@
+"""Causal attention of short segments on a CPU, as batched matrix products.
+
+PyTorch's flash kernel for CPUs is slow in its backward pass; for segments of a few hundred tokens it is quicker to
+write the scores down. Per segment: scores by one batched product (query heads that share a key head are stacked as
+rows), a soft-max in fp32, and the probabilities kept in the compute dtype for a backward pass of four products.
+Gradients go straight into one tensor each. Memory grows with the square of a segment's length, so long ones are left to
+SDPA; `MAX_LENGTH` is where the two cross (benchmarks/RESULTS.md).
+
+Shape suffixes: `T` tokens, `H` query heads, `K` key heads, `G` query heads of a key head, `N` a segment's tokens, `E`
+head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from posttrain.types import Layout
+
+MAX_LENGTH = 512
+
+
+def segment_attention(
+    query_1HTE: torch.Tensor, key_1KTE: torch.Tensor, value_1KTE: torch.Tensor, layout: Layout, scale: float
+) -> torch.Tensor:
+    """`(1, T, H, E)`: every token attends to itself and what precedes it in its own segment."""
+    return _SegmentAttention.apply(query_1HTE[0], key_1KTE[0], value_1KTE[0], layout, scale)[None]
+
+
+class _SegmentAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query_HTE: torch.Tensor,
+        key_KTE: torch.Tensor,
+        value_KTE: torch.Tensor,
+        layout: Layout,
+        scale: float,
+    ) -> torch.Tensor:
+        heads, tokens, _ = query_HTE.shape
+        output_THE = query_HTE.new_empty(tokens, heads, value_KTE.shape[-1])
+        weights = []
+        for segment in _segments(layout):
+            query = _stacked(query_HTE[:, segment], key_KTE.shape[0])
+            p_KRN = _causal_softmax(query @ key_KTE[:, segment].mT, scale).to(query.dtype)
+            _unstack(p_KRN @ value_KTE[:, segment], output_THE[segment])
+            weights.append(p_KRN)
+        ctx.layout, ctx.scale = layout, scale
+        ctx.save_for_backward(query_HTE, key_KTE, value_KTE, output_THE, *weights)
+        return output_THE
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:
+        grad_THE = grads[0]
+        query_HTE, key_KTE, value_KTE, output_THE, *weights = ctx.saved_tensors
+        groups, scale = key_KTE.shape[0], ctx.scale
+        grad_query_THE, grad_key_TKE, grad_value_TKE = (
+            tensor.new_empty(tensor.shape[1], tensor.shape[0], tensor.shape[2])
+            for tensor in (query_HTE, key_KTE, value_KTE)
+        )
+        # d loss / d score = p (d loss / d p - sum of p d loss / d p), and that sum is the output times its gradient
+        inner_HT = (grad_THE * output_THE).sum(-1, dtype=_accurate(grad_THE.dtype)).t()
+        for segment, p_KRN in zip(_segments(ctx.layout), weights, strict=True):
+            query, key, value = _stacked(query_HTE[:, segment], groups), key_KTE[:, segment], value_KTE[:, segment]
+            grad = _stacked(grad_THE[segment].transpose(0, 1), groups)
+            grad_value_TKE[segment] = (p_KRN.mT @ grad).transpose(0, 1)
+            score_KRN = (grad @ value.mT).to(_accurate(grad.dtype))
+            score_KRN -= inner_HT[:, segment].reshape(groups, -1, 1)
+            low = score_KRN.mul_(p_KRN).mul_(scale).to(query.dtype)
+            _unstack(low @ key, grad_query_THE[segment])
+            grad_key_TKE[segment] = (low.mT @ query).transpose(0, 1)
+        grads_HTE = (tensor.transpose(0, 1) for tensor in (grad_query_THE, grad_key_TKE, grad_value_TKE))
+        return *grads_HTE, None, None
+
+
+def _accurate(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _segments(layout: Layout) -> Iterator[slice]:
+    return (slice(start, start + length) for start, length in zip(layout.starts, layout.lengths, strict=True))
+
+
+def _stacked(query_HNE: torch.Tensor, groups: int) -> torch.Tensor:
+    """`(H, N, E)` to `(K, G N, E)`: the query heads of one key head as one stack of rows."""
+    return query_HNE.reshape(groups, -1, query_HNE.shape[-1])
+
+
+def _unstack(rows_KRE: torch.Tensor, out_NHE: torch.Tensor) -> None:
+    """`(K, G N, E)` into `(N, H, E)`."""
+    length, heads, size = out_NHE.shape
+    out_NHE.copy_(rows_KRE.reshape(heads, length, size).transpose(0, 1))
+
+
+def _causal_softmax(score_KRN: torch.Tensor, scale: float) -> torch.Tensor:
+    """fp32 probabilities; rows are query heads times tokens, and a token sees itself and what is before it."""
+    groups, rows, length = score_KRN.shape
+    future_NN = torch.ones(length, length, dtype=torch.bool).triu(1)
+    accurate = score_KRN.to(_accurate(score_KRN.dtype)).mul_(scale)
+    accurate.view(groups, rows // length, length, length).masked_fill_(future_NN, -torch.inf)
+    return accurate.softmax(-1)
