@@ -146,7 +146,7 @@ class Run:
             max_steps=max_steps,
             max_grad_norm=args.max_grad_norm or 0.0,
             publish=session.precision.publish,
-            evaluate=lambda: self.evaluate(self.eval_sets, stop),
+            evaluate=lambda: self._evaluate_due(stop),
             save=lambda state: self._checkpoint(session, state),
             extra_logs=self._extra_logs(session),
             flops=flops_counter(session.policy.base),
@@ -203,7 +203,12 @@ class Run:
         if "" not in sets:
             metrics[f"{prefix}_loss"] = sum(metrics[f"{prefix}_{name}_loss"] for name in sets) / len(sets)
         self.events.evaluated(metrics)
-        if prefix == "eval":
+        return metrics
+
+    def _evaluate_due(self, stop: StopRequest) -> dict[str, float] | None:
+        """An evaluation that is part of training, and so may find the best model."""
+        metrics = self.evaluate(self.eval_sets, stop)
+        if metrics is not None:
             self._note_best(metrics)
         return metrics
 

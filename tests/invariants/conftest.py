@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from short_runs import RunServer
+import torch
+
+from tests.invariants.short_runs import RunServer
 
 
 @pytest.fixture(scope="session")
@@ -16,6 +18,11 @@ def runs() -> Iterator[RunServer]:
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training in this process without measuring how fast the machine is, which costs 0.2 s a run."""
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Training in this process on one thread, which tiny models are quickest on, and without measuring how fast the
+    machine is, which costs 0.2 s a run."""
     monkeypatch.setattr("posttrain.run.measure_limit", lambda *_: 1e12)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -4,37 +4,52 @@
 a test pays for the imports only once. A child computes on one thread, ends the way any script ends (an exception that
 nobody catches, `SystemExit`, a signal), and leaves its end state in `end.safetensors` and `end.json` for comparison.
 
-A run is a `Spec`: what to train, and what is to befall it: an `Incident` at a callback, or a `Trap` in a function of the
-standard library. They really happen: SIGKILL is a SIGKILL.
+A run is a `Spec`: what to train, and what is to befall it, an `Incident` at a callback or a `Trap` in a function of the
+standard library. They really happen: a SIGKILL is a SIGKILL.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib
 import json
+import logging
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any, TextIO
 
-TESTS = Path(__file__).resolve().parents[1]
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
+
+from posttrain import SFTConfig, SFTTrainer, snapshot
+from tests.tiny_models import tiny_model
+from tests.tiny_tokenizers import plain_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
 NUM_ROWS = 10  # 2 x 2 a step: three steps an epoch, of which the last is incomplete
 TIMINGS = re.compile(r"runtime|_per_second|peak_memory|hardware_share")
 
 
 @dataclasses.dataclass(frozen=True)
 class Incident:
-    """At `event` (a callback's name) of step `step`, counted as that callback sees it, `action` happens: the name of a
-    signal sent to the process itself, `raise`, or `wait` (create the file `waiting`, then sleep)."""
+    """At `event` of step `step`, counted as callbacks see it, `action` happens: a signal's name (sent to the process
+    itself), `raise`, or `wait` (for a file `go`; the file `waiting` says so). `event` is a callback's name or
+    `during_evaluation`; `skip` lets it pass so many times before."""
 
     event: str
     step: int
     action: str
     twice: bool = False
+    skip: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +77,10 @@ class Spec:
     end: str = "end"
 
 
+End = tuple[dict[str, torch.Tensor], dict[str, Any]]
+"""Tensors and plain values that a run has left."""
+
+
 class Crash(RuntimeError):
     """What `raise` raises."""
 
@@ -75,15 +94,10 @@ def rows(count: int = NUM_ROWS, first: int = 0) -> list[dict[str, list[int]]]:
     return built
 
 
-def make_trainer(spec: Spec, callbacks: tuple[Any, ...] = ()) -> Any:
+def make_trainer(
+    spec: Spec, callbacks: tuple[Any, ...] = (), train: Any = None, evaluation: Any = None, adapter: Any = None
+) -> Any:
     """The trainer of a run: always the same model, data and settings for the same spec."""
-    from peft import LoraConfig
-    from tiny_models import tiny_model
-    from tiny_tokenizers import plain_tokenizer
-    from transformers import EarlyStoppingCallback
-
-    from posttrain import SFTConfig, SFTTrainer
-
     defaults: dict[str, Any] = {
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
@@ -101,43 +115,65 @@ def make_trainer(spec: Spec, callbacks: tuple[Any, ...] = ()) -> Any:
         "disable_tqdm": True,
         "log_level": "error",
     }
-    tokenizer = plain_tokenizer()
-    adapter = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules="all-linear", task_type="CAUSAL_LM")
+    ordinary = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules="all-linear", task_type="CAUSAL_LM")
     early = [EarlyStoppingCallback(spec.patience)] if spec.patience is not None else []
-    incident = [_happening(spec)] if spec.incident is not None else []
-    return SFTTrainer(
+    trainer = SFTTrainer(
         tiny_model(spec.family, 270),
         SFTConfig(spec.folder, **{**defaults, **spec.arguments}),
-        train_dataset=rows(),
-        eval_dataset=rows(4, first=NUM_ROWS),
-        processing_class=tokenizer,
-        peft_config=adapter if spec.lora else None,
-        callbacks=[*early, *incident, *callbacks],
+        train_dataset=rows() if train is None else train,
+        eval_dataset=rows(4, first=NUM_ROWS) if evaluation is None else evaluation,
+        processing_class=plain_tokenizer(),
+        peft_config=(adapter or ordinary) if spec.lora else None,
+        callbacks=[*early, *callbacks],
     )
+    trainer.remove_callback(PrinterCallback)
+    if spec.incident is not None:
+        _prepare(spec, spec.incident, trainer)
+    return trainer
 
 
-def _happening(spec: Spec) -> Any:
-    from transformers import TrainerCallback
+def _prepare(spec: Spec, incident: Incident, trainer: Any) -> None:
+    """Let `incident` happen in `trainer`."""
+    passed = 0
 
-    incident = spec.incident
-    assert incident is not None
-
-    def happen(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step != incident.step or getattr(self, "happened", False):
+    def happen(_callback: Any, _args: Any, state: Any, _control: Any, **_objects: Any) -> None:
+        nonlocal passed
+        if state.global_step != incident.step:
             return
-        self.happened = True
+        passed += 1
+        if passed != incident.skip + 1:
+            return
         if incident.action == "raise":
             raise Crash(f"{incident.event} of step {incident.step}")
         if incident.action == "wait":
-            import time
-
-            Path(spec.folder, "waiting").touch()
-            time.sleep(60)
+            _wait(Path(spec.folder))
             return
         for _ in range(1 + incident.twice):
             os.kill(os.getpid(), getattr(signal, incident.action))
 
-    return type("Happening", (TrainerCallback,), {incident.event: happen})()
+    if incident.event != "during_evaluation":
+        trainer.add_callback(type("Happening", (TrainerCallback,), {incident.event: happen}))
+        return
+    evaluate = trainer.run.objective
+
+    class Objective:
+        needs = evaluate.needs
+
+        def __call__(self, outputs: Any, batch: Any) -> Any:
+            if not torch.is_grad_enabled():
+                happen(None, None, trainer.state, None)
+            return evaluate(outputs, batch)
+
+    trainer.run.objective = Objective()
+
+
+def _wait(folder: Path) -> None:
+    (folder / "waiting").touch()
+    for _ in range(6000):
+        if (folder / "go").exists():
+            return
+        time.sleep(0.01)
+    raise TimeoutError(f"nobody made {folder / 'go'}")
 
 
 def lay(trap: Trap) -> None:
@@ -156,12 +192,8 @@ def lay(trap: Trap) -> None:
     setattr(module, name, counted)
 
 
-def end_state(trainer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def end_state(trainer: Any) -> End:
     """Everything a run leaves behind, as tensors and as plain values without timings."""
-    import torch
-
-    from posttrain import snapshot
-
     tensors = {f"weight/{name}": p.detach().clone() for name, p in trainer.model.named_parameters()}
     optimizer_tensors, optimizer_plain = snapshot.split_optimizer(trainer.optimizer)
     tensors |= {f"optimizer/{name}": value for name, value in optimizer_tensors.items()}
@@ -191,18 +223,14 @@ def without_timings(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in entry.items() if not TIMINGS.search(name)} for entry in history]
 
 
-def read_end(spec: Spec) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_end(spec: Spec) -> End:
     """What a finished child left."""
-    from safetensors.torch import load_file
-
     path = Path(spec.folder) / spec.end
     return load_file(path.with_suffix(".safetensors")), json.loads(path.with_suffix(".json").read_text())
 
 
-def assert_same_end(one: tuple[dict[str, Any], dict[str, Any]], other: tuple[dict[str, Any], dict[str, Any]]) -> None:
+def assert_same_end(one: End, other: End) -> None:
     """Bit for bit."""
-    import torch
-
     assert one[0].keys() == other[0].keys()
     different = [name for name, value in one[0].items() if not torch.equal(value, other[0][name])]
     assert different == []
@@ -226,7 +254,7 @@ class RunServer:
 
     def __init__(self) -> None:
         environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join([str(TESTS.parent / "src"), str(TESTS), *_inherited()]),
+            "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT), *_inherited()]),
             "OMP_NUM_THREADS": "1",
             "MKL_NUM_THREADS": "1",
         }
@@ -288,8 +316,6 @@ def _serve(replies: TextIO) -> dict[str, Any] | None:
 
 def _warm_up() -> None:
     """Import everything and make the kernels that are made at first use, on this one thread."""
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         for lora in (False, True):
             for bf16 in (False, True):
@@ -297,11 +323,6 @@ def _warm_up() -> None:
 
 
 def _main() -> None:
-    import gc
-    import logging
-
-    import torch
-
     torch.set_num_threads(1)  # a process may fork safely as long as it has started no thread pool
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # whatever the test runner was started with
@@ -323,8 +344,6 @@ def _main() -> None:
     if spec.trap is not None:
         lay(spec.trap)
     trainer.train(resume_from_checkpoint=spec.resume)
-    from safetensors.torch import save_file
-
     tensors, plain = end_state(trainer)
     save_file(tensors, Path(spec.folder, f"{spec.end}.safetensors"))
     Path(spec.folder, f"{spec.end}.json").write_text(json.dumps(plain))

@@ -13,9 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import datasets
 import pytest
-import trl
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import TrainOutput
 
@@ -23,30 +21,33 @@ import posttrain
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import chatml_tokenizer
 
+datasets = pytest.importorskip("datasets")
+trl = pytest.importorskip("trl")
 datasets.disable_progress_bars()
 
-RELATIVE = 1e-5
-TIMES = re.compile(r"runtime|per_second|preparation_time|total_flos")  # transformers counts FLOPs more coarsely
-AVERAGES = ("mean_token_accuracy", "entropy")
+NOT_COMPARED = re.compile(r"runtime|per_second|preparation_time|total_flos")  # times, and an estimate of FLOPs
+AVERAGES = ("entropy", "mean_token_accuracy")
+"""Where several micro-batches or steps share a log line, ours are over its tokens; TRL's are means of means."""
 
-Rows = Sequence[Mapping[str, Any]]
-TEXTS = [{"text": f"The capital of France is {'Paris and ' * (i % 3)}number {i}."} for i in range(6)]
-PAIRS = [
+Rows = list[dict[str, Any]]
+
+TEXTS: Rows = [{"text": f"The capital of France is {'Paris and ' * (i % 3)}number {i}."} for i in range(6)]
+PAIRS: Rows = [
     {"prompt": f"What is {i} plus two? " * (1 + i % 2), "completion": f"It is {i + 2}." * (1 + i % 3)} for i in range(6)
 ]
-CHAT_PAIRS = [
+CHAT_PAIRS: Rows = [
     {
         "prompt": [{"role": "user", "content": row["prompt"]}],
         "completion": [{"role": "assistant", "content": row["completion"]}],
     }
     for row in PAIRS
 ]
-CHATS = [
-    {"messages": [*one["prompt"], *one["completion"], *other["prompt"], *other["completion"]]}
+CHATS: Rows = [
+    {"messages": one["prompt"] + one["completion"] + other["prompt"] + other["completion"]}
     for one, other in zip(CHAT_PAIRS, CHAT_PAIRS[::-1], strict=True)
 ]
-TOKENS = [{"input_ids": [5 + (37 * i + 11 * j * j) % 250 for j in range(12)]} for i in range(10)]
-"""Rows of the same length, for where a mean of means is to be a mean."""
+TOKENS: Rows = [{"input_ids": [5 + (37 * i + 11 * j * j) % 250 for j in range(12)]} for i in range(10)]
+"""All of the same length, so that a mean of means is a mean."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +59,26 @@ class Trained:
 
     @property
     def history(self) -> list[dict[str, float]]:
-        """The log, without times."""
-        return [
-            {name: value for name, value in entry.items() if not TIMES.search(name)}
-            for entry in self.trainer.state.log_history
-        ]
+        """The log, without times. The summary at its end says the mean loss; TRL adds what was not logged before."""
+        entries = [compared(entry) for entry in self.trainer.state.log_history]
+        summary = {name: value for name, value in entries[-1].items() if name in ("train_loss", "epoch", "step")}
+        return [*entries[:-1], summary] if "train_loss" in entries[-1] else entries
+
+    @property
+    def numbers(self) -> list[float]:
+        """Loss and gradient norm of every step."""
+        return [entry[name] for entry in self.history if "loss" in entry for name in ("loss", "grad_norm")]
 
 
-def trainer_of(
+def compared(logs: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in logs.items() if not NOT_COMPARED.search(name)}
+
+
+def as_dataset(rows: Any) -> Any:
+    return datasets.Dataset.from_list(rows) if isinstance(rows, list) else rows
+
+
+def make_trainer(
     library: ModuleType,
     folder: Path,
     rows: Any,
@@ -74,10 +87,10 @@ def trainer_of(
     given: Callable[[], dict[str, Any]] = dict,
     **args: Any,
 ) -> Any:
-    """The library's `SFTTrainer`. `model` is a family or makes a model for so many tokens; `given` makes arguments of
-    the trainer, which two trainers must not share."""
+    """The library's `SFTTrainer`. `model` names a family, or makes a model for so many tokens; `given` makes arguments
+    of the trainer; `args` are fields of the config."""
     defaults = {
-        "per_device_train_batch_size": len(rows) if hasattr(rows, "__len__") else 2,
+        "per_device_train_batch_size": len(rows) if isinstance(rows, list) else 2,
         "max_steps": -1 if "num_train_epochs" in args else 3,
         "learning_rate": 1e-2,
         "logging_steps": 1,
@@ -88,49 +101,54 @@ def trainer_of(
         "report_to": "none",
         "disable_tqdm": True,
     }
+    config = library.SFTConfig(str(folder), **{**defaults, **args})
     words = tokenizer()
-    options = {"processing_class": words, "args": library.SFTConfig(str(folder), **{**defaults, **args}), **given()}
     made = tiny_model(model, len(words)) if isinstance(model, str) else model(len(words))
-    return library.SFTTrainer(made, train_dataset=as_dataset(rows), **options)
-
-
-def as_dataset(rows: Any) -> Any:
-    return datasets.Dataset.from_list(list(rows)) if isinstance(rows, list) else rows
+    options = {"model": made, "args": config, "processing_class": words, "train_dataset": as_dataset(rows)}
+    return library.SFTTrainer(**{**options, **given()})
 
 
 def train(library: ModuleType, folder: Path, rows: Any, **settings: Any) -> Trained:
-    trainer = trainer_of(library, folder / library.__name__, rows, **settings)
+    trainer = make_trainer(library, folder / library.__name__, rows, **settings)
     return Trained(trainer, trainer.train())
 
 
-def train_both(
-    folder: Path, rows: Any, ours_alone: Mapping[str, Any] | None = None, **settings: Any
-) -> tuple[Trained, Trained]:
-    """Ours and theirs; `ours_alone` are settings that TRL does not have."""
-    ours = train(posttrain, folder, rows, **settings, **(ours_alone or {}))
-    return ours, train(trl, folder, rows, **settings)
+def train_both(folder: Path, rows: Any, **settings: Any) -> tuple[Trained, Trained]:
+    """With posttrain and with TRL."""
+    return train(posttrain, folder, rows, **settings), train(trl, folder, rows, **settings)
 
 
-def assert_same(ours: Trained, theirs: Trained, leaving_out: Sequence[str] = ()) -> None:
-    """Every entry of the two logs agrees in everything that TRL logs, except the names `leaving_out`."""
-    assert [entry["step"] for entry in ours.history] == [entry["step"] for entry in theirs.history]
-    different = [
-        f"step {other['step']}: {name} is {mine.get(name)}, TRL's {value}"
-        for mine, other in zip(ours.history, theirs.history, strict=True)
-        for name, value in other.items()
-        if name not in leaving_out and mine.get(name) != near(value)
-    ]
-    assert not different, "\n".join(different)
+_numbers: dict[str, list[float]] = {}
+
+
+def numbers_of_theirs(folder: Path, rows: Rows, **settings: Any) -> list[float]:
+    """TRL's numbers under these settings, trained once: what an option is to change, or to leave as it is."""
+    key = repr((rows, settings))
+    if key not in _numbers:
+        _numbers[key] = train(trl, folder / "without", rows, **settings).numbers
+    return _numbers[key]
 
 
 def near(expected: Any) -> Any:
-    return pytest.approx(expected, rel=RELATIVE, abs=1e-12)
+    return pytest.approx(expected, rel=1e-5, abs=1e-12)
+
+
+def assert_same(ours: Trained, theirs: Trained, leaving_out: Sequence[str] = ()) -> None:
+    """The two logs agree in everything that TRL logs, except the names `leaving_out`."""
+    assert [entry["step"] for entry in ours.history] == [entry["step"] for entry in theirs.history]
+    different = [
+        f"step {expected['step']}: {name} is {entry.get(name)}, TRL's {value}"
+        for entry, expected in zip(ours.history, theirs.history, strict=True)
+        for name, value in expected.items()
+        if name not in leaving_out and entry.get(name) != near(value)
+    ]
+    assert not different, "\n".join(different)
+    assert ours.result.global_step == theirs.result.global_step
+    assert ours.result.training_loss == near(theirs.result.training_loss)
 
 
 def check(folder: Path, rows: Any, **settings: Any) -> Trained:
-    """Train with both, assert that they agree, and return theirs."""
+    """Train with both, assert that they agree in everything, and return TRL's."""
     ours, theirs = train_both(folder, rows, **settings)
     assert_same(ours, theirs)
-    assert ours.result.global_step == theirs.result.global_step
-    assert ours.result.training_loss == near(theirs.result.training_loss)
     return theirs

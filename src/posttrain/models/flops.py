@@ -21,7 +21,7 @@ def flops_counter(base: Any) -> Callable[[Batch], float]:
     head = base.get_output_embeddings()
     passes_per_token = 0.0
     for module in base.base_model.modules():
-        weight = getattr(module, "weight", None)
+        weight = module._parameters.get("weight")  # not the attribute: PEFT's layers show their base layer's
         if isinstance(weight, torch.Tensor) and weight.dim() == 2 and not isinstance(module, nn.Embedding):
             passes_per_token += weight.numel() * (3 if weight.requires_grad else 2)
     head_passes = head.weight.numel() * (3 if head.weight.requires_grad else 2)

@@ -171,5 +171,5 @@ def _logit_gradient(
 def _mean_row(slope: torch.Tensor | float, weight_VD: torch.Tensor) -> torch.Tensor:
     """The weight's rows averaged over the vocabulary, each times its slope."""
     if isinstance(slope, float):
-        return slope * weight_VD.float().mean(0).to(weight_VD.dtype)
+        return slope * weight_VD.mean(0, dtype=_accurate(weight_VD.dtype)).to(weight_VD.dtype)
     return (slope / weight_VD.shape[0]).to(weight_VD.dtype) @ weight_VD
