@@ -40,7 +40,8 @@ class Source(Protocol):
 @dataclass
 class Loop:
     """Everything one run needs. `parameters` are what the optimiser trains (masters and adapters); `publish` copies
-    masters into the computing weights; `evaluate` returns metrics and `save` a checkpoint's path."""
+    masters into the computing weights; `evaluate` returns metrics and `save` a checkpoint's path. `position` is the
+    step of the source that comes next, ahead of `global_step` where a callback ended an epoch early."""
 
     forward: Callable[[Batch, Needs], Outputs]
     objective: Objective
@@ -50,12 +51,14 @@ class Loop:
     parameters: Sequence[torch.nn.Parameter]
     events: Events
     max_steps: int
+    max_epochs: int
     max_grad_norm: float
     publish: Callable[[], None]
     evaluate: Callable[[], dict[str, float] | None]
     save: Callable[[dict[str, Any]], str]
     extra_logs: Callable[[Meter], dict[str, float]]
     flops: Callable[[Batch], float]
+    position: int = 0
     meter: Meter = field(default_factory=Meter)
     total_loss: float = 0.0
     grad_norm: float = 0.0
@@ -68,12 +71,15 @@ class Loop:
         state = self.events.state
         if state.global_step > 0:  # the run may have been interrupted between a step and what was due after it
             self._after_step(stop)
-        while state.global_step < self.max_steps and not self.events.control.should_training_stop:
-            if state.global_step % self.source.steps_per_epoch == 0:
+        per_epoch = self.source.steps_per_epoch
+        while state.global_step < self.max_steps and self.position < self.max_epochs * per_epoch:
+            if self.events.control.should_training_stop:
+                break
+            if self.position % per_epoch == 0:
                 self.events.epoch_begin()
-            self._step(state.global_step, stop)
+            self._step(self.position, stop)
             is_last = state.global_step >= self.max_steps
-            self.epoch_end_due = is_last or state.global_step % self.source.steps_per_epoch == 0
+            self.epoch_end_due = is_last or self.position % per_epoch == 0
             self.events.step_end()
             self._after_step(stop)
 
@@ -122,7 +128,8 @@ class Loop:
         self.meter.end_step(loss, tokens, counts["tokens"], flops)
         self.total_loss += loss
         state.global_step += 1
-        state.epoch = self.source.epoch_after(state.global_step)
+        self.position += 1
+        state.epoch = self.source.epoch_after(self.position)
         state.num_input_tokens_seen += tokens
         state.total_flos += flops
 
@@ -139,6 +146,8 @@ class Loop:
         control = self.events.control
         if self.epoch_end_due or control.should_epoch_stop or control.should_training_stop:
             self.epoch_end_due = False
+            if control.should_epoch_stop:  # what is left of this epoch is passed over
+                self.position += -self.position % self.source.steps_per_epoch
             self.events.epoch_end()
             self._act(stop)
         if stop.received:
@@ -184,6 +193,7 @@ class Loop:
             "grad_norm": self.grad_norm,
             "learning_rate": self.learning_rate,
             "epoch_end_due": self.epoch_end_due,
+            "position": self.position,
             "evaluation_due": self.events.control.should_evaluate,
             "save_due": self.events.control.should_save,
         }
@@ -192,6 +202,7 @@ class Loop:
         self.meter.load_state(saved["meter"])
         self.total_loss, self.grad_norm = saved["total_loss"], saved["grad_norm"]
         self.learning_rate, self.epoch_end_due = saved["learning_rate"], saved["epoch_end_due"]
+        self.position = saved["position"]
         control = self.events.control
         control.should_evaluate, control.should_save = saved["evaluation_due"], saved["save_due"]
 

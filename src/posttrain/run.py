@@ -80,7 +80,7 @@ class Run:
         with self._open() as session, StopRequest() as stop:
             session.policy.model.train()
             started = time.time()
-            loop = self._loop(session, source, max_steps, stop)
+            loop = self._loop(session, source, max_steps, epochs, stop)
             folder = self._resume_folder(resume)
             self.identity = self._identity(session)
             rng = self._take_up(session, loop, folder) if folder is not None else None
@@ -128,7 +128,7 @@ class Run:
     def _budget(self) -> int:
         return self.token_budget or DEFAULT_TOKEN_BUDGET.get(self.args.device.type, 4096)
 
-    def _loop(self, session: Session, source: Any, max_steps: int, stop: StopRequest) -> Loop:
+    def _loop(self, session: Session, source: Any, max_steps: int, max_epochs: int, stop: StopRequest) -> Loop:
         args = self.args
         if not session.trained:
             raise ConfigError("no parameter is trained", hint="leave something unfrozen, or give peft_config")
@@ -144,6 +144,7 @@ class Run:
             parameters=list(session.trained.values()),
             events=self.events,
             max_steps=max_steps,
+            max_epochs=max_epochs,
             max_grad_norm=args.max_grad_norm or 0.0,
             publish=session.precision.publish,
             evaluate=lambda: self._evaluate_due(stop),

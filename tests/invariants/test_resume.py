@@ -127,6 +127,7 @@ SETTINGS: dict[str, Spec] = {
         },
     ),
     "evaluated by epoch, saved by step": Spec("", arguments={"eval_strategy": "epoch", "logging_steps": 4}),
+    "ends within an epoch": Spec("", arguments={"max_steps": 5, "eval_strategy": "epoch", "logging_strategy": "epoch"}),
     "patient": Spec(
         "", patience=2, arguments={"learning_rate": 0.5, "eval_steps": 1, "load_best_model_at_end": True}
     ),
@@ -348,6 +349,17 @@ def test_a_second_signal_leaves_at_once(runs: RunServer, undisturbed: Any, tmp_p
     resumed = runs.run(dataclasses.replace(spec, resume=True))
     assert resumed.status == 0, resumed.stderr
     assert_same_end(read_end(spec), undisturbed("full-fp32"))
+
+
+@pytest.mark.parametrize("step", [2, 4, 6])
+def test_a_signal_in_an_evaluation_that_finds_the_best_model(quick: None, tmp_path: Path, step: int) -> None:
+    """The resumed run evaluates and then saves, as was due, so that the best model has its checkpoint."""
+    arguments = {"save_steps": 2, "load_best_model_at_end": True, "learning_rate": 0.3, "save_total_limit": 1}
+    settings = Spec("", arguments=arguments)
+    expected = in_process(with_arguments(settings, tmp_path / "undisturbed"))
+    assert expected[1]["best"][2] == "checkpoint-2"
+    spec = with_arguments(settings, tmp_path / "signalled")
+    assert_same_end(crashed_and_resumed(spec, Incident("during_evaluation", step, "SIGTERM")), expected)
 
 
 def test_a_signal_in_the_second_evaluation_set_logs_neither_twice(quick: None, tmp_path: Path) -> None:

@@ -252,7 +252,6 @@ def test_events_of_an_accumulated_step(tmp_path: Path) -> None:
     assert ours == [event for event in theirs if event[0] != "on_substep_end"]
 
 
-@pytest.mark.xfail(strict=True, reason="should_epoch_stop ends no epoch: step n always trains on the same samples")
 def test_events_of_an_epoch_that_a_callback_ends(tmp_path: Path) -> None:
     ours, theirs = events_of_both(tmp_path, lambda: [StopAt(2, "should_epoch_stop")], num_train_epochs=2)
     assert ours == theirs

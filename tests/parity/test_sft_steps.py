@@ -47,7 +47,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "weight decay": ({"weight_decay": 0.3}, {}),
     "weight decay, sgd": ({"weight_decay": 0.3}, SGD),
     "betas": ({"adam_beta1": 0.5, "adam_beta2": 0.6}, {}),
-    "epsilon": ({"adam_epsilon": 1e-2}, {}),
+    "epsilon": ({"adam_epsilon": 1e-8}, {}),
     "sgd": ({"optim": "sgd"}, {"learning_rate": 0.1}),
     "sgd, momentum": ({"optim_args": "momentum=0.9"}, SGD),
     "adafactor": ({"optim": "adafactor"}, {}),
@@ -88,17 +88,17 @@ def test_weight_decay_of_adapters(tmp_path: Path) -> None:
     check(tmp_path, CHAT_PAIRS, weight_decay=0.5, given=given)
 
 
-@pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "greedy"])
-def test_a_schedule_that_follows_the_evaluation(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "more"), [("reduce_lr_on_plateau", {"threshold": 0.5}), ("greedy", {})])
+def test_a_schedule_that_follows_the_evaluation(name: str, more: dict[str, float], tmp_path: Path) -> None:
     theirs = check(
         tmp_path,
         CHAT_PAIRS,
-        **schedule(name, patience=0, factor=0.5, **({"threshold": 0.5} if name == "reduce_lr_on_plateau" else {})),
+        **schedule(name, patience=0, factor=0.5, **more),
         metric_for_best_model="loss",
         eval_strategy="steps",
         eval_steps=1,
         max_steps=6,
-        learning_rate=0.3,
+        **SGD,
         given=lambda: {"eval_dataset": as_dataset(CHATS)},
     )
     assert len({entry["learning_rate"] for entry in theirs.history if "loss" in entry}) > 1
