@@ -193,6 +193,7 @@ class Loop:
             "grad_norm": self.grad_norm,
             "learning_rate": self.learning_rate,
             "epoch_end_due": self.epoch_end_due,
+            "epoch_stop_due": self.events.control.should_epoch_stop and self.position % self.source.steps_per_epoch > 0,
             "position": self.position,
             "evaluation_due": self.events.control.should_evaluate,
             "save_due": self.events.control.should_save,
@@ -205,6 +206,7 @@ class Loop:
         self.position = saved["position"]
         control = self.events.control
         control.should_evaluate, control.should_save = saved["evaluation_due"], saved["save_due"]
+        control.should_epoch_stop = saved["epoch_stop_due"]
 
     # --- leaving ----------------------------------------------------------------------------------------------------
 

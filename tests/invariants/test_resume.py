@@ -186,6 +186,31 @@ def test_a_run_that_a_callback_has_ended_goes_on_when_resumed(quick: None, tmp_p
     assert in_process(dataclasses.replace(spec, resume=True, patience=9))[1]["global_step"] == 6
 
 
+@pytest.mark.parametrize(
+    ("event", "strategy"),
+    [("on_save", "steps"), ("on_epoch_end", "steps"), ("on_epoch_begin", "steps"), ("on_step_begin", "steps"),
+     ("on_save", "epoch"), ("on_epoch_begin", "epoch"), ("on_step_begin", "epoch")],
+)  # fmt: skip
+def test_an_epoch_that_a_callback_has_ended_stays_ended(quick: None, tmp_path: Path, event: str, strategy: str) -> None:
+    """Two steps of each epoch, so that the third step of neither comes; crashed around the first one's end."""
+
+    class Leave(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_epoch_stop = state.global_step % 2 == 0
+
+    def train(folder: Path, incident: Incident | None = None, resume: bool = False) -> End:
+        arguments = {"eval_strategy": "epoch", "logging_strategy": "epoch", "save_strategy": strategy}
+        trainer = make_trainer(Spec(str(folder), arguments=arguments, incident=incident), callbacks=(Leave(),))
+        trainer.train(resume_from_checkpoint=resume)
+        return end_state(trainer)
+
+    expected = train(tmp_path / "undisturbed")
+    assert (expected[1]["global_step"], expected[1]["epoch"]) == (4, pytest.approx(1 + 4 / 5))
+    with pytest.raises(Crash):
+        train(tmp_path / "crashed", Incident(event, 2, "raise"))
+    assert_same_end(train(tmp_path / "crashed", resume=True), expected)
+
+
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")
 SCHEDULES: dict[str, dict[str, Any]] = {
     "linear": {},
