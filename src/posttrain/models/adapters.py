@@ -34,7 +34,10 @@ def add_adapter(model: Any, peft_config: PeftConfig) -> PeftModel:
         raise ConfigError(f"{peft_config.peft_type} learns prompts, which is not supported; use LoRA")
     with warnings.catch_warnings():  # PEFT asks transformers under a name that transformers deprecates
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        return get_peft_model(model, peft_config)
+        try:
+            return get_peft_model(model, peft_config)
+        except ValueError as error:  # PEFT's own words for a rank of 0, or targets that the model does not have
+            raise ConfigError(f"peft_config: {error}", hint='target_modules="all-linear" fits every model') from None
 
 
 def adapter_parameters(model: nn.Module) -> set[nn.Parameter]:

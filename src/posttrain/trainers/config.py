@@ -97,6 +97,7 @@ class SFTConfig(TrainingArguments):
     on_bad_row: str = field(default="error", metadata={"help": "'error', or 'skip' (counted and reported)."})
 
     def __post_init__(self) -> None:
+        self._check_numbers()
         has_accelerator = torch.accelerator.is_available()
         if not has_accelerator:
             self.use_cpu = True
@@ -111,6 +112,16 @@ class SFTConfig(TrainingArguments):
         self.loss_type = {"chunked_nll": "nll"}.get(self.loss_type, self.loss_type)
         self.packing_strategy = {"bfd-requeue": "bfd_split"}.get(self.packing_strategy, self.packing_strategy)
         self._check_choices()
+
+    def _check_numbers(self) -> None:
+        """transformers would find out in the middle of things."""
+        for name, declared in type(self).__dataclass_fields__.items():
+            is_number = isinstance(declared.default, int | float) and not isinstance(declared.default, bool)
+            if is_number and isinstance(getattr(self, name), str):
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be a number")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
 
     def _check_choices(self) -> None:
         for name, choices in CHOICES.items():

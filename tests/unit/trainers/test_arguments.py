@@ -6,8 +6,10 @@ import dataclasses
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+from peft import LoraConfig
 from transformers import Trainer, TrainingArguments
 
 import posttrain
@@ -74,7 +76,9 @@ def test_what_is_refused_is_named(tmp_path: Path, name: str, value: object) -> N
 @pytest.mark.parametrize(
     ("name", "value"),
     [("trust_remote_code", True), ("activation_offloading", True), ("loss_type", "huber"), ("packing_strategy", "x"),
-     ("truncation_mode", "middle"), ("on_bad_row", "ignore"), ("token_budget", 0), ("dataset_kwargs", {"a": 1})],
+     ("truncation_mode", "middle"), ("on_bad_row", "ignore"), ("token_budget", 0), ("dataset_kwargs", {"a": 1}),
+     ("learning_rate", "abc"), ("num_train_epochs", "x"),
+     ("per_device_train_batch_size", 0), ("gradient_accumulation_steps", 0)],
 )  # fmt: skip
 def test_our_own_fields_are_checked(tmp_path: Path, name: str, value: object) -> None:
     with pytest.raises(ConfigError, match=name):
@@ -95,6 +99,12 @@ def test_a_harmless_field_is_mentioned_once_it_is_set(tmp_path: Path, caplog: py
 def test_arguments_that_cannot_be_honoured_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=name):
         trainer(tmp_path, **{name: object()})
+
+
+@pytest.mark.parametrize("wrong", [{"target_modules": ["nope"]}, {"r": 0}])
+def test_an_adapter_that_does_not_fit_is_explained(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="peft_config: "):
+        trainer(tmp_path, peft_config=LoraConfig(**{"target_modules": "all-linear", **wrong}))
 
 
 def test_unknown_arguments_are_type_errors(tmp_path: Path) -> None:
