@@ -21,6 +21,7 @@ from posttrain.events import Events
 from posttrain.meter import Meter
 from posttrain.objectives.base import Objective
 from posttrain.optimization import follows_metrics
+from posttrain.optimizer_state import has_two_modes
 from posttrain.signals import StopRequest
 from posttrain.snapshot import capture_rng, restore_rng
 from posttrain.types import Batch, Needs, Outputs
@@ -86,6 +87,9 @@ class Loop:
     def _step(self, step: int, stop: StopRequest) -> None:
         """One optimiser step."""
         rng = capture_rng()
+        if has_two_modes(self.optimizer):
+            self.optimizer.train()  # type: ignore[attr-defined]
+            self.publish()
         self.events.step_begin()
         self.meter.start_step()
         micro = self.source.micro_batches(step)
@@ -109,7 +113,7 @@ class Loop:
         self.optimizer.step()
         self.publish()
         self.events.optimizer_step()
-        self.learning_rate = self.optimizer.param_groups[0]["lr"]
+        self.learning_rate = float(self.optimizer.param_groups[0]["lr"])
         self._advance_scheduler()
         self.optimizer.zero_grad()
         self._account(micro, counts, loss_value)

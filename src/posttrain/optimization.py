@@ -12,7 +12,10 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.optimization import get_scheduler
+from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_pt_utils import get_parameter_names
+from transformers.trainer_utils import SaveStrategy
+from transformers.training_args import OptimizerNames
 
 from posttrain.errors import ConfigError
 
@@ -20,34 +23,74 @@ from posttrain.errors import ConfigError
 NOT_DECAYED = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 
 
+IN_BACKWARD = ("lomo", "layerwise")
+"""Optimisers that update during the backward pass of each micro-batch, when no gradient is complete yet."""
+
+
 def make_optimizer(
     args: TrainingArguments,
     model: nn.Module,
     trained: Mapping[str, nn.Parameter],
-    chosen: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+    chosen: tuple[Any, dict[str, Any]] | None = None,
 ) -> torch.optim.Optimizer:
-    """The optimiser that `args.optim` names (or `chosen`) over `trained`, masters and adapters by parameter name.
+    """The optimiser that `args.optim` names (or `chosen`: a class or a factory of one, with its arguments) over
+    `trained`, which maps names to the very parameters of `model` that are to learn.
 
-    Raises: ConfigError where the optimiser's package is missing, or where it insists on reading the model's own
-        parameters and those are bf16 copies.
+    Raises: ConfigError where the optimiser's package is missing, its arguments do not suit it, or it would update
+        before the step's gradient is whole.
     """
+    if chosen is None:
+        _check_name(OptimizerNames(args.optim).value, args)
     try:
         kind, options = chosen or Trainer.get_optimizer_cls_and_kwargs(args, model)
-    except ImportError as error:
-        raise ConfigError(f"optim={args.optim!r}: {error}") from None
-    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)) or {
-        "params",
-        "model",
-        "optimizer_dict",
-    } & set(options):
-        raise ConfigError(f"optim={args.optim!r} takes the model apart by itself, which is not supported",
-                          hint="choose an optimiser over parameters, such as adamw_torch")  # fmt: skip
+        if is_optimizer_factory(kind):
+            return kind()(model, **options)
+        options = dict(options)
+        groups = options.pop("params", None) or _decay_groups(args, model, trained)
+        optimizer = kind(groups, **options)
+    except (ImportError, ValueError, TypeError, NotImplementedError, RuntimeError) as error:
+        named = chosen[0] if chosen else OptimizerNames(args.optim).value
+        raise ConfigError(f"optim={named!r} with optim_args={args.optim_args!r}: {error}") from error
+    if options.get("optim_bits") == 8:
+        _keep_embeddings_in_32_bits(optimizer, model, trained)
+    return optimizer
+
+
+def _check_name(name: str, args: TrainingArguments) -> None:
+    if any(word in name for word in IN_BACKWARD):
+        raise ConfigError(
+            f"optim={name!r} updates the weights while gradients are still being added up, so neither clipping, "
+            "accumulation nor the check for non-finite gradients could be exact",
+            hint=f"use {name.removesuffix('_layerwise')!r}" if "layerwise" in name else "use 'adafactor'",
+        )
+    if name == "galore_adamw_8bit" and args.device.type == "cpu":
+        raise ConfigError("optim='galore_adamw_8bit' runs on CUDA only", hint="use 'galore_adamw'")
+    if name == "grokadamw" and args.save_strategy != SaveStrategy.NO and not args.save_only_model:
+        raise ConfigError("optim='grokadamw' keeps its state where no checkpoint can hold it (keyed by the parameters)",
+                          hint="save_only_model=True, or another optimiser")  # fmt: skip
+
+
+def _decay_groups(
+    args: TrainingArguments, model: nn.Module, trained: Mapping[str, nn.Parameter]
+) -> list[dict[str, Any]]:
     decayed = set(get_parameter_names(model, [nn.LayerNorm], NOT_DECAYED))
-    groups = [
+    return [
         {"params": [p for name, p in trained.items() if name in decayed], "weight_decay": args.weight_decay},
         {"params": [p for name, p in trained.items() if name not in decayed], "weight_decay": 0.0},
     ]
-    return kind(groups, **options)
+
+
+def _keep_embeddings_in_32_bits(optimizer: Any, model: nn.Module, trained: Mapping[str, nn.Parameter]) -> None:
+    """As transformers does for bitsandbytes: 8 bits are too few for the rarely updated rows of an embedding."""
+    from bitsandbytes.optim import GlobalOptimManager
+
+    manager = GlobalOptimManager.get_instance()
+    learning = set(trained.values())
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.weight in learning:
+            manager.override_config(module.weight, "optim_bits", 32)
+    manager.index2config.clear()  # positions of an earlier optimiser
+    manager.register_parameters(optimizer.param_groups)
 
 
 def make_scheduler(args: TrainingArguments, optimizer: torch.optim.Optimizer, max_steps: int) -> Any:

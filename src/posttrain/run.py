@@ -33,6 +33,7 @@ from posttrain.models.memory import peak_memory_bytes
 from posttrain.models.weights import load_weights, save_weights
 from posttrain.objectives.base import Objective
 from posttrain.optimization import make_optimizer, make_scheduler
+from posttrain.optimizer_state import evaluation_weights, has_two_modes
 from posttrain.session import Session
 from posttrain.signals import StopRequest
 from posttrain.types import Sample
@@ -92,7 +93,12 @@ class Run:
                 snapshot.restore_rng(rng)
             if args.eval_on_start and first_step == 0:
                 self.evaluate(self.eval_sets, stop)
-            loop.run(stop)
+            try:
+                loop.run(stop)
+            finally:  # the model is given back with the weights to use
+                if has_two_modes(self.optimizer):
+                    self.optimizer.eval()
+                    session.precision.publish()
             return self._finish(session, loop, started, first_step)
 
     def _source(self) -> tuple[Any, int, int]:
@@ -133,7 +139,8 @@ class Run:
         if not session.trained:
             raise ConfigError("no parameter is trained", hint="leave something unfrozen, or give peft_config")
         optimizer, scheduler = self.optimizers
-        self.optimizer = optimizer or make_optimizer(args, session.policy.model, session.trained, self.optimizer_choice)
+        with session.precision.exported():  # the optimiser finds the masters in the model
+            self.optimizer = optimizer or make_optimizer(args, self.model, session.trained, self.optimizer_choice)
         self.scheduler = scheduler or make_scheduler(args, self.optimizer, max_steps)
         return Loop(
             forward=session.policy,
@@ -193,7 +200,7 @@ class Run:
             raise ConfigError("there is nothing to evaluate", hint="give eval_dataset, or set eval_strategy='no'")
         metrics: dict[str, float] = {}
         metrics_by_set: list[dict[str, float]] = []  # logged together, or after a signal not at all
-        with self._open() as session, _evaluating(session):
+        with self._open() as session, _evaluating(session), self._weights_to_use(session):
             for name, samples in sets.items():
                 one = self._evaluate_set(session, samples, f"{prefix}_{name}" if name else prefix, stop)
                 if one is None:
@@ -264,7 +271,8 @@ class Run:
         best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
 
         def fill(folder: Path) -> None:
-            self.write_model(folder, session)
+            with self._weights_to_use(session):
+                self.write_model(folder, session)
             self.events.save_state(str(folder / "trainer_state.json"))
             if not self.args.save_only_model:
                 document = {"run_id": self.run_id, "identity": self.identity, "loop": loop_state}
@@ -301,8 +309,8 @@ class Run:
         snapshot.check_same_run(folder, self.identity)
         with session.precision.exported():
             load_weights(self.model, folder)
-        session.precision.publish()
         saved = snapshot.read_training_state(folder, self.optimizer, self.scheduler)
+        session.precision.publish()
         self.run_id = saved["run_id"]
         self.events.load_state(str(folder / "trainer_state.json"))
         best = self.events.state.best_model_checkpoint
@@ -326,6 +334,17 @@ class Run:
             "number of trained parameters": sum(parameter.numel() for parameter in session.trained.values()),
             "optimizer": type(self.optimizer).__name__,
         }
+
+    @contextmanager
+    def _weights_to_use(self, session: Session) -> Iterator[None]:
+        """For optimisers that train one set of weights and evaluate another: inside, the model has the second."""
+        if not has_two_modes(self.optimizer):
+            yield
+            return
+        with evaluation_weights(self.optimizer):
+            session.precision.publish()
+            yield
+        session.precision.publish()
 
     # --- the open model ---------------------------------------------------------------------------------------------
 

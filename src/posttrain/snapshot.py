@@ -17,6 +17,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from posttrain.errors import CheckpointError
+from posttrain.optimizer_state import (
+    join_optimizer,
+    put_together,
+    split_optimizer,
+    take_apart,
+    take_up_training_weights,
+    training_weights,
+)
 
 OPTIMIZER, RNG, STATE = "optimizer.safetensors", "rng.safetensors", "state.json"
 INFINITIES = (float("inf"), float("-inf"))  # a metric's best before the first evaluation; JSON has no word for them
@@ -62,31 +70,7 @@ def restore_rng(captured: dict[str, Any]) -> None:
     )
 
 
-# --- optimiser and scheduler ----------------------------------------------------------------------------------------
-
-
-def split_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Its state as named tensors and plain JSON. Raises CheckpointError for state that is neither."""
-    state = optimizer.state_dict()
-    tensors: dict[str, torch.Tensor] = {}
-    plain: dict[str, Any] = {"param_groups": state["param_groups"], "state": {}}
-    for index, entries in state["state"].items():
-        for name, value in entries.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{index}/{name}"] = value.detach().cpu().contiguous().clone()
-            else:
-                plain["state"].setdefault(str(index), {})[name] = value
-    _must_be_json(plain, type(optimizer).__name__)
-    return tensors, plain
-
-
-def join_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], plain: dict[str, Any]) -> None:
-    """Give the optimiser back what `split_optimizer` took apart."""
-    state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in plain["state"].items()}
-    for key, tensor in tensors.items():
-        index, name = key.split("/", 1)
-        state.setdefault(int(index), {})[name] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": plain["param_groups"]})
+# --- the whole ------------------------------------------------------------------------------------------------------
 
 
 def _must_be_json(value: Any, owner: str) -> None:
@@ -99,9 +83,6 @@ def _must_be_json(value: Any, owner: str) -> None:
         ) from None
 
 
-# --- the whole ------------------------------------------------------------------------------------------------------
-
-
 def write_training_state(
     folder: Path,
     optimizer: torch.optim.Optimizer,
@@ -111,20 +92,24 @@ def write_training_state(
 ) -> None:
     """Everything beside the weights. `state` is the run's own plain values."""
     tensors, plain = split_optimizer(optimizer)
-    save_file(tensors, folder / OPTIMIZER)
     save_file(rng["tensors"], folder / RNG)
     scheduler_state = {k: v for k, v in scheduler.state_dict().items() if k != "lr_lambdas"}
     scheduler_state |= {k: str(v) for k, v in scheduler_state.items() if v in INFINITIES}
+    scheduler_state = take_apart(scheduler_state, "scheduler", tensors, type(scheduler).__name__)
     document = {**state, "optimizer": plain, "scheduler": scheduler_state, "rng": rng["plain"]}
     _must_be_json(document, type(scheduler).__name__)
+    save_file(tensors | training_weights(optimizer), folder / OPTIMIZER)
     (folder / STATE).write_text(json.dumps(document, allow_nan=False), encoding="utf-8")
 
 
 def read_training_state(folder: Path, optimizer: torch.optim.Optimizer, scheduler: Any) -> dict[str, Any]:
-    """Load optimiser and scheduler; return the plain state with the captured random state under `rng`."""
+    """Load optimiser (and through it weights that only it knows) and scheduler; return the plain state with the
+    captured random state under `rng`."""
     document = _read_state(folder)
-    join_optimizer(optimizer, load_file(folder / OPTIMIZER), document.pop("optimizer"))
-    scheduler_state = document.pop("scheduler")
+    tensors = load_file(folder / OPTIMIZER)
+    join_optimizer(optimizer, tensors, document.pop("optimizer"))
+    take_up_training_weights(optimizer, tensors)
+    scheduler_state = put_together(document.pop("scheduler"), tensors)
     scheduler_state |= {k: float(v) for k, v in scheduler_state.items() if v in map(str, INFINITIES)}
     if "lr_lambdas" in scheduler.state_dict():
         scheduler_state["lr_lambdas"] = [None] * len(scheduler.state_dict()["lr_lambdas"])

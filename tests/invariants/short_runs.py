@@ -30,7 +30,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 
-from posttrain import SFTConfig, SFTTrainer, snapshot
+from posttrain import SFTConfig, SFTTrainer, optimizer_state, snapshot
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import plain_tokenizer
 
@@ -195,7 +195,7 @@ def lay(trap: Trap) -> None:
 def end_state(trainer: Any) -> End:
     """Everything a run leaves behind, as tensors and as plain values without timings."""
     tensors = {f"weight/{name}": p.detach().clone() for name, p in trainer.model.named_parameters()}
-    optimizer_tensors, optimizer_plain = snapshot.split_optimizer(trainer.optimizer)
+    optimizer_tensors, optimizer_plain = optimizer_state.split_optimizer(trainer.optimizer)
     tensors |= {f"optimizer/{name}": value for name, value in optimizer_tensors.items()}
     tensors |= {f"rng/{name}": value for name, value in snapshot.capture_rng()["tensors"].items()}
     tensors = {name: value.contiguous() for name, value in tensors.items()}

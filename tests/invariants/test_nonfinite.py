@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from posttrain import NonFiniteError
 from posttrain.checkpoint import Checkpoints
 from posttrain.data.batches import Order
-from posttrain.snapshot import split_optimizer
+from posttrain.optimizer_state import split_optimizer
 from tests.invariants.short_runs import Spec, assert_same_end, end_state, make_trainer, rows
 
 POISON = 260  # a token that no other row has

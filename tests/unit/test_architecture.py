@@ -15,8 +15,8 @@ PACKAGE = Path(__file__).resolve().parents[2] / "src" / "posttrain"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("types", "errors"),
-    ("data", "models", "objectives", "rewards", "parallel", "events", "signals", "snapshot", "optimization"),
-    ("checkpoint", "meter", "session", "rollout", "evaluate"),
+    ("data", "models", "objectives", "rewards", "parallel", "events", "signals", "optimization", "optimizer_state"),
+    ("snapshot", "checkpoint", "meter", "session", "rollout", "evaluate"),
     ("loop",),
     ("run", "export"),
     ("trainers",),

@@ -85,17 +85,25 @@ def test_a_chosen_class_wins(tmp_path: Path) -> None:
 
 
 def test_a_missing_package_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"lomo.*You need to install `lomo_optim`"):
-        make_optimizer(settings(tmp_path, optim="lomo"), tiny_model("llama"), {})
+    with pytest.raises(ConfigError, match=r"'adamw_anyprecision'.*torchdistx"):
+        make_optimizer(settings(tmp_path, optim="adamw_anyprecision"), tiny_model("llama"), {})
 
 
-def test_an_optimizer_that_takes_the_model_apart_is_refused(tmp_path: Path) -> None:
-    class Layerwise(torch.optim.SGD):
-        pass
+def test_a_factory_finds_the_masters_in_the_model(tmp_path: Path) -> None:
+    """As transformers takes them: called without arguments, it gives what makes an optimiser of a whole model."""
 
-    with pytest.raises(ConfigError, match="takes the model apart by itself, which is not supported") as caught:
-        make_optimizer(settings(tmp_path), tiny_model("llama"), {}, (Layerwise, {"optimizer_dict": {}}))
-    assert caught.value.hint == "choose an optimiser over parameters, such as adamw_torch"
+    def factory() -> Any:
+        return lambda model, lr: torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
+
+    model, args = tiny_model("llama"), settings(tmp_path)
+    args.bf16 = True
+    session = Session.open(model, args)
+    with session.precision.exported():
+        optimizer = make_optimizer(args, model, session.trained, (factory, {"lr": 0.5}))
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    assert held == set(session.trained.values())
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    session.close()
 
 
 @pytest.mark.parametrize(
