@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from posttrain import __version__
+from posttrain.commands import EXIT_CODES, data, recipes, train
 from posttrain.errors import Interrupted, UserError
 
-EXIT_CODES = "exit codes: 0 ok, 1 failure, 2 usage or config, 3 data, 75 interrupted (run again with --resume auto)"
+COMMANDS = (train, data, recipes)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,60 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"posttrain {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", parents=[common], help="train from a configuration file", epilog=EXIT_CODES)
-    train.add_argument("config", type=Path, help="YAML or JSON file; `posttrain recipes show sft` prints one")
-    train.add_argument("--set", action="append", default=[], metavar="A.B=V", help="override a value of the file")
-    train.add_argument(
-        "--resume",
-        default="never",
-        metavar="auto|never|PATH",
-        help="go on from the newest valid checkpoint, or this one",
-    )
-    train.set_defaults(command=_train)
-
-    recipes = commands.add_parser("recipes", parents=[common], help="list or print ready configuration files")
-    recipes.add_argument("action", choices=("list", "show"), nargs="?", default="list")
-    recipes.add_argument("name", nargs="?", help="recipe to show")
-    recipes.set_defaults(command=_recipes)
+    for command in COMMANDS:
+        command.add(commands, common)
     return parser
-
-
-def _train(options: argparse.Namespace) -> int:
-    from posttrain.runner.config import load_config
-    from posttrain.runner.train import train
-
-    config = load_config(options.config, options.set)
-    logging.getLogger("posttrain").info("config   %s", options.config)
-    trained = train(config, options.config, options.resume, quiet=options.quiet or options.json)
-    losses = [entry["loss"] for entry in trained.log_history if "loss" in entry]
-    summary = {
-        "steps": trained.result.global_step,
-        "epochs": trained.result.epoch,
-        "first_loss": losses[0] if losses else None,
-        "final_loss": losses[-1] if losses else None,
-        "seconds": trained.result.metrics["train_runtime"],
-        "path": str(trained.path),
-    }
-    if options.json:
-        print(json.dumps(summary))
-    else:
-        loss = f"loss {losses[0]:.3f} → {losses[-1]:.3f}, " if losses else ""
-        print(f"✔ trained  {summary['steps']} steps, {loss}{summary['seconds']:.0f} s")
-        print(f"✔ saved    {trained.path}")
-    return 0
-
-
-def _recipes(options: argparse.Namespace) -> int:
-    from posttrain.runner.recipes import read_recipe, recipe_names
-
-    if options.action == "show":
-        print(read_recipe(options.name or ""), end="")
-    elif options.json:
-        print(json.dumps(recipe_names()))
-    else:
-        for name, first_line in recipe_names().items():
-            print(f"{name:12} {first_line}")
-    return 0
 
 
 class _Checkmarks(logging.Formatter):

@@ -21,6 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("run", "export"),
     ("trainers",),
     ("runner",),
+    ("commands",),
     ("cli", "web"),
     ("__init__", "__main__"),
 )
