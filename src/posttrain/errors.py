@@ -39,6 +39,13 @@ class CheckpointError(UserError):
     code = "E-CKPT-0001"
 
 
+class LockedError(UserError):
+    """Something that only one process may hold is held by another."""
+
+    exit_code = 6
+    code = "E-LOCK-0001"
+
+
 class NonFiniteError(UserError):
     """A loss or gradient that is not a number; the weights were not touched by it."""
 

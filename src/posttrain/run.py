@@ -26,6 +26,7 @@ from posttrain.data.fingerprint import fingerprint
 from posttrain.errors import ConfigError, DataError
 from posttrain.evaluate.loss import evaluate_loss
 from posttrain.events import Events
+from posttrain.locks import only_run_in
 from posttrain.loop import Loop
 from posttrain.meter import Meter
 from posttrain.models.flops import flops_counter, measure_limit
@@ -74,11 +75,11 @@ class Run:
     # --- training ---------------------------------------------------------------------------------------------------
 
     def train(self, resume: str | bool | None) -> TrainResult:
-        """Raises Interrupted, NonFiniteError, CheckpointError, ConfigError."""
+        """Raises Interrupted, NonFiniteError, CheckpointError, ConfigError, LockedError."""
         args = self.args
         (enable_full_determinism if args.full_determinism else set_seed)(args.seed)
         source, max_steps, epochs = self._source()
-        with self._open() as session, StopRequest() as stop:
+        with only_run_in(Path(args.output_dir), self.run_id), self._open() as session, StopRequest() as stop:
             session.policy.model.train()
             started = time.time()
             loop = self._loop(session, source, max_steps, epochs, stop)

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "src" / "posttrain"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("types", "errors"),
     ("data", "models", "objectives", "rewards", "parallel", "events", "signals", "optimization", "optimizer_state"),
-    ("snapshot", "checkpoint", "meter", "session", "rollout", "evaluate"),
+    ("snapshot", "checkpoint", "locks", "meter", "session", "rollout", "evaluate"),
     ("loop",),
     ("run", "export"),
     ("trainers",),
