@@ -9,7 +9,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from posttrain.errors import CheckpointError, ConfigError, DataError, Interrupted, NonFiniteError, UserError
+    from posttrain.data.mixing import mix
+    from posttrain.errors import (
+        CheckpointError,
+        ConfigError,
+        DataError,
+        Interrupted,
+        LockedError,
+        NonFiniteError,
+        UserError,
+    )
     from posttrain.trainers.config import SFTConfig
     from posttrain.trainers.sft import SFTTrainer
 
@@ -22,18 +31,22 @@ _HOMES = {
     "ConfigError": "posttrain.errors",
     "DataError": "posttrain.errors",
     "Interrupted": "posttrain.errors",
+    "LockedError": "posttrain.errors",
     "NonFiniteError": "posttrain.errors",
     "UserError": "posttrain.errors",
+    "mix": "posttrain.data.mixing",
 }
 __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
     "Interrupted",
+    "LockedError",
     "NonFiniteError",
     "SFTConfig",
     "SFTTrainer",
     "UserError",
+    "mix",
 ]
 
 

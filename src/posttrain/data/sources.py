@@ -1,6 +1,8 @@
-"""Rows from wherever they are: a file, a folder, a glob, a data set, a list. Each row comes with its origin.
+"""Rows from wherever they are: a file, a folder, a glob, the hub, a data set, a list, a mixture of those. Each row
+comes with its origin.
 
-Left out here: names on the Hugging Face hub (load them with `datasets` and pass the result).
+A data set on the Hugging Face hub is named `owner/name`, `owner/name:config`, `owner/name@split` or
+`owner/name:config@split` (split: train), and loaded with `datasets`. A file or folder of that name comes first.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from typing import Any
 
 from posttrain.data.codes import Reject, Row, bad_row, excerpt, kind, refuse
 from posttrain.data.json_files import read_json, read_json_lines
+from posttrain.data.mixing import Mixture, mixed_rows
 from posttrain.data.tables import clean_arrow_row, read_csv, read_parquet
+from posttrain.data.text_files import read_text
 from posttrain.errors import DataError
 from posttrain.types import Origin
 
@@ -27,7 +31,9 @@ READERS: dict[str, Callable[[Path, Reject], Rows]] = {
     ".csv": read_csv,
     ".tsv": read_csv,
     ".parquet": read_parquet,
+    ".txt": read_text,
 }
+HUB_NAME = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.\[\]:%+-]+))?")
 
 
 def read_rows(source: Any, name: str = "data", reject: Reject = refuse) -> Rows:
@@ -51,10 +57,14 @@ def read_rows(source: Any, name: str = "data", reject: Reject = refuse) -> Rows:
 
 def source_name(source: Any, name: str = "data") -> str:
     """What to call the source in messages: the path as given, or `name`."""
+    if isinstance(source, Mixture):
+        return source.name
     return str(source) if isinstance(source, str | Path) else name
 
 
 def _dispatch(source: Any, name: str, reject: Reject) -> Rows:
+    if isinstance(source, Mixture):
+        return mixed_rows(source, lambda part: _dispatch(part.source, part.name, reject))
     if isinstance(source, str | Path):
         return _read_path(Path(source), str(source), reject)
     datasets = sys.modules.get("datasets")  # whoever passes a data set has imported it already
@@ -95,9 +105,34 @@ def _read_path(path: Path, given: str, reject: Reject) -> Rows:
         return _read_folder(path, reject)
     if path.is_file():
         return _read_file(path, reject)
+    if hub := _hub_name(path, given):
+        return _read_hub(hub, given)
     if glob.has_magic(given):
         return _read_files([Path(found) for found in sorted(glob.glob(given, recursive=True))], given, reject)
     raise _missing(path, given)
+
+
+def _hub_name(path: Path, given: str) -> re.Match[str] | None:
+    is_file_name = Path(given.partition("/")[0]).is_dir() or path.suffix.lower() in READERS
+    return None if is_file_name else HUB_NAME.fullmatch(given)
+
+
+def _read_hub(name: re.Match[str], given: str) -> Rows:
+    try:
+        import datasets
+    except ImportError as error:
+        message = f"{given}: no such file; if it is on the hub, it needs the datasets library"
+        raise DataError(message, hint="pip install 'posttrain[data]'") from error
+    split = name["split"] or "train"
+    try:
+        dataset = datasets.load_dataset(name["path"], name["config"], split=split)
+    except Exception as error:  # of a dozen kinds: no network, no such set, config or split, no rights
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise DataError(
+            f"{given}: no such file, and not to be had from the hub as split {split!r}: {reason}",
+            hint="check the name (owner/name:config@split) and the network, or give a file",
+        ) from error
+    return _read_dataset(dataset, given)
 
 
 def _read_file(path: Path, reject: Reject) -> Rows:
@@ -128,11 +163,6 @@ def _read_files(files: list[Path], given: str, reject: Reject) -> Rows:
 
 def _missing(path: Path, given: str) -> DataError:
     if not path.parent.is_dir():
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", given) and path.suffix.lower() not in READERS:
-            return DataError(
-                f"{given}: no such file, and a name on the hub is not loaded from here",
-                hint=f'load it yourself and pass the result: datasets.load_dataset("{given}", split="train")',
-            )
         return DataError(f"{given}: no such file (there is no folder {path.parent} either)", hint="check the path")
     names = [entry.name for entry in path.parent.iterdir()]
     similar = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)

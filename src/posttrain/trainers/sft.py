@@ -14,6 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, align_special_tokens, set_seed
 
+from posttrain.data.mixing import Mixture
 from posttrain.data.prepare import prepare, stream
 from posttrain.data.report import DataReport
 from posttrain.data.settings import DataSettings
@@ -244,4 +245,6 @@ def _data_settings(args: SFTConfig, formatting_func: Callable[[dict[str, Any]], 
 
 
 def _is_stream(dataset: Any) -> bool:
+    if isinstance(dataset, Mixture):
+        return dataset.is_stream
     return isinstance(dataset, Iterable) and not hasattr(dataset, "__len__")

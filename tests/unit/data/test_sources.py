@@ -38,6 +38,7 @@ ROWS = [{"text": "a"}, {"text": "b"}]
         ("lines.json", '{"text": "a"}\n{"text": "b"}\n'),
         ("a.csv", "text\na\nb\n"),
         ("a.tsv", "text\na\nb\n"),
+        ("a.txt", "a\n\nb"),
     ],
 )
 def test_files(tmp_path: Path, name: str, content: str | bytes) -> None:
@@ -136,7 +137,7 @@ GOOD = '{"text": "fine"}\n'
         ("a.csv", 'a,b\n1,2\n1,"2\n3,4\n', "7", ":3", "broken CSV: unexpected end of data", "written twice"),
         ("a.csv", "a,a\n1,2\n", "1", ":1", "names a column twice", ""),
         ("a.parquet", "nothing", "1", "", "not a Parquet file", ""),
-        ("a.txt", "nothing", "1", "", "unknown file type '.txt'", "known: .jsonl"),
+        ("a.doc", "nothing", "1", "", "unknown file type '.doc'", "known: .jsonl"),
     ],
 )
 def test_what_is_said_of_a_bad_file(
@@ -160,7 +161,6 @@ def test_missing_files_name_what_is_there(tmp_path: Path) -> None:
     assert error(tmp_path / "trian.jsonl").hint == "did you mean train.jsonl?"
     assert error(tmp_path / "x").hint == f"in {tmp_path} there is: train.jsonl"
     assert "there is no folder" in error(tmp_path / "nowhere" / "x.jsonl").message
-    assert 'datasets.load_dataset("some-user/some-data", split="train")' in (error("some-user/some-data").hint or "")
 
 
 def test_other_objects_are_refused() -> None:
@@ -174,3 +174,33 @@ def test_reject_goes_on_after_a_bad_line(tmp_path: Path) -> None:
     read = [row for _, row in read_rows(path, reject=lambda error, origin: rejected.append(str(origin)))]
     assert read == ROWS
     assert rejected == [f"{path}:2"]
+
+
+def test_a_name_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked of `datasets`, which asks the network; the rest is real."""
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(path: str, name: str | None, split: str) -> object:
+        asked.append((path, name, split))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for name in ("openai/gsm8k", "openai/gsm8k:main", "openai/gsm8k@test[:10]", "openai/gsm8k:main@test"):
+        assert rows(name) == ROWS
+    assert asked == [
+        ("openai/gsm8k", None, "train"),
+        ("openai/gsm8k", "main", "train"),
+        ("openai/gsm8k", None, "test[:10]"),
+        ("openai/gsm8k", "main", "test"),
+    ]
+    assert [str(origin) for origin, _ in read_rows("openai/gsm8k")] == ["openai/gsm8k[0]", "openai/gsm8k[1]"]
+
+
+def test_a_name_that_is_neither_here_nor_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    said = error("no-such-owner/no-such-set@test")
+    assert "no such file, and not to be had from the hub as split 'test'" in said.message
+    assert said.hint is not None
+    assert "owner/name:config@split" in said.hint
