@@ -1,7 +1,7 @@
 """Several data sets as one, in given proportions.
 
 Each row is drawn from one of the sets, with probability proportional to its weight, under a seed: the same mixture
-gives the same rows in the same order, so a run that is resumed sees what it would have seen. With `stop="all"` the mixture
+gives the same rows in the same order, so a run that is resumed sees what it would have seen. With `stop="all"` it
 ends when every set has been gone through at least once, and those that are through begin again meanwhile; with
 `stop="first"` it ends when one of them is through, and what is left of the others is not used.
 """

@@ -5,12 +5,15 @@ In memory (`prepare`) or one at a time (`stream`).
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from posttrain.data import cache
 from posttrain.data.packing import pack
 from posttrain.data.pipeline import Pipeline
 from posttrain.data.report import DataReport
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
 __all__ = ["DataReport", "DataSettings", "Prepared", "prepare", "stream"]
 
 
+logger = logging.getLogger("posttrain")
+
+
 @dataclass(frozen=True)
 class Prepared:
     samples: list[Sample]
@@ -37,8 +43,7 @@ class Prepared:
 
 def prepare(dataset: Any, tokenizer: PreTrainedTokenizerBase, settings: DataSettings, name: str = "train") -> Prepared:
     """All of `dataset` in memory. Shuffled, where asked, as `datasets` shuffles, before packing and after it."""
-    report = DataReport(source_name(dataset, name))
-    examples = list(Pipeline(tokenizer, settings, report).run(dataset, name))
+    examples, report = _tokenized(dataset, tokenizer, settings, name)
     if not examples:
         raise _nothing_left(report, settings)
     samples: list[Sample]
@@ -50,6 +55,22 @@ def prepare(dataset: Any, tokenizer: PreTrainedTokenizerBase, settings: DataSett
     else:
         samples = [(example,) for example in examples]
     return Prepared(_shuffled(samples, settings), report)
+
+
+def _tokenized(
+    dataset: Any, tokenizer: PreTrainedTokenizerBase, settings: DataSettings, name: str
+) -> tuple[list[Tokenized], DataReport]:
+    """Every row as tokens, from the cache where they were made before."""
+    key = cache.cache_key(dataset, tokenizer, settings) if settings.cache is not None else None
+    if settings.cache is not None and key is not None and (kept := cache.read(settings.cache, key)) is not None:
+        logger.info("data     tokens of %s taken from %s", kept[1].source, settings.cache / f"{key[:8]}...")
+        return kept
+    report, started = DataReport(source_name(dataset, name)), time.monotonic()
+    examples = list(Pipeline(tokenizer, settings, report).run(dataset, name))
+    took_long = time.monotonic() - started >= cache.MIN_SECONDS
+    if settings.cache is not None and key is not None and examples and took_long:
+        cache.write(settings.cache, key, examples, report)
+    return examples, report
 
 
 def stream(

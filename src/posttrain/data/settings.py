@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from posttrain.data.packing import STRATEGIES
@@ -19,7 +20,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
 @dataclass(frozen=True)
 class DataSettings:
     """`format="auto"` asks each row; `completion_only=None` trains the completion where a row has one; `chat_template`
-    is a name, a file or a template, None for the tokenizer's own; `columns` are kept beside the tokens."""
+    is a name, a file or a template, None for the tokenizer's own; `columns` are kept beside the tokens; `cache` is the
+    folder where tokens of files are kept."""
 
     format: str = "auto"
     text_field: str = "text"
@@ -35,6 +37,7 @@ class DataSettings:
     shuffle_seed: int = 42
     chat_template: str | None = None
     columns: tuple[str, ...] = ()
+    cache: Path | None = None
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():

@@ -94,6 +94,9 @@ class SFTConfig(TrainingArguments):
         default=None, metadata={"help": "Most tokens in one forward. Changes memory and speed, never the result."}
     )
     dataset_format: str = field(default="auto", metadata={"help": "Name of the rows' format; 'auto' asks each row."})
+    dataset_cache: bool = field(
+        default=True, metadata={"help": "Keep tokens of files in ~/.cache/posttrain (or $POSTTRAIN_CACHE)."}
+    )
     on_bad_row: str = field(default="error", metadata={"help": "'error', or 'skip' (counted and reported)."})
 
     def __post_init__(self) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, align_special_tokens, set_seed
 
+from posttrain.data.cache import default_folder
 from posttrain.data.mixing import Mixture
 from posttrain.data.prepare import prepare, stream
 from posttrain.data.report import DataReport
@@ -241,6 +242,7 @@ def _data_settings(args: SFTConfig, formatting_func: Callable[[dict[str, Any]], 
         on_bad_row=args.on_bad_row,
         shuffle=args.shuffle_dataset,
         shuffle_seed=args.seed,
+        cache=default_folder() if args.dataset_cache else None,
     )
 
 
