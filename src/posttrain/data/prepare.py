@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from posttrain.data.pipeline import Pipeline
 from posttrain.data.report import DataReport
 from posttrain.data.settings import DataSettings
 from posttrain.data.sources import source_name
-from posttrain.errors import ConfigError, DataError
+from posttrain.errors import DataError
 from posttrain.types import Sample, Tokenized
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["DataReport", "DataSettings", "Prepared", "prepare", "stream"]
 
 
+SHUFFLE_BUFFER = 10_000
 logger = logging.getLogger("posttrain")
 
 
@@ -80,14 +82,15 @@ def stream(
     name: str = "train",
     report: DataReport | None = None,
 ) -> Iterator[Sample]:
-    """The same one at a time, for data that are endless or do not fit in memory; `report` counts along. A shuffle is
-    the source's own: `datasets.IterableDataset` has one, with a buffer."""
+    """The same one at a time, for data that are endless or do not fit in memory; `report` counts along. Shuffled, where
+    asked, by the source itself (`datasets.IterableDataset`) or within a buffer of `SHUFFLE_BUFFER` examples."""
     report = report or DataReport(source_name(dataset, name))
-    if settings.shuffle:
-        if not hasattr(dataset, "shuffle"):
-            raise ConfigError("this stream cannot be shuffled", hint="shuffle it at its source, or set shuffle=False")
+    shuffles_itself = hasattr(dataset, "shuffle")
+    if settings.shuffle and shuffles_itself:
         dataset = dataset.shuffle(seed=settings.shuffle_seed)
     examples = Pipeline(tokenizer, settings, report).run(dataset, name)
+    if settings.shuffle and not shuffles_itself:
+        examples = _shuffled_in_buffer(examples, settings.shuffle_seed)
     if settings.packing and settings.max_length is not None:
         return pack(examples, settings.max_length, settings.packing_strategy)
     return ((example,) for example in examples)
@@ -98,6 +101,17 @@ def _shuffled(items: list[Any], settings: DataSettings) -> list[Any]:
     if not settings.shuffle:
         return items
     return [items[i] for i in np.random.default_rng(settings.shuffle_seed).permutation(len(items))]
+
+
+def _shuffled_in_buffer(examples: Iterator[Tokenized], seed: int) -> Iterator[Tokenized]:
+    """Every example leaves at a random moment once the buffer is full, the rest at the end in random order."""
+    generator = np.random.default_rng(seed)
+    buffer = list(islice(examples, SHUFFLE_BUFFER))
+    for example in examples:
+        chosen = int(generator.integers(len(buffer)))
+        buffer[chosen], leaving = example, buffer[chosen]
+        yield leaving
+    yield from (buffer[i] for i in generator.permutation(len(buffer)))
 
 
 def _count_packs(examples: list[Tokenized], samples: list[Sample], max_length: int, report: DataReport) -> None:

@@ -94,6 +94,9 @@ class SFTConfig(TrainingArguments):
         default=None, metadata={"help": "Most tokens in one forward. Changes memory and speed, never the result."}
     )
     dataset_format: str = field(default="auto", metadata={"help": "Name of the rows' format; 'auto' asks each row."})
+    dataset_streaming: bool = field(
+        default=False, metadata={"help": "Read training files as training goes, for what does not fit in memory."}
+    )
     dataset_cache: bool = field(
         default=True, metadata={"help": "Keep tokens of files in ~/.cache/posttrain (or $POSTTRAIN_CACHE)."}
     )

@@ -19,6 +19,7 @@ from posttrain.data.mixing import Mixture
 from posttrain.data.prepare import prepare, stream
 from posttrain.data.report import DataReport
 from posttrain.data.settings import DataSettings
+from posttrain.data.sources import source_name
 from posttrain.errors import ConfigError, DataError
 from posttrain.evaluate.predictions import Predictor
 from posttrain.models import adapters
@@ -119,9 +120,25 @@ class SFTTrainer(PackedTrainer):
         if dataset is None:
             raise ConfigError("train_dataset is required")
         self._check_prepared(dataset)
-        if _is_stream(dataset):
-            return lambda: stream(dataset, self._tokenizer, self._settings, "train")
+        if _is_stream(dataset) or self.args.dataset_streaming:
+            self._check_stream(dataset)
+            return lambda: self._stream(dataset)
         return self._prepared(dataset, "train", self._settings)
+
+    def _stream(self, dataset: Any) -> Iterator[Sample]:
+        """One pass over it; `data_reports` counts along."""
+        report = self.data_reports["train"] = DataReport(source_name(dataset, "train"))
+        return stream(dataset, self._tokenizer, self._settings, "train", report)
+
+    def _check_stream(self, dataset: Any) -> None:
+        """The first rows, now: a stream is read when training begins, which is late to learn of a wrong format."""
+        if isinstance(dataset, Iterator):  # what it gives is gone then
+            return
+        report = DataReport(source_name(dataset, "train"))
+        settings = dataclasses.replace(self._settings, packing=False, shuffle=False)
+        if next(stream(dataset, self._tokenizer, settings, "train", report), None) is None:
+            raise DataError(f"{report.source} has no usable row", code="E-DATA-0031")
+        logger.info("data     %s is read as training goes; %s", report.source, "; ".join(report.formats))
 
     def _check_prepared(self, dataset: Any) -> None:
         """`skip_prepare_dataset` promises tokens; anything else would be prepared after all."""

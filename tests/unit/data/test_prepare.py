@@ -217,8 +217,19 @@ def test_a_stream_is_shuffled_by_its_source() -> None:
     settings = DataSettings(shuffle=True, shuffle_seed=3)
     shuffled = list(stream(source.shuffle(seed=3), plain_tokenizer(), DataSettings()))
     assert ids(list(stream(source, plain_tokenizer(), settings))) == ids(shuffled)
-    with pytest.raises(ConfigError, match="cannot be shuffled"):
-        stream(ROWS, plain_tokenizer(), settings)
+
+
+def test_any_other_stream_is_shuffled_in_a_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("posttrain.data.prepare.SHUFFLE_BUFFER", 10)
+    plain = ids(list(stream(ROWS, plain_tokenizer(), DataSettings())))
+    one, same, other = (
+        ids(list(stream(ROWS, plain_tokenizer(), DataSettings(shuffle=True, shuffle_seed=seed)))) for seed in (3, 3, 4)
+    )
+    assert one == same
+    assert len({str(order) for order in (plain, one, other)}) == 3
+    assert sorted(map(str, one)) == sorted(map(str, plain))
+    early = [place for place, example in enumerate(one) if example in plain[:5]]
+    assert min(early) < 25
 
 
 def test_real_files(shared_data: Path) -> None:
