@@ -29,7 +29,7 @@ def run(folder: Path, source: Any, resume: str | None = None, **settings: Any) -
         "save_steps": 2,
         "bf16": True,
     }
-    given = {"given": lambda: {"train_dataset": source}, "bf16": True}
+    given = {"given": lambda: {"train_dataset": source}}
     trainer = make_trainer(posttrain, folder, CHAT_PAIRS, **{**options, **settings}, **given)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
