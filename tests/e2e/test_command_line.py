@@ -61,6 +61,19 @@ def test_trains_and_leaves_an_adapter_that_peft_loads(project: Path) -> None:
     assert [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
 
 
+def test_a_mixture_read_as_a_stream(project: Path) -> None:
+    (project / "more.jsonl").write_text((project / "train.jsonl").read_text())
+    text = CONFIG.replace(
+        "{path: train.jsonl, val_path: train.jsonl}",
+        "{mixture: [{path: train.jsonl, weight: 3}, {path: more.jsonl}], streaming: true}",
+    )
+    (project / "mixed.yaml").write_text(text)
+    done = posttrain(project, "train", "mixed.yaml", "--json", "--set", "training.max_steps=3")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 3
+    assert "read as training goes" in done.stderr
+
+
 def test_a_signal_saves_and_resuming_gives_the_undisturbed_result(project: Path) -> None:
     undisturbed = posttrain(project, "train", "run.yaml", "--set", "training.output_dir=whole",
                             "--set", "save.lora_path=whole/adapter", "--quiet")  # fmt: skip

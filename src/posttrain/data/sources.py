@@ -105,15 +105,16 @@ def _read_path(path: Path, given: str, reject: Reject) -> Rows:
         return _read_folder(path, reject)
     if path.is_file():
         return _read_file(path, reject)
-    if hub := _hub_name(path, given):
+    if hub := hub_name(given):
         return _read_hub(hub, given)
     if glob.has_magic(given):
         return _read_files([Path(found) for found in sorted(glob.glob(given, recursive=True))], given, reject)
     raise _missing(path, given)
 
 
-def _hub_name(path: Path, given: str) -> re.Match[str] | None:
-    is_file_name = Path(given.partition("/")[0]).is_dir() or path.suffix.lower() in READERS
+def hub_name(given: str, root: Path = Path()) -> re.Match[str] | None:
+    """The parts of a name on the hub; None for what names a file, or a folder that is there."""
+    is_file_name = (root / given.partition("/")[0]).is_dir() or Path(given).suffix.lower() in READERS
     return None if is_file_name else HUB_NAME.fullmatch(given)
 
 

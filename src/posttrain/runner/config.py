@@ -55,10 +55,23 @@ class LoraSection(_Section):
     finetune_mlp_modules: bool = Field(True, description="false leaves gate, up and down projections out.")
 
 
+class MixedSource(_Section):
+    """One of several data sets."""
+
+    path: str
+    weight: float = Field(1.0, gt=0, description="How likely the next row is from here, beside the other weights.")
+
+
 class DatasetSection(_Section):
     """What it is trained on."""
 
-    path: str = Field(description="JSONL, JSON, CSV or Parquet file, or a folder of them.")
+    path: str | None = Field(
+        None, description="JSONL, JSON, CSV, Parquet or text file, a folder of them, or owner/name on the hub."
+    )
+    mixture: list[MixedSource] | None = Field(None, description="Several of those, instead of `path`.")
+    mix_until: Literal["all", "first"] = Field("all", description="A mixture ends with the last or the first to end.")
+    streaming: bool = Field(False, description="Read as training goes, for what does not fit in memory.")
+    cache: bool = Field(True, description="Keep tokens of files in ~/.cache/posttrain (or $POSTTRAIN_CACHE).")
     val_path: str | None = Field(None, description="Held-out data of the same kind.")
     format: str = Field("auto", description="auto, or the name of a format.")
     text_field: str = "text"
@@ -110,6 +123,9 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
         config = RunConfig.model_validate(document)
     except ValidationError as error:
         raise _explained(error, path) from None
+    if (config.dataset.path is None) == (config.dataset.mixture is None):
+        both = "is missing" if config.dataset.path is None else "and dataset.mixture are both given"
+        raise ConfigError(f"{path}: dataset.path {both}", hint="give one of dataset.path and dataset.mixture")
     for section, key, built, why in NOT_BUILT:
         value = getattr(getattr(config, section), key)
         if value != built:
@@ -152,7 +168,11 @@ def unknown_key(source: str, name: str, known: Iterable[str]) -> ConfigError:
 def _known_keys(sections: list[str]) -> list[str]:
     model: type[BaseModel] = RunConfig
     for section in sections:
+        if section.isdigit():  # an entry of a list of sections
+            continue
         annotation = model.model_fields[section].annotation
+        if section == "mixture":
+            annotation = MixedSource
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return []
         model = annotation

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from posttrain.data.mixing import Mixture, mix
 from posttrain.errors import ConfigError
 from posttrain.runner.config import LoraSection, RunConfig, unknown_key
 
@@ -35,12 +36,11 @@ def train(config: RunConfig, source: Path, resume: str = "never", quiet: bool = 
     root = source.resolve().parent
     args = _training_arguments(config, root, source, quiet)
     peft_config = _adapter(config, args.seed)
-    train_path = str(root / config.dataset.path)
     trainer = SFTTrainer(
         model=_local_or_named(config.model.name, root),
         args=args,
-        train_dataset=train_path,
-        eval_dataset=str(root / config.dataset.val_path) if config.dataset.val_path else None,
+        train_dataset=_source(config, root, args.seed),
+        eval_dataset=_data_path(config.dataset.val_path, root) if config.dataset.val_path else None,
         peft_config=peft_config,
     )
     if quiet:
@@ -76,6 +76,8 @@ def _training_arguments(config: RunConfig, root: Path, source: Path, quiet: bool
         "dataset_text_field": data.text_field,
         "dataset_num_proc": data.num_proc,
         "on_bad_row": data.on_bad_row,
+        "dataset_streaming": data.streaming,
+        "dataset_cache": data.cache,
         "assistant_only_loss": _assistant_only(config, root),
         "completion_only_loss": False if data.train_on == "all" else None,
         "chat_template_path": None
@@ -102,6 +104,8 @@ TAKEN = {
     "dataset_num_proc": "dataset.num_proc",
     "dataset_format": "dataset.format",
     "on_bad_row": "dataset.on_bad_row",
+    "dataset_streaming": "dataset.streaming",
+    "dataset_cache": "dataset.cache",
     "assistant_only_loss": "dataset.train_on",
     "completion_only_loss": "dataset.train_on",
     "chat_template_path": "dataset.chat_template",
@@ -122,11 +126,21 @@ def _assistant_only(config: RunConfig, root: Path) -> bool:
     from posttrain.data.sources import read_rows
 
     table = formats(config.dataset.text_field)
-    for origin, row in islice(read_rows(str(root / config.dataset.path)), 1):
+    for origin, row in islice(read_rows(_source(config, root, 0)), 1):
         chosen = choose(config.dataset.format, table) or detect(row, origin, table)
         example = chosen.parse(row, origin)
         return example.prompt is None and example.is_conversational
     return False
+
+
+def _source(config: RunConfig, root: Path, seed: int) -> str | Mixture:
+    """The training data: a path or a name on the hub, or several mixed."""
+    data = config.dataset
+    if data.path is not None:
+        return _data_path(data.path, root)
+    parts = data.mixture or []
+    paths, weights = [_data_path(part.path, root) for part in parts], [part.weight for part in parts]
+    return mix(paths, weights, seed=seed, stop=data.mix_until)
 
 
 def _model_options(config: RunConfig) -> dict[str, Any]:
@@ -176,6 +190,13 @@ def _targets(lora: LoraSection) -> list[str] | str:
 
 def _local_or_named(name: str, root: Path) -> str:
     return str(root / name) if (root / name).exists() else name
+
+
+def _data_path(name: str, root: Path) -> str:
+    """From `root` on, unless it is a name on the hub."""
+    from posttrain.data.sources import hub_name
+
+    return name if hub_name(name, root) else str(root / name)
 
 
 def _resume(resume: str, output_dir: str) -> str | bool | None:

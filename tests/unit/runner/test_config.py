@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -112,3 +113,19 @@ def test_recipes_are_short_and_valid(tmp_path: Path, name: str) -> None:
 def test_an_unknown_recipe_lists_those_there_are() -> None:
     with pytest.raises(ConfigError, match="sft"):
         read_recipe("nope")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message", "hint"),
+    [
+        ("{mixture: [{path: a, wieght: 2}]}", "dataset.mixture.0.wieght is not a known key",
+         "did you mean dataset.mixture.0.weight?"),
+        ("{mixture: [{path: a, weight: -2}]}", "dataset.mixture.0.weight is -2: input should be greater than 0", None),
+        ("{mixture: [{weight: 1}]}", "dataset.mixture.0.path is missing", None),
+        ("{path: b, mixture: [{path: a}]}", "dataset.path and dataset.mixture are both given", None),
+    ],
+)  # fmt: skip
+def test_mistakes_in_a_mixture(tmp_path: Path, dataset: str, message: str, hint: str | None) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        load_config(write(tmp_path, f"model: {{name: m}}\ndataset: {dataset}\n"))
+    assert hint in (None, caught.value.hint)
