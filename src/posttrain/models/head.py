@@ -8,16 +8,22 @@ Gradient: d log p_t / dz = onehot_t - p, whatever the objective does with log p,
 respect to the hidden state is made in the forward pass while p is at hand and only scaled in the backward pass: two
 matrix products in all, as many as the mathematics asks for. A trained head needs the incoming gradient for its own
 weight; there the chunk's logits are computed again in the backward pass, which costs one product and no memory.
+
+A chunk is as many rows as the matrix products want; soft-max and what follows it run over blocks of a few rows, which
+stay in the processor's cache, in two fp32 buffers that are used again and again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-CHUNK_ROWS = 256  # 256 x 49,152 logits are 50 MB in fp32: large enough for full speed, small enough to stay in memory
+CHUNK_ROWS = 256  # 256 x 49,152 logits are 25 MB in bf16: large enough for full speed, small enough to stay in memory
+BLOCK_SIZE = {"cpu": 2**20}
+"""Logits of a block; on other devices a block is the whole chunk."""
 
 
 @dataclass(frozen=True)
@@ -27,17 +33,14 @@ class HeadShape:
     scale: float = 1.0
     softcap: float | None = None
 
-    def logits(self, hidden_CD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None) -> torch.Tensor:
-        """Logits of a chunk in fp32 (in fp64 where the hidden states are)."""
-        z_CV = hidden_CD @ weight_VD.t()
-        z_CV = z_CV.to(_accurate(z_CV.dtype))
+    def apply_(self, z_BV: torch.Tensor, bias_V: torch.Tensor | None) -> None:
+        """Turn products h W' into logits, in place."""
         if bias_V is not None:
-            z_CV += bias_V
+            z_BV += bias_V
         if self.scale != 1.0:
-            z_CV *= self.scale
+            z_BV *= self.scale
         if self.softcap is not None:
-            z_CV.div_(self.softcap).tanh_().mul_(self.softcap)
-        return z_CV
+            z_BV.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def slope(self, z_CV: torch.Tensor) -> torch.Tensor | float:
         """d logits / d (h W' + b), given the logits."""
@@ -70,6 +73,37 @@ def _accurate(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+class _Workspace:
+    """The buffers of a chunk: `low_CV` in the compute dtype, `z_BV` and `p_BV` in fp32 (fp64 where the states are)."""
+
+    def __init__(self, hidden_RD: torch.Tensor, vocabulary: int):
+        rows = min(len(hidden_RD), CHUNK_ROWS)
+        size = BLOCK_SIZE.get(hidden_RD.device.type)
+        self.block = rows if size is None else max(1, min(rows, size // vocabulary))
+        self.low_CV = hidden_RD.new_empty(rows, vocabulary)
+        self.z_BV, self.p_BV = (
+            torch.empty(self.block, vocabulary, dtype=_accurate(hidden_RD.dtype), device=hidden_RD.device)
+            for _ in range(2)
+        )
+
+    def products(self, hidden_CD: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+        """h W' of a chunk, into `low_CV`."""
+        return torch.mm(hidden_CD, weight_VD.t(), out=self.low_CV[: len(hidden_CD)])
+
+    def blocks(self, rows: int) -> Iterator[slice]:
+        return (slice(start, min(start + self.block, rows)) for start in range(0, rows, self.block))
+
+    def softmax(
+        self, low_BV: torch.Tensor, shape: HeadShape, bias_V: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and probabilities of a block, in the two buffers."""
+        z_BV, p_BV = self.z_BV[: len(low_BV)], self.p_BV[: len(low_BV)]
+        z_BV.copy_(low_BV)
+        shape.apply_(z_BV, bias_V)
+        torch.softmax(z_BV, 1, out=p_BV)
+        return z_BV, p_BV
+
+
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -89,29 +123,37 @@ class _TokenLogps(torch.autograd.Function):
         top1_R = torch.empty(rows, dtype=torch.bool, device=hidden_RD.device)
         slope_RD = torch.empty_like(hidden_RD) if early else None  # d logp / d hidden
         uniform_slope_RD = torch.empty_like(hidden_RD) if early and uniform else None
+        work = _Workspace(hidden_RD, len(weight_VD))
         for start in range(0, rows, CHUNK_ROWS):
-            part = slice(start, start + CHUNK_ROWS)
+            part = slice(start, min(start + CHUNK_ROWS, rows))
             target_C = target_R[part]
-            z_CV = shape.logits(hidden_RD[part], weight_VD, bias_V)
-            chosen_C = z_CV.gather(1, target_C[:, None])[:, 0]
-            lse_C = z_CV.logsumexp(1)
-            logp_R[part] = chosen_C - lse_C
-            top1_R[part] = chosen_C >= z_CV.amax(1)
-            if uniform:
-                uniform_R[part] = z_CV.mean(1) - lse_C
-            if not (entropy or early):
-                continue
-            slope = shape.slope(z_CV)
-            p_CV = torch.exp(z_CV - lse_C[:, None])
-            if entropy:
-                entropy_R[part] = lse_C - torch.linalg.vecdot(p_CV, z_CV)
-            if slope_RD is not None:
-                chosen_slope_C1 = slope if isinstance(slope, float) else slope.gather(1, target_C[:, None])
-                expected_CD = p_CV.mul_(slope).to(weight_VD.dtype) @ weight_VD
-                slope_RD[part] = chosen_slope_C1 * weight_VD[target_C] - expected_CD
+            low_CV = work.products(hidden_RD[part], weight_VD)
+            for block in work.blocks(len(target_C)):
+                at = slice(start + block.start, start + block.stop)
+                z_BV, p_BV = work.softmax(low_CV[block], shape, bias_V)
+                target_B1 = target_C[block, None]
+                chosen_B, top_B = z_BV.gather(1, target_B1)[:, 0], z_BV.amax(1)
+                lse_B = top_B - p_BV.amax(1).log()  # the likeliest token's p is at least 1/V: no precision is lost
+                logp_R[at] = chosen_B - lse_B
+                top1_R[at] = chosen_B >= top_B
+                if uniform:
+                    uniform_R[at] = z_BV.mean(1) - lse_B
+                slope = shape.slope(z_BV) if early else 1.0
+                if entropy:
+                    entropy_R[at] = lse_B - z_BV.mul_(p_BV).sum(1)
+                if slope_RD is None:
+                    continue
+                chosen_slope_B1 = slope if isinstance(slope, float) else slope.gather(1, target_B1)
+                slope_RD[at] = chosen_slope_B1 * weight_VD[target_C[block]]
                 if uniform_slope_RD is not None:
-                    uniform_slope_RD[part] = _mean_row(slope, weight_VD) - expected_CD
-        ctx.shape, ctx.early = shape, early
+                    uniform_slope_RD[at] = _mean_row(slope, weight_VD)
+                low_CV[block] = p_BV if isinstance(slope, float) and slope == 1.0 else p_BV.mul_(slope)
+            if slope_RD is not None:
+                expected_CD = low_CV @ weight_VD
+                slope_RD[part] -= expected_CD
+                if uniform_slope_RD is not None:
+                    uniform_slope_RD[part] -= expected_CD
+        ctx.shape, ctx.early, ctx.uniform = shape, early, uniform
         if early:
             ctx.save_for_backward(slope_RD, uniform_slope_RD)
         else:
@@ -129,43 +171,41 @@ class _TokenLogps(torch.autograd.Function):
                 grad_RD += uniform_slope_RD * grad_uniform_R[:, None].to(slope_RD.dtype)
             return grad_RD, None, None, None, None, None, None
         hidden_RD, weight_VD, bias_V, target_R = ctx.saved_tensors
+        accurate = _accurate(hidden_RD.dtype)
         grad_hidden_RD = torch.empty_like(hidden_RD) if ctx.needs_input_grad[0] else None
-        grad_weight_VD = (
-            torch.zeros_like(weight_VD, dtype=_accurate(hidden_RD.dtype)) if ctx.needs_input_grad[1] else None
-        )
-        grad_bias_V = torch.zeros_like(bias_V, dtype=_accurate(hidden_RD.dtype)) if ctx.needs_input_grad[2] else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=accurate) if ctx.needs_input_grad[1] else None
+        grad_bias_V = torch.zeros_like(bias_V, dtype=accurate) if ctx.needs_input_grad[2] else None
+        work = _Workspace(hidden_RD, len(weight_VD))
         for start in range(0, len(target_R), CHUNK_ROWS):
-            part = slice(start, start + CHUNK_ROWS)
-            grad_CV = _logit_gradient(ctx.shape, hidden_RD[part], weight_VD, bias_V, target_R[part],
-                                      grad_logp_R[part], grad_uniform_R[part])  # fmt: skip
-            low_CV = grad_CV.to(hidden_RD.dtype)
+            part = slice(start, min(start + CHUNK_ROWS, len(target_R)))
+            low_CV = work.products(hidden_RD[part], weight_VD)
+            for block in work.blocks(len(low_CV)):
+                at = slice(start + block.start, start + block.stop)
+                z_BV, p_BV = work.softmax(low_CV[block], ctx.shape, bias_V)
+                grad_BV = _logit_gradient(p_BV, target_R[at], grad_logp_R[at], grad_uniform_R[at] if ctx.uniform else None)
+                grad_BV.mul_(ctx.shape.slope(z_BV))
+                if grad_bias_V is not None:
+                    grad_bias_V += grad_BV.sum(0)
+                low_CV[block] = grad_BV
             if grad_hidden_RD is not None:
-                grad_hidden_RD[part] = low_CV @ weight_VD
+                torch.mm(low_CV, weight_VD, out=grad_hidden_RD[part])
             if grad_weight_VD is not None:
                 grad_weight_VD += low_CV.t() @ hidden_RD[part]
-            if grad_bias_V is not None:
-                grad_bias_V += grad_CV.sum(0)
         if grad_weight_VD is not None:
             grad_weight_VD = grad_weight_VD.to(weight_VD.dtype)
         return grad_hidden_RD, grad_weight_VD, grad_bias_V, None, None, None, None
 
 
 def _logit_gradient(
-    shape: HeadShape,
-    hidden_CD: torch.Tensor,
-    weight_VD: torch.Tensor,
-    bias_V: torch.Tensor | None,
-    target_C: torch.Tensor,
-    grad_logp_C: torch.Tensor,
-    grad_uniform_C: torch.Tensor,
+    p_BV: torch.Tensor, target_B: torch.Tensor, grad_logp_B: torch.Tensor, grad_uniform_B: torch.Tensor | None
 ) -> torch.Tensor:
-    """d loss / d (h W' + b) of a chunk: `g (onehot - p) + u (1/V - p)`, times the slope of scale and cap."""
-    z_CV = shape.logits(hidden_CD, weight_VD, bias_V)
-    slope = shape.slope(z_CV)
-    grad_CV = torch.softmax(z_CV, 1).mul_(-(grad_logp_C + grad_uniform_C)[:, None])
-    grad_CV += grad_uniform_C[:, None] / weight_VD.shape[0]
-    grad_CV.scatter_add_(1, target_C[:, None], grad_logp_C[:, None])
-    return grad_CV.mul_(slope)
+    """d loss / d z of a block, in place: `g (onehot - p) + u (1/V - p)`."""
+    if grad_uniform_B is None:
+        p_BV.mul_(-grad_logp_B[:, None])
+    else:
+        p_BV.mul_(-(grad_logp_B + grad_uniform_B)[:, None])
+        p_BV += grad_uniform_B[:, None] / p_BV.shape[1]
+    return p_BV.scatter_add_(1, target_B[:, None], grad_logp_B[:, None])
 
 
 def _mean_row(slope: torch.Tensor | float, weight_VD: torch.Tensor) -> torch.Tensor:

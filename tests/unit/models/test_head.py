@@ -41,7 +41,9 @@ def naive(hidden: Any, weight: Any, bias: Any, shape: HeadShape) -> torch.Tensor
 
 @pytest.fixture(params=CHUNKS, autouse=True)
 def _chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of three rows in the larger chunks, so that neither divides the other."""
     monkeypatch.setattr(head, "CHUNK_ROWS", request.param)
+    monkeypatch.setattr(head, "BLOCK_SIZE", {"cpu": 3 * VOCABULARY})
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -156,13 +158,13 @@ def test_no_supervised_rows(frozen: bool) -> None:
 
 def test_logits_are_only_ever_made_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    original = HeadShape.logits
+    original = head._Workspace.products
 
-    def logits(self: HeadShape, hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def products(self: Any, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         seen.append(len(hidden))
-        return original(self, hidden, *rest)
+        return original(self, hidden, weight)
 
-    monkeypatch.setattr(HeadShape, "logits", logits)
+    monkeypatch.setattr(head._Workspace, "products", products)
     for frozen, passes in ((True, 1), (False, 2)):  # a frozen head's gradient is made in the forward pass
         seen.clear()
         hidden, weight, offset, target = inputs()
