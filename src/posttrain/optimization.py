@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.optimization import get_scheduler
 from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_pt_utils import get_parameter_names
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer_utils import SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 
 from posttrain.errors import ConfigError
@@ -95,13 +95,19 @@ def _keep_embeddings_in_32_bits(optimizer: Any, model: nn.Module, trained: Mappi
 
 def make_scheduler(args: TrainingArguments, optimizer: torch.optim.Optimizer, max_steps: int) -> Any:
     """The schedule that `args.lr_scheduler_type` names, over `max_steps` optimiser steps."""
-    return get_scheduler(
-        args.lr_scheduler_type,
-        optimizer=optimizer,
-        num_warmup_steps=args.get_warmup_steps(max_steps),
-        num_training_steps=max_steps,
-        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
-    )
+    try:
+        return get_scheduler(
+            args.lr_scheduler_type,
+            optimizer=optimizer,
+            num_warmup_steps=args.get_warmup_steps(max_steps),
+            num_training_steps=max_steps,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
+    except (TypeError, ValueError) as error:
+        name = SchedulerType(args.lr_scheduler_type).value
+        raise ConfigError(
+            f"lr_scheduler_type={name!r} with lr_scheduler_kwargs={args.lr_scheduler_kwargs!r}: {error}"
+        ) from error
 
 
 def follows_metrics(scheduler: Any) -> bool:

@@ -32,12 +32,23 @@ def add_adapter(model: Any, peft_config: PeftConfig) -> PeftModel:
         )
     if peft_config.is_prompt_learning:
         raise ConfigError(f"{peft_config.peft_type} learns prompts, which is not supported; use LoRA")
+    if not 0 <= getattr(peft_config, "lora_dropout", 0) < 1:
+        raise ConfigError(f"peft_config: lora_dropout={peft_config.lora_dropout} must be at least 0 and below 1")
+    _check_saved_modules(model, peft_config)
     with warnings.catch_warnings():  # PEFT asks transformers under a name that transformers deprecates
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         try:
             return get_peft_model(model, peft_config)
         except ValueError as error:  # PEFT's own words for a rank of 0, or targets that the model does not have
             raise ConfigError(f"peft_config: {error}", hint='target_modules="all-linear" fits every model') from None
+
+
+def _check_saved_modules(model: Any, peft_config: PeftConfig) -> None:
+    """PEFT passes over names that the model does not have."""
+    names = [name for name, _ in model.named_modules()]
+    for wanted in getattr(peft_config, "modules_to_save", None) or []:
+        if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
+            raise ConfigError(f"peft_config: modules_to_save names {wanted!r}, which the model does not have")
 
 
 def adapter_parameters(model: nn.Module) -> set[nn.Parameter]:

@@ -182,7 +182,9 @@ class _TokenLogps(torch.autograd.Function):
             for block in work.blocks(len(low_CV)):
                 at = slice(start + block.start, start + block.stop)
                 z_BV, p_BV = work.softmax(low_CV[block], ctx.shape, bias_V)
-                grad_BV = _logit_gradient(p_BV, target_R[at], grad_logp_R[at], grad_uniform_R[at] if ctx.uniform else None)
+                grad_BV = _logit_gradient(
+                    p_BV, target_R[at], grad_logp_R[at], grad_uniform_R[at] if ctx.uniform else None
+                )
                 grad_BV.mul_(ctx.shape.slope(z_BV))
                 if grad_bias_V is not None:
                     grad_bias_V += grad_BV.sum(0)

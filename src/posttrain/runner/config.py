@@ -41,7 +41,7 @@ class LoraSection(_Section):
     enabled: bool = True
     r: int = 16
     lora_alpha: float = 16
-    lora_dropout: float = 0.0
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: list[str] | str = Field(default_factory=lambda: list(ALL_LINEARS))
     bias: Literal["none", "all", "lora_only"] = "none"
     use_gradient_checkpointing: bool | Literal["unsloth"] = Field(False, description="'unsloth' means true.")

@@ -1,7 +1,8 @@
 """YAML and JSON configuration files, read the way people mean them.
 
-`2e-4` is a number (PyYAML reads YAML 1.1, where it is a string), `on`, `off`, `yes` and `no` are words, and a key that
-stands twice is an error.
+`2e-4` is a number (PyYAML reads YAML 1.1, where it is a string), `010` is ten and not eight, a date is a word, `on`,
+`off`, `yes` and `no` are words (a setting that is true or false understands them), and a key that stands twice is an
+error.
 """
 
 from __future__ import annotations
@@ -26,7 +27,11 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2's idea of numbers and booleans."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012  (PyYAML's own attribute, replaced here as a whole)
-        first: [(tag, pattern) for tag, pattern in resolvers if tag.rsplit(":", 1)[1] not in ("float", "int", "bool")]
+        first: [
+            (tag, pattern)
+            for tag, pattern in resolvers
+            if tag.rsplit(":", 1)[1] not in ("float", "int", "bool", "timestamp")
+        ]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -34,12 +39,19 @@ class _Loader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str | int | float | bool | None):
+                problem = f"a key must be a word, this is a {type(key).__name__}"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
+    def construct_decimal(self, node: yaml.ScalarNode) -> int:
+        return int(str(self.construct_scalar(node)).replace("_", ""))
 
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_decimal)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", BOOLEAN, list("tTfF"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", INTEGER, list("-+0123456789"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
@@ -57,7 +69,9 @@ def read_document(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
     document = _json(text, path) if path.suffix == ".json" else _yaml(text, path)
     if not isinstance(document, dict):
-        raise ConfigError(f"{path}: must hold a mapping of settings, holds {type(document).__name__}")
+        seen = "nothing" if document is None else f"a {type(document).__name__}"
+        raise ConfigError(f"{path}: must hold a mapping of settings, holds {seen}",
+                          hint="posttrain recipes show sft > sft.yaml makes one")  # fmt: skip
     return document
 
 
@@ -65,7 +79,7 @@ def parse_value(text: str) -> Any:
     """A value given on the command line, read as YAML: `2e-4` is a number, `null` is nothing, `[a, b]` a list."""
     try:
         return _Loader(text).get_single_data()
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         return text
 
 
@@ -77,6 +91,8 @@ def _json(text: str, path: Path) -> Any:
         raise ConfigError(f"{path}:{error.lineno}:{error.colno}: {error.msg}", hint=hint) from None
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply for a configuration") from None
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -94,3 +110,7 @@ def _yaml(text: str, path: Path) -> Any:
         mark = error.problem_mark
         where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
         raise ConfigError(f"{where}: {error.problem}") from None
+    except yaml.YAMLError as error:  # a control character
+        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply for a configuration") from None

@@ -146,4 +146,8 @@ def make_events(args: TrainingArguments, callbacks: list[Any] | None, model: Any
     """Transformers' default callbacks for these settings, then the user's; its log level as `args.log_level` says."""
     if args.log_level != "passive":
         transformers_logging.set_verbosity(args.get_process_log_level())
-    return Events(args, [*default_callbacks(args), *(callbacks or [])], model, processing_class)
+    try:
+        defaults = default_callbacks(args)
+    except (RuntimeError, ValueError, ImportError, KeyError) as error:
+        raise ConfigError(f"report_to={args.report_to!r}: {error}") from error
+    return Events(args, [*defaults, *(callbacks or [])], model, processing_class)

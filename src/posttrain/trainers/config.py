@@ -14,10 +14,13 @@ from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
+from transformers.training_args import trainer_log_levels
 
 from posttrain.errors import ConfigError
 from posttrain.models.precision import has_fast_bf16
+from posttrain.trainers.arguments import REFUSED
 from posttrain.trainers.spellings import modern_config
+from posttrain.trainers.values import check_values
 
 
 def accepts_old_spellings(config_class: type) -> type:
@@ -103,7 +106,13 @@ class SFTConfig(TrainingArguments):
     on_bad_row: str = field(default="error", metadata={"help": "'error', or 'skip' (counted and reported)."})
 
     def __post_init__(self) -> None:
-        self._check_numbers()
+        if getattr(self, "output_dir", None) is None:
+            self.output_dir: str | None = "trainer_output"
+        check_values(self)
+        if not self.output_dir:
+            raise ConfigError("output_dir is empty", hint="checkpoints and logs go there")
+        if self.deepspeed:
+            raise ConfigError(f"deepspeed={self.deepspeed!r} is not honoured: {REFUSED['deepspeed']}")
         has_accelerator = torch.accelerator.is_available()
         if not has_accelerator:
             self.use_cpu = True
@@ -114,20 +123,13 @@ class SFTConfig(TrainingArguments):
             self.pad_to_multiple_of = None
         with warnings.catch_warnings():  # both spellings of checkpointing are fine here
             warnings.simplefilter("ignore", FutureWarning)
-            super().__post_init__()
+            try:
+                super().__post_init__()
+            except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, ImportError, OSError) as error:
+                raise ConfigError(f"training settings do not fit together: {error}") from error
         self.loss_type = {"chunked_nll": "nll"}.get(self.loss_type, self.loss_type)
         self.packing_strategy = {"bfd-requeue": "bfd_split"}.get(self.packing_strategy, self.packing_strategy)
         self._check_choices()
-
-    def _check_numbers(self) -> None:
-        """transformers would find out in the middle of things."""
-        for name, declared in type(self).__dataclass_fields__.items():
-            is_number = isinstance(declared.default, int | float) and not isinstance(declared.default, bool)
-            if is_number and isinstance(getattr(self, name), str):
-                raise ConfigError(f"{name}={getattr(self, name)!r} must be a number")
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
 
     def _check_choices(self) -> None:
         for name, choices in CHOICES.items():
@@ -145,8 +147,9 @@ class SFTConfig(TrainingArguments):
             raise ConfigError(
                 f"dataset_kwargs={self.dataset_kwargs} is not honoured: only skip_prepare_dataset is known"
             )
-        if self.token_budget is not None and self.token_budget < 1:
-            raise ConfigError(f"token_budget={self.token_budget} must be at least 1")
+        if self.include_num_input_tokens_seen not in (True, False, "all", "non_padding", "no"):
+            raise ConfigError(f"include_num_input_tokens_seen={self.include_num_input_tokens_seen!r} is unknown",
+                              hint="choose 'all', 'non_padding' or 'no'")  # fmt: skip
 
 
 CHOICES = {
@@ -154,4 +157,5 @@ CHOICES = {
     "packing_strategy": ("bfd", "bfd_split", "wrapped"),
     "truncation_mode": ("keep_start", "keep_end"),
     "on_bad_row": ("error", "skip"),
+    "log_level": tuple(trainer_log_levels),
 }

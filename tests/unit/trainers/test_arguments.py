@@ -78,11 +78,45 @@ def test_what_is_refused_is_named(tmp_path: Path, name: str, value: object) -> N
     [("trust_remote_code", True), ("activation_offloading", True), ("loss_type", "huber"), ("packing_strategy", "x"),
      ("truncation_mode", "middle"), ("on_bad_row", "ignore"), ("token_budget", 0), ("dataset_kwargs", {"a": 1}),
      ("learning_rate", "abc"), ("num_train_epochs", "x"),
-     ("per_device_train_batch_size", 0), ("gradient_accumulation_steps", 0)],
+     ("per_device_train_batch_size", 0), ("gradient_accumulation_steps", 0),
+     ("learning_rate", -1), ("learning_rate", None), ("learning_rate", [1]), ("learning_rate", float("nan")),
+     ("learning_rate", True), ("max_steps", 2.5), ("num_train_epochs", 0), ("num_train_epochs", -1),
+     ("per_device_train_batch_size", 1.5), ("gradient_accumulation_steps", 1.5), ("weight_decay", -1),
+     ("weight_decay", None), ("max_grad_norm", -1), ("adam_beta1", 2), ("neftune_noise_alpha", -5),
+     ("neftune_noise_alpha", "abc"), ("seed", None), ("seed", 1.5), ("seed", -1), ("token_budget", 1.5),
+     ("disable_tqdm", "abc"), ("packing", "maybe"), ("packing", 2), ("include_num_input_tokens_seen", "foo"),
+     ("gradient_checkpointing_kwargs", 5), ("logging_steps", -1), ("logging_steps", 0), ("save_steps", 0),
+     ("eval_steps", -1), ("output_dir", 5), ("output_dir", ["a"]), ("output_dir", ""), ("deepspeed", "x.json"),
+     ("lr_scheduler_kwargs", 5), ("log_level", "foo"), ("accelerator_config", 5), ("label_smoothing_factor", 1.5),
+     ("max_length", 0), ("dataset_text_field", 3)],
 )  # fmt: skip
 def test_our_own_fields_are_checked(tmp_path: Path, name: str, value: object) -> None:
     with pytest.raises(ConfigError, match=name):
-        SFTConfig(str(tmp_path), **{name: value})
+        SFTConfig(**{"output_dir": str(tmp_path), name: value})
+
+
+@pytest.mark.parametrize(("word", "value"), [("no", False), ("off", False), ("Yes", True), ("true", True), (1, True)])
+@pytest.mark.parametrize("name", ["packing", "bf16", "shuffle_dataset", "full_determinism", "dataloader_drop_last"])
+def test_words_for_true_and_false(tmp_path: Path, name: str, word: object, value: bool) -> None:
+    assert getattr(SFTConfig(str(tmp_path), **{name: word, "max_length": 8}), name) is value
+
+
+def test_an_output_folder_may_be_a_path_or_left_out(tmp_path: Path) -> None:
+    assert SFTConfig(tmp_path).output_dir == str(tmp_path)
+    assert SFTConfig().output_dir == SFTConfig(output_dir=None).output_dir == "trainer_output"
+
+
+@pytest.mark.parametrize("name", ["report_to", "lr_scheduler_kwargs", "optim_args"])
+def test_what_only_shows_later_is_named_too(tmp_path: Path, name: str) -> None:
+    value = {"report_to": "nothing-known", "lr_scheduler_kwargs": {"foo": 1}, "optim_args": "foo"}[name]
+    with pytest.raises(ConfigError, match=name):
+        trainer(tmp_path, **{name: value}).train()
+
+
+@pytest.mark.parametrize("wrong", [{"lora_dropout": -1.0}, {"modules_to_save": ["nope"]}])
+def test_what_peft_passes_over(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"peft_config: {next(iter(wrong))}"):
+        trainer(tmp_path, peft_config=LoraConfig(**{"target_modules": "all-linear", **wrong}))
 
 
 def test_a_harmless_field_is_mentioned_once_it_is_set(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
