@@ -9,29 +9,48 @@ from collections.abc import Sequence
 
 from posttrain import __version__
 from posttrain.commands import EXIT_CODES, data, recipes, train
-from posttrain.errors import Interrupted, UserError
+from posttrain.commands.train import command_to_resume
+from posttrain.errors import DiskFullError, Interrupted, UserError
+from posttrain.terminal import ended_by_signals, is_disk_full, keep_traceback, make_streams_last
 
 COMMANDS = (train, data, recipes)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; its exit code."""
-    options = _parser().parse_args(argv)
-    _set_up_logging(options.verbose, options.quiet)
+    make_streams_last()
     try:
-        return options.command(options)
+        with ended_by_signals():
+            options = _parser().parse_args(argv)
+            _set_up_logging(options.verbose, options.quiet)
+            return options.command(options)
     except Interrupted as stopped:
         print(stopped.message, file=sys.stderr)
         if stopped.checkpoint:
-            print(f"Continue: posttrain train {options.config} --resume auto", file=sys.stderr)
+            print(f"Continue: {command_to_resume(options)}", file=sys.stderr)
+        return 75
+    except KeyboardInterrupt as stopped:
+        print(f"Stopped at once ({str(stopped) or 'SIGINT'}). What was saved before is as it was.", file=sys.stderr)
         return 75
     except UserError as error:
-        print(f"{error.code} {error.message}", file=sys.stderr)
-        if error.hint:
-            print(f"  = {error.hint}", file=sys.stderr)
-        return error.exit_code
-    except BrokenPipeError:  # the reader of our output has left
-        return 0
+        return _say(error)
+    except Exception as error:
+        if is_disk_full(error):
+            return _say(DiskFullError.from_error(error))
+        path = keep_traceback(error)
+        said = str(error).strip().partition("\n")[0] or "no message"
+        print(f"E-INTERNAL-0001 {type(error).__name__}: {said}", file=sys.stderr)
+        print(
+            f"  = this is a fault of posttrain's or of a library under it; the traceback is in {path}", file=sys.stderr
+        )
+        return 1
+
+
+def _say(error: UserError) -> int:
+    print(f"{error.code} {error.message}", file=sys.stderr)
+    if error.hint:
+        print(f"  = {error.hint}", file=sys.stderr)
+    return error.exit_code
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -46,6 +46,18 @@ class LockedError(UserError):
     code = "E-LOCK-0001"
 
 
+class DiskFullError(UserError):
+    """There is no space left where something had to be written. What was whole before still is."""
+
+    exit_code = 7
+    code = "E-DISK-0001"
+
+    @classmethod
+    def from_error(cls, error: BaseException) -> DiskFullError:
+        where = f" for {error.filename}" if isinstance(error, OSError) and error.filename else ""
+        return cls(f"no space left on the disk{where}", hint="make room and go on from the last checkpoint")
+
+
 class NonFiniteError(UserError):
     """A loss or gradient that is not a number; the weights were not touched by it."""
 

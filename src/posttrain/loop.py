@@ -62,6 +62,7 @@ class Loop:
     position: int = 0
     meter: Meter = field(default_factory=Meter)
     total_loss: float = 0.0
+    last_loss: float | None = None
     grad_norm: float = 0.0
     learning_rate: float = 0.0
     epoch_end_due: bool = False
@@ -131,6 +132,7 @@ class Loop:
         flops = sum(self.flops(batch) for batch in micro)
         self.meter.end_step(loss, tokens, counts["tokens"], flops)
         self.total_loss += loss
+        self.last_loss = loss
         state.global_step += 1
         self.position += 1
         state.epoch = self.source.epoch_after(self.position)

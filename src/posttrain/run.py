@@ -6,6 +6,7 @@ saves. Weights are safe on disk before anything else happens after the last step
 
 from __future__ import annotations
 
+import logging
 import math
 import secrets
 import time
@@ -39,11 +40,15 @@ from posttrain.session import Session
 from posttrain.signals import StopRequest
 from posttrain.types import Sample
 
+logger = logging.getLogger("posttrain")
 DEFAULT_TOKEN_BUDGET = {"cpu": 4096, "cuda": 16384}
 
 
 class TrainResult(TrainOutput):
-    """transformers' `TrainOutput`, with the `epoch` that so many scripts ask it for."""
+    """transformers' `TrainOutput`, with the `epoch` that so many scripts ask it for. `last_loss` is the last step's,
+    None if none was taken."""
+
+    last_loss: float | None = None
 
     @property
     def epoch(self) -> float:
@@ -89,6 +94,8 @@ class Run:
             if rng is None:
                 self.events.reset_state()
             first_step = self.events.state.global_step
+            if first_step >= max_steps:
+                logger.warning("%s is at step %d of %d: nothing is left to train", folder, first_step, max_steps)
             self.events.start(max_steps, epochs, self.optimizer, self.scheduler, self.model)
             if rng is not None:
                 snapshot.restore_rng(rng)
@@ -188,7 +195,9 @@ class Run:
                 load_weights(self.model, Path(state.best_model_checkpoint))
             session.precision.publish()
         self.events.train_end()
-        return TrainResult(state.global_step, train_loss, metrics)
+        result = TrainResult(state.global_step, train_loss, metrics)
+        result.last_loss = loop.last_loss
+        return result
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
@@ -334,6 +343,7 @@ class Run:
             "compute dtype": "bfloat16" if args.bf16 else "float32",
             "number of trained parameters": sum(parameter.numel() for parameter in session.trained.values()),
             "optimizer": type(self.optimizer).__name__,
+            **({} if self.optimizers[0] or self.optimizer_choice else self._schedule()),
         }
 
     @contextmanager
@@ -346,6 +356,13 @@ class Run:
             session.precision.publish()
             yield
         session.precision.publish()
+
+    def _schedule(self) -> dict[str, Any]:
+        """Settings that live on in the checkpoint's optimiser and schedule: others would be read and not heeded."""
+        args = self.args
+        names = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+        kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+        return {name: getattr(args, name) for name in names} | {"lr_scheduler_type": kind}
 
     # --- the open model ---------------------------------------------------------------------------------------------
 

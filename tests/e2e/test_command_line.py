@@ -86,8 +86,12 @@ def test_a_signal_saves_and_resuming_gives_the_undisturbed_result(project: Path)
     _, said = running.communicate(timeout=60)
     assert running.returncode == 75, said
     assert "Interrupted at step" in said
-    assert "Continue: posttrain train run.yaml --resume auto" in said
-    resumed = posttrain(project, "train", "run.yaml", "--resume", "auto")
+    way_on = "Continue: posttrain train run.yaml --set training.num_train_epochs=2 --resume auto"
+    assert way_on in said
+    again = posttrain(project, "train", "run.yaml")  # would replace them
+    assert again.returncode == 2
+    assert "outputs holds checkpoints of an earlier run" in again.stderr
+    resumed = posttrain(project, *way_on.split()[2:])
     assert resumed.returncode == 0, resumed.stderr
     one, other = (load_file(project / folder / "adapter_model.safetensors") for folder in
                   ("whole/adapter", "models/checkpoints/lora"))  # fmt: skip
@@ -102,6 +106,9 @@ def test_a_signal_saves_and_resuming_gives_the_undisturbed_result(project: Path)
         (["training.fp16=true"], 2, "fp16=True is not honoured"),
         (["model.name=nowhere"], 2, "cannot load the model 'nowhere'"),
         (["dataset.path=trian.jsonl"], 3, "train.jsonl"),
+        (["save.lora_path=run.yaml"], 2, "save.lora_path="),
+        (["training.output_dir=run.yaml"], 2, "run.yaml cannot be written"),
+        (["training.packing=maybe"], 2, "packing='maybe' must be true or false"),
     ],
 )
 def test_mistakes_are_one_line_and_no_traceback(project: Path, overrides: list[str], status: int, message: str) -> None:
@@ -110,6 +117,68 @@ def test_mistakes_are_one_line_and_no_traceback(project: Path, overrides: list[s
     assert done.returncode == status, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_reader_who_leaves_does_not_end_the_run(project: Path) -> None:
+    running = subprocess.Popen(
+        command("train", "run.yaml"), cwd=project, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert running.stderr is not None
+    assert running.stdout is not None
+    running.stderr.readline()
+    running.stderr.close()
+    running.stdout.close()
+    assert running.wait(timeout=120) == 0
+    assert (project / "models/checkpoints/lora/adapter_model.safetensors").is_file()
+
+
+def test_a_terminal_without_check_marks(project: Path) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command("train", "run.yaml", "--set", "training.max_steps=1"), cwd=project,
+                          capture_output=True, env=environment, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert b"? trained  1 steps, loss" in done.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_before_training(project: Path, number: signal.Signals) -> None:
+    with (project / "many.jsonl").open("w") as file:
+        file.write((project / "train.jsonl").read_text() * 30_000)
+    running = subprocess.Popen(command("train", "run.yaml", "--set", "dataset.path=many.jsonl"), cwd=project,
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    assert running.stderr is not None
+    while "config" not in running.stderr.readline():
+        assert running.poll() is None
+    time.sleep(1.0)
+    running.send_signal(number)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 75, said
+    assert "Traceback" not in said
+    assert f"Stopped at once ({number.name})" in said or "Interrupted" in said
+
+
+def test_a_changed_learning_rate_is_not_passed_over_on_resuming(project: Path) -> None:
+    first = posttrain(project, "train", "run.yaml", "--set", "training.max_steps=2")
+    assert first.returncode == 0, first.stderr
+    more = ("--set", "training.max_steps=4", "--resume", "auto")
+    other = posttrain(project, "train", "run.yaml", "--set", "training.learning_rate=1e-6", *more)
+    assert other.returncode == 1
+    assert "was written with learning_rate = 0.01, and this run has 1e-06" in other.stderr
+    on = posttrain(project, "train", "run.yaml", *more)
+    assert on.returncode == 0, on.stderr
+    done = posttrain(project, "train", "run.yaml", *more)
+    assert "is at step 4 of 4: nothing is left to train" in done.stderr
+    nowhere = posttrain(project, "train", "run.yaml", "--resume", "checkpoint-4")
+    assert nowhere.returncode == 2
+    assert "--resume 'checkpoint-4': no such folder" in nowhere.stderr
+
+
+def test_a_fault_of_ours_is_one_line_and_a_file(project: Path) -> None:
+    (project / "model" / "config.json").write_text('{"model_type": "llama", "hidden_size": "wide"}')
+    done = posttrain(project, "train", "run.yaml")
+    assert done.returncode in (1, 2)
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("\nE-") == 1
 
 
 def test_a_bad_row_is_named(project: Path) -> None:

@@ -15,7 +15,18 @@ PACKAGE = Path(__file__).resolve().parents[2] / "src" / "posttrain"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("types", "errors"),
-    ("data", "models", "objectives", "rewards", "parallel", "events", "signals", "optimization", "optimizer_state"),
+    (
+        "data",
+        "models",
+        "objectives",
+        "rewards",
+        "parallel",
+        "terminal",
+        "events",
+        "signals",
+        "optimization",
+        "optimizer_state",
+    ),
     ("snapshot", "checkpoint", "locks", "meter", "session", "rollout", "evaluate"),
     ("loop",),
     ("run", "export"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,14 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     train.set_defaults(command=_train)
 
 
+def command_to_resume(options: argparse.Namespace) -> str:
+    """The command that goes on with the run that `options` started: its settings are part of it."""
+    words = ["posttrain", "train", str(options.config)]
+    for override in options.set:
+        words += ["--set", override]
+    return shlex.join([*words, "--resume", "auto"])
+
+
 def _train(options: argparse.Namespace) -> int:
     from posttrain.runner.config import load_config
     from posttrain.runner.train import train
@@ -36,14 +45,15 @@ def _train(options: argparse.Namespace) -> int:
         "steps": trained.result.global_step,
         "epochs": trained.result.epoch,
         "first_loss": losses[0] if losses else None,
-        "final_loss": losses[-1] if losses else None,
+        "final_loss": trained.result.last_loss,
         "seconds": trained.result.metrics["train_runtime"],
         "path": str(trained.path),
     }
     if options.json:
         print(json.dumps(summary))
     else:
-        loss = f"loss {losses[0]:.3f} → {losses[-1]:.3f}, " if losses else ""
+        last = trained.result.last_loss
+        loss = f"loss {losses[0]:.3f} → {last:.3f}, " if losses and last is not None else ""
         print(f"✔ trained  {summary['steps']} steps, {loss}{summary['seconds']:.0f} s")
         print(f"✔ saved    {trained.path}")
     return 0

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.errors import ConfigError
@@ -26,16 +27,18 @@ def load_model(name: str, options: dict[str, Any] | None = None, *, dtype: str =
             raise ConfigError(f"dtype={wanted!r} is unknown", hint=f"choose one of {sorted(DTYPES)}")
         wanted = DTYPES[wanted]
     path = resolve(name)
-    try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=wanted, **options)
-    except (OSError, ValueError) as error:
+    try:  # weights that are pickled can run code when they are read, so they are not
+        return AutoModelForCausalLM.from_pretrained(path, dtype=wanted, **{"use_safetensors": True, **options})
+    except (OSError, ValueError, SafetensorError) as error:
         raise _no_model(name, error) from error
 
 
-def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, options: dict[str, Any] | None = None) -> PreTrainedTokenizerBase:
+    """`options` are keyword arguments of the model's `from_pretrained`; those that say where to look hold here too."""
     path = resolve(name)
+    where = ("revision", "local_files_only", "cache_dir", "token", "subfolder", "force_download")
     try:
-        return AutoTokenizer.from_pretrained(path, **({"revision": revision} if revision else {}))
+        return AutoTokenizer.from_pretrained(path, **{k: v for k, v in (options or {}).items() if k in where})
     except (OSError, ValueError) as error:
         raise _no_model(name, error) from error
 

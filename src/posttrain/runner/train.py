@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+import tempfile
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -34,7 +36,12 @@ def train(config: RunConfig, source: Path, resume: str = "never", quiet: bool = 
     from posttrain.trainers.sft import SFTTrainer
 
     root = source.resolve().parent
+    path = _path(config.save.lora_path, root)
     args = _training_arguments(config, root, source, quiet)
+    _check_writable(path, f"{source}: save.lora_path")
+    checkpoint = _checkpoint(resume, args.output_dir)
+    if quiet:
+        _silence_transformers()
     peft_config = _adapter(config, args.seed)
     trainer = SFTTrainer(
         model=_local_or_named(config.model.name, root),
@@ -45,8 +52,7 @@ def train(config: RunConfig, source: Path, resume: str = "never", quiet: bool = 
     )
     if quiet:
         trainer.remove_callback(PrinterCallback)
-    result = trainer.run.train(_resume(resume, args.output_dir))
-    path = root / config.save.lora_path
+    result = trainer.run.train(checkpoint)
     trainer.save_model(str(path))
     trainer.save_state()
     return Trained(result, path, trainer.state.log_history)
@@ -64,11 +70,12 @@ def _training_arguments(config: RunConfig, root: Path, source: Path, quiet: bool
         if name in given:
             raise ConfigError(f"{source}: training.{name} is set as {section_key}")
     given.setdefault("output_dir", "outputs")
-    given["output_dir"] = str(root / given["output_dir"])
+    if isinstance(given["output_dir"], str) and given["output_dir"]:
+        given["output_dir"] = str(_path(given["output_dir"], root))
     given.setdefault("report_to", "none")
     if config.dataset.val_path:
         given.setdefault("eval_strategy", "epoch")
-    if quiet:
+    if quiet or not sys.stderr.isatty():  # a bar is for people; files and pipes get the log lines
         given["disable_tqdm"] = True
     data = config.dataset
     options: dict[str, Any] = {
@@ -188,23 +195,56 @@ def _targets(lora: LoraSection) -> list[str] | str:
     return targets
 
 
+def _path(given: str, root: Path) -> Path:
+    """From `root` on; `~` is the home folder."""
+    return root / Path(given).expanduser()
+
+
+def _check_writable(folder: Path, what: str) -> None:
+    """Find out now and not after hours of training."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{what}={str(folder)!r} cannot be written: {error.strerror or error}",
+                          hint="choose a folder of your own") from error  # fmt: skip
+
+
+def _silence_transformers() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
 def _local_or_named(name: str, root: Path) -> str:
-    return str(root / name) if (root / name).exists() else name
+    path = _path(name, root)
+    return str(path) if path.exists() else name
 
 
 def _data_path(name: str, root: Path) -> str:
     """From `root` on, unless it is a name on the hub."""
     from posttrain.data.sources import hub_name
 
-    return name if hub_name(name, root) else str(root / name)
+    return name if hub_name(name, root) else str(_path(name, root))
 
 
-def _resume(resume: str, output_dir: str) -> str | bool | None:
-    if resume == "never":
-        return None
-    if resume != "auto":
-        return resume
+def _checkpoint(resume: str, output_dir: str) -> str | None:
+    """The checkpoint to go on from. Raises ConfigError where there is none of that name, and where a new run would
+    replace the checkpoints of an earlier one, number by number."""
     from posttrain.checkpoint import Checkpoints
 
-    folder = Checkpoints(Path(output_dir), run_id="").latest()
-    return str(folder) if folder else None
+    if resume == "auto":
+        folder = Checkpoints(Path(output_dir), run_id="").latest()
+        return str(folder) if folder else None
+    if resume != "never":
+        if not Path(resume).is_dir():
+            raise ConfigError(f"--resume {resume!r}: no such folder", hint="auto, never, or the path of a checkpoint")
+        return resume
+    if any(Path(output_dir).glob("checkpoint-*/MANIFEST.json")):
+        raise ConfigError(
+            f"{output_dir} holds checkpoints of an earlier run",
+            hint="--resume auto goes on with it; for a new one choose another training.output_dir or move them away",
+        )
+    return None

@@ -210,7 +210,7 @@ def _open_model(
     if isinstance(model, str):
         name, options = model, _as_dict(args.model_init_kwargs)
         model = load_model(name, options, dtype="auto" if peft_config is not None else "float32")
-        tokenizer = tokenizer or load_tokenizer(name, options.get("revision"))
+        tokenizer = tokenizer or load_tokenizer(name, options)
     elif args.model_init_kwargs is not None:
         raise ConfigError("model_init_kwargs is not honoured: the model is loaded already")
     tokenizer = tokenizer or load_tokenizer(model.config._name_or_path)
