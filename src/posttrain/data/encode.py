@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from posttrain.data.rendering import Span
 from posttrain.data.render import Rendered
+from posttrain.data.rendering import Span
 from posttrain.errors import ConfigError
 from posttrain.types import Branch, Tokenized
 

@@ -1,8 +1,8 @@
 """Rendering a chat template with Jinja's immutable sandbox, set up as transformers does it.
 
-Our own templates are rendered here and now. All others run this file as a script in a child process (sandbox.py), so it
-imports nothing of posttrain, and nothing heavy. What the model sees in use is what transformers renders: a test compares
-the two over every template there is.
+Our own templates are rendered here and now. All others run this file as a script in a child process (sandbox.py), so
+it imports nothing of posttrain, and nothing heavy. What the model sees in use is what transformers renders: a test
+compares the two over every template there is.
 
 The sandbox keeps a template from reaching Python's internals; it does not bound time or memory, the child process does.
 """
@@ -44,12 +44,12 @@ class _Beyond(Exception):
 
 
 class _Generation(Extension):
-    """`{% generation %}...{% endgeneration %}`: what stands between is what the assistant says. While there are marks, it
-    is written between these two characters, wherever a macro or a variable carries it."""
+    """`{% generation %}...{% endgeneration %}`: what stands between is what the assistant says. While there are marks,
+    it is written between these two characters, wherever a macro or a variable carries it."""
 
     tags = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
 
-    def parse(self, parser: Parser) -> nodes.CallBlock:
+    def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_said"), [], [], body).set_lineno(line)
@@ -83,7 +83,9 @@ class _Dict:
         return dict(*args, **kwargs)
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False):  # type: ignore[no-untyped-def]
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -6,6 +6,7 @@ without a beginning-of-sequence token gets none. Both are worth knowing.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from posttrain.data.chat import Chat
@@ -17,6 +18,9 @@ from posttrain.types import Example, Tokenized
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+PLAIN = re.compile(r"[\w ]*")
+"""What looks the same in a text and as JSON."""
+
 
 def remark_on_text(rendered: Rendered, chat: Chat, missing: tuple[str, ...], report: DataReport) -> None:
     """Count what the rendering shows. `missing` are markers of the template that are no tokens of the tokenizer."""
@@ -25,6 +29,7 @@ def remark_on_text(rendered: Rendered, chat: Chat, missing: tuple[str, ...], rep
         "endless": not chat.ends(rendered.trained_text),
         "given_otherwise": rendered.given_otherwise,
         "thought_lost": rendered.thought_lost,
+        "tools_left_out": _leaves_tools_out(rendered),
         "special_in_text": _holds_special(rendered.example, chat),
     }
     for name, is_one in cases.items():
@@ -53,3 +58,11 @@ def _holds_special(example: Example, chat: Chat) -> bool:
     messages = (message for part in parts if isinstance(part, list) for message in part)
     texts = (message.get("content") for message in messages if message["role"] != "assistant")
     return chat.special is not None and any(isinstance(text, str) and chat.special.search(text) for text in texts)
+
+
+def _leaves_tools_out(rendered: Rendered) -> bool:
+    """Whether nothing of what the row's tools are described by is in its text (names alone also stand in calls)."""
+    tools = [tool.get("function", tool) for tool in rendered.example.tools or [] if isinstance(tool, dict)]
+    said = [tool.get("description") or tool.get("name") for tool in tools if isinstance(tool, dict)]
+    starts = [PLAIN.match(text)[0] for text in said if isinstance(text, str)]  # type: ignore[index]
+    return any(starts) and not any(start in rendered.full for start in starts if start)

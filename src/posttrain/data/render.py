@@ -128,7 +128,7 @@ def _render_chat(example: Example, chat: Chat, supervision: Supervision) -> Rend
 def _with_flags(spans: list[Span], flagged: list[tuple[Span, bool]]) -> list[Span]:
     """`spans` with those flagged true added and those flagged false taken out, a later flag before an earlier one."""
     for (start, end), train in flagged:
-        kept = [(a, b) for first, last in spans for a, b in ((first, min(last, start)), (max(first, end), last)) if a < b]
+        kept = [part for a, b in spans for part in ((a, min(b, start)), (max(a, end), b)) if part[0] < part[1]]
         spans = sorted([*kept, (start, end)] if train and start < end else kept)
     return spans
 
@@ -169,7 +169,8 @@ def _check_left_out(messages: list[Message], example: Example, full: str) -> Non
         if lines and not any(line in full for line in lines):
             what = f"is of role {message['role']}, which the chat template leaves out"
             hint = "give it another role, drop it, or choose a template that knows the role"
-            raise bad_row("E-DATA-0043", example.origin, what, field=f"messages[{i}]", seen=content, row=full, hint=hint)
+            where = f"messages[{i}]"
+            raise bad_row("E-DATA-0043", example.origin, what, field=where, seen=content, row=full, hint=hint)
 
 
 def _thought_lost(message: Message, full: str) -> bool:

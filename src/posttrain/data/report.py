@@ -13,9 +13,10 @@ from posttrain.types import Origin
 
 NUM_FIRST = 5
 REMARKS = {
-    "given_otherwise": "hold turns before which the model, in use, is given another text than in training (a generation "
-    "prompt or earlier turns that the template writes otherwise): look at one with `posttrain data tokens`",
+    "given_otherwise": "hold turns before which the model, in use, is given another text than in training (a "
+    "generation prompt or earlier turns that the template writes otherwise): see one with `posttrain data tokens`",
     "thought_lost": "hold thoughts that the chat template leaves out, so that they are not trained",
+    "tools_left_out": "have tools that the chat template leaves out, so that the model does not see what it may call",
     "special_in_text": "hold special tokens in what others than the assistant say: they are encoded as these tokens",
     "without_bos": "begin without the token that the tokenizer puts before plain text: the chat template writes none",
 }
@@ -41,10 +42,10 @@ class DataReport:
     in a pack (as in TRL) though all that was to be trained of them was cut off; `endless` conversations
     end without a token to stop at; `boundary_moved` are rows whose prompt alone has other tokens than in front of its
     completion, or in which a turn begins or ends within a token. `given_otherwise` are rows in which the model is given
-    another text, in use, than stands before a turn of its own; `thought_lost`, whose thoughts the template leaves out;
-    `special_in_text`, whose user or tool text holds special tokens; `without_bos`, that begin without the token which
-    the tokenizer puts before plain text. `written_as_text` counts the rows that hold each marker of a named template
-    that is no token of the tokenizer."""
+    another text, in use, than stands before a turn of its own; `thought_lost` and `tools_left_out`, whose thoughts or
+    tools the template leaves out; `special_in_text`, whose user or tool text holds special tokens; `without_bos`, that
+    begin without the token which the tokenizer puts before plain text. `written_as_text` counts the rows that hold each
+    marker of a named template that is no token of the tokenizer."""
 
     source: str
     rows: int = 0
@@ -63,6 +64,7 @@ class DataReport:
     boundary_moved: Cases = field(default_factory=Cases)
     given_otherwise: Cases = field(default_factory=Cases)
     thought_lost: Cases = field(default_factory=Cases)
+    tools_left_out: Cases = field(default_factory=Cases)
     special_in_text: Cases = field(default_factory=Cases)
     without_bos: Cases = field(default_factory=Cases)
     written_as_text: Counter[str] = field(default_factory=Counter)
@@ -120,8 +122,9 @@ class DataReport:
             notes.append(f"max_length cuts off {number(self.supervised_lost)} tokens that were to be trained")
         if self.written_as_text:
             tokens = ", ".join(self.written_as_text)
-            notes.append(f"the chat template writes {tokens}, which the tokenizer has not as tokens: they are text to it")
-        return notes + [_about(getattr(self, name), what) for name, what in REMARKS.items() if getattr(self, name).count]
+            notes.append(f"the chat template writes {tokens}, which the tokenizer has not as tokens: they stay text")
+        cases = {what: getattr(self, name) for name, what in REMARKS.items()}
+        return notes + [_about(case, what) for what, case in cases.items() if case.count]
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: counts, and the first rows of each case by name."""

@@ -55,7 +55,8 @@ class Sandbox:
         return rendered(reply)
 
     def _exchange(self, child: subprocess.Popen[bytes], line: bytes) -> dict[str, Any]:
-        assert child.stdin is not None and child.stdout is not None
+        assert child.stdin is not None
+        assert child.stdout is not None
         try:
             child.stdin.write(line)
             child.stdin.flush()

@@ -95,7 +95,10 @@ def test_the_assistant_may_speak_first() -> None:
 
 def test_a_template_that_renders_no_prefix_alike() -> None:
     tokenizer = plain_tokenizer(template=NUMBERED)
-    assert trained({"messages": CONVERSATION}, tokenizer, assistant_only=True) == ["Four.</s>", "You are welcome 🙂</s>"]
+    assert trained({"messages": CONVERSATION}, tokenizer, assistant_only=True) == [
+        "Four.</s>",
+        "You are welcome 🙂</s>",
+    ]
     report = run({"messages": CONVERSATION}, tokenizer, assistant_only=True).report
     assert report.given_otherwise.count == 1
     assert "the model, in use, is given another text than in training" in report.notes()[-1]

@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 FOLDER = Path(__file__).parent
-BOS, END = "{{- BOS_IF_WANTED -}}\n", "END_OF_TURN"
+BOS, END = "{{- BOS_IF_WANTED -}}\n", '"END_OF_TURN"'
 MARKERS = re.compile(r"[ ]*\{%([-+]?)\s*(?:end)?generation\s*([-+]?)%\}")
 
 
@@ -116,7 +116,7 @@ def _fitted(template: Template, tokenizer: PreTrainedTokenizerBase) -> str:
     absent = [end for end in template.ends if end != EOS and end not in vocabulary]
     wants_eos = EOS in template.ends or (absent and template.falls_back)
     if wants_eos and not isinstance(eos, str):
-        message = f"chat_template={template.name!r} ends turns with the end-of-sequence token, which the tokenizer lacks"
+        message = f"chat_template={template.name!r} ends turns with an end-of-sequence token, which the tokenizer lacks"
         raise ConfigError(message, hint='name one: eos_token="..."', code="E-DATA-0040")
     if absent and not template.falls_back:
         message = f"chat_template={template.name!r} ends turns with {', '.join(absent)}, no token of this tokenizer's"
@@ -130,7 +130,7 @@ def _fitted(template: Template, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _filled(text: str, bos: bool, end: str) -> str:
-    return text.replace(BOS, "{{- bos_token -}}\n" if bos else "").replace(END, end)
+    return text.replace(BOS, "{{- bos_token -}}\n" if bos else "").replace(END, f'"{end}"')
 
 
 @lru_cache

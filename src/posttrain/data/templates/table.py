@@ -30,6 +30,7 @@ HEADERS = ("<|start_header_id|>", "<|end_header_id|>")
 INST = ("[INST]", "[/INST]")
 TOOLS = ("[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]")
 PHI = ("<|system|>", "<|user|>", "<|assistant|>")
+PHI_TOOLS = ("<|tool|>", "<|/tool|>", "<|tool_call|>", "<|/tool_call|>")
 LFM = (
     "<|tool_list_start|>", "<|tool_list_end|>", "<|tool_call_start|>", "<|tool_call_end|>",
     "<|tool_response_start|>", "<|tool_response_end|>",
@@ -56,7 +57,7 @@ _ALL = (
     Template("mistral-small", (EOS,), (*INST, "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")),
     Template("phi-3", ("<|end|>", EOS), PHI, "none"),
     Template("phi-4", ("<|im_end|>",), (*IM, "<|im_sep|>"), "none"),
-    Template("phi-4-mini", ("<|end|>", EOS), (*PHI, "<|tool|>", "<|/tool|>", "<|tool_call|>", "<|/tool_call|>"), "none", tools=True),
+    Template("phi-4-mini", ("<|end|>", EOS), (*PHI, *PHI_TOOLS), "none", tools=True),
     Template("lfm2", ("<|im_end|>",), (*IM, *LFM), tools=True),
     Template("zephyr", (EOS,), bos="wanted"),  # its roles are text
     Template("vicuna", (EOS,), bos="wanted"),
