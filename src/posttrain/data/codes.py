@@ -40,6 +40,12 @@ REASONS: dict[str, str] = {
     "E-DATA-0025": "malformed tokens",
     "E-DATA-0030": "answer cut off by max_length",
     "E-DATA-0031": "nothing left",
+    "E-DATA-0040": "end-of-turn token missing",
+    "E-DATA-0041": "chat template out of bounds",
+    "E-DATA-0042": "broken train flag",
+    "E-DATA-0043": "message left out by the template",
+    "E-DATA-0044": "two beginning-of-sequence tokens",
+    "E-DATA-0045": "unreadable chat template",
 }
 
 Row = dict[str, Any]

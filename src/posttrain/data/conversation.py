@@ -8,19 +8,26 @@ from collections.abc import Mapping
 from typing import Any
 
 from posttrain.data.codes import Row, bad_row, kind
+from posttrain.data.flags import normalise
 from posttrain.types import Message, Origin
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment", "documents")
 ALIASES: dict[str, str] = {
     "human": "user",
+    "prompter": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
     "bot": "assistant",
+    "chatbot": "assistant",
     "ai": "assistant",
     "model": "assistant",
     "observation": "tool",
     "function_response": "tool",
+    "function_result": "tool",
     "tool_response": "tool",
+    "tool_result": "tool",
+    "tool_results": "tool",
+    "tool_output": "tool",
 }
 
 
@@ -40,17 +47,18 @@ def _clean(message: Any, field: str, row: Row, origin: Origin) -> Message:
     clean = {key: value for key, value in message.items() if value is not None}
     clean["role"] = map_role(message["role"], f"{field}.role", row, origin)
     _check_content(clean, field, row, origin)
-    return clean
+    return normalise(clean, field, row, origin)
 
 
 def map_role(role: Any, field: str, row: Row, origin: Origin, extra: tuple[str, ...] = ()) -> str:
     """The usual name of `role`; an unknown one is refused, for most templates drop such a message without a word."""
-    if role in ROLES or role in extra:
-        return str(role)
-    if role in ALIASES:
-        return ALIASES[role]
+    spelt = role.strip().lower() if isinstance(role, str) else role
+    if spelt in ROLES or spelt in extra:
+        return str(spelt)
+    if spelt in ALIASES:
+        return ALIASES[spelt]
     known = (*ROLES, *ALIASES, *extra)
-    similar = difflib.get_close_matches(str(role).lower(), known, n=1)
+    similar = difflib.get_close_matches(str(spelt), known, n=1)
     hint = f'did you mean "{similar[0]}"?' if similar else f"roles: {', '.join(known)}"
     what = f"is {json.dumps(role, ensure_ascii=False, default=str)}"
     raise bad_row("E-DATA-0012", origin, what, field=field, seen=role, row=row, hint=hint)

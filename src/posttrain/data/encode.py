@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from posttrain.data.chat import Span
 from posttrain.data.render import Rendered
+from posttrain.data.rendering import Span
 from posttrain.errors import ConfigError
 from posttrain.types import Branch, Tokenized
 
@@ -32,7 +32,8 @@ class Tokens(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoded:
-    """`boundary_moved`: the prompt's own tokens do not stand unchanged before the completion."""
+    """`boundary_moved`: the prompt's own tokens do not stand unchanged before the completion, or a turn begins or ends
+    within a token (which then is trained)."""
 
     tokenized: Tokenized
     boundary_moved: bool
@@ -72,7 +73,9 @@ class Encoder:
             supervised[:boundary] = False
             moved = boundary < len(prompt_ids)
         if rendered.spans is not None and tokens.offsets is not None:
-            supervised &= within(rendered.spans, tokens.offsets)
+            extents = without_gaps(tokens.offsets)
+            supervised &= within(rendered.spans, extents)
+            moved = moved or cut_in_two(rendered.spans, extents)
         columns = {name: rendered.example.columns[name] for name in self.columns if name in rendered.example.columns}
         branch = Branch(tokens.ids, supervised)
         return Encoded(Tokenized(EMPTY, (branch,), rendered.example.origin, columns), moved)
@@ -120,9 +123,26 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     return int(different[0]) if len(different) else length
 
 
+def without_gaps(offsets: np.ndarray) -> np.ndarray:
+    """`offsets` of shape `(ids, 2)` with every token beginning no later than where the one before it ends: some
+    tokenizers leave the white space that a token holds out of its offsets."""
+    extents = offsets.copy()
+    ends = np.maximum.accumulate(np.concatenate([[0], offsets[:, 1]]))
+    extents[:, 0] = np.minimum(offsets[:, 0], ends[:-1])
+    return extents
+
+
 def within(spans: list[Span], offsets: np.ndarray) -> np.ndarray:
     """Which tokens hold a character of any of `spans`."""
     inside = np.zeros(len(offsets), dtype=bool)
     for start, end in spans:
         inside |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
     return inside
+
+
+def cut_in_two(spans: list[Span], offsets: np.ndarray) -> bool:
+    """Whether a token holds characters of `spans` and others, so that its being trained is a choice, not a fact."""
+    edges = np.array(spans, dtype=np.int64).reshape(-1)
+    starts, ends = offsets[:, 0], offsets[:, 1]
+    inside = (starts < edges[:, None]) & (edges[:, None] < ends)
+    return bool(inside.any())

@@ -15,11 +15,12 @@ from posttrain.data.chat import Chat
 from posttrain.data.codes import Row, bad_row, excerpt, kind
 from posttrain.data.encode import Encoded, Encoder
 from posttrain.data.formats import choose, detect, formats
+from posttrain.data.remarks import remark_on_bos, remark_on_text
 from posttrain.data.render import Rendered, Supervision, render
 from posttrain.data.report import DataReport
 from posttrain.data.settings import DataSettings
 from posttrain.data.sources import Rows, read_rows
-from posttrain.data.templates import resolve_template
+from posttrain.data.templates import missing_tokens, resolve_template
 from posttrain.data.tokens import from_tokens, is_tokenized
 from posttrain.errors import ConfigError, DataError
 from posttrain.types import Branch, Example, Origin, Tokenized
@@ -41,6 +42,7 @@ class Pipeline:
         self.formats = formats(settings.text_field)
         self.format = choose(settings.format, self.formats)
         self.chat: Chat | None = None
+        self.missing: tuple[str, ...] = ()
 
     def run(self, dataset: Any, name: str) -> Iterator[Tokenized]:
         rows = _with_progress(read_rows(dataset, name, self._reject), dataset, name)
@@ -75,11 +77,16 @@ class Pipeline:
         example = self._parse(row, origin)
         if example.is_conversational:
             self.report.conversational += 1
-            self.chat = self.chat or Chat(self.tokenizer, resolve_template(self.tokenizer, self.settings.chat_template))
+            self.chat = self.chat or self._open_chat()
         rendered = render(example, self.tokenizer, self.chat, self.supervision)
-        if self.chat is not None and rendered.is_chat and not self.chat.ends(rendered.trained_text):
-            self.report.endless.add(origin)
+        if self.chat is not None and rendered.is_chat:
+            remark_on_text(rendered, self.chat, self.missing, self.report)
         return rendered
+
+    def _open_chat(self) -> Chat:
+        name = self.settings.chat_template
+        self.missing = missing_tokens(self.tokenizer, name)
+        return Chat(self.tokenizer, resolve_template(self.tokenizer, name))
 
     def _parse(self, row: Row, origin: Origin) -> Example:
         if self.settings.formatting_func is not None:
@@ -99,6 +106,12 @@ class Pipeline:
         if whole.num_supervised == 0:
             self._skip(_nothing_supervised(whole, item), whole.origin)
             return None
+        if isinstance(item, Rendered) and item.is_chat:
+            try:
+                remark_on_bos(whole, item, self.tokenizer, self.encoder.adds_bos, report)
+            except DataError as error:
+                self._skip(error, whole.origin)
+                return None
         if done.boundary_moved:
             report.boundary_moved.add(whole.origin)
         if self.settings.packing:  # packing cuts

@@ -8,8 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from posttrain.data.chat import Chat, NoPrefixError, Span
+from posttrain.data.chat import Chat
 from posttrain.data.codes import bad_row, excerpt
+from posttrain.data.flags import has_flags
+from posttrain.data.rendering import REASONING, LimitError, RenderError, Span
+from posttrain.data.turns import NoPrefixError, Turns
 from posttrain.errors import ConfigError, DataError
 from posttrain.types import Example, Message
 
@@ -42,12 +45,16 @@ class Supervision:
 @dataclass(frozen=True)
 class Rendered:
     """`full` is the text of the whole sequence. `prompt` is what the model is given, where only what follows it is to
-    be trained; `spans` are the characters that the assistant says, where only those are."""
+    be trained; `spans` are the characters that the assistant says, where only those are. `given_otherwise`: in use, the
+    model is given another text than what stands before a turn of its own here. `thought_lost`: the template leaves a
+    thought out."""
 
     example: Example
     full: str
     prompt: str | None = None
     spans: list[Span] | None = None
+    given_otherwise: bool = False
+    thought_lost: bool = False
 
     @property
     def trained_text(self) -> str:
@@ -88,22 +95,50 @@ def _render_text(example: Example, tokenizer: PreTrainedTokenizerBase, supervisi
 
 
 def _render_chat(example: Example, chat: Chat, supervision: Supervision) -> Rendered:
-    from jinja2 import TemplateError
-
     before = example.prompt if isinstance(example.prompt, list) else []
     messages = [*before, *(message for message in example.completions[0] if isinstance(message, dict))]
     of_completion, of_assistant = supervision.of_completion(example), supervision.of_assistant(example)
-    full = ""
+    if of_completion:
+        _check_prompt_flags(before, example)
+    full, spans, prompt, otherwise = "", None, None, False
     try:
         full = chat.render(messages, example)
-        prompt = chat.render(before, example, generation_prompt=True) if of_completion else None
-        spans = chat.spans(messages, example, full) if of_assistant else None
+        turns = Turns(chat, messages, example, full)
+        if of_completion:
+            prompt = chat.render(before, example, generation_prompt=True)
+            otherwise = not full.startswith(prompt)
+        if of_assistant:
+            spans = turns.spans()
+            otherwise = otherwise or turns.given_otherwise()
+        if has_flags(messages):
+            spans = _with_flags(spans if spans is not None else [(0, len(full))], turns.flagged())
+    except LimitError as error:
+        hint = "a template that takes this much is broken or hostile: look at it, or choose another"
+        message = f"{example.origin}: the chat template is out of bounds: {error}"
+        raise ConfigError(message, hint=hint, code="E-DATA-0041") from None
     except NoPrefixError as error:
         raise bad_row("E-DATA-0021", example.origin, str(error), row=full, hint=WAY_OUT) from None
-    except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:  # templates run code of their own
+    except (RenderError, TypeError, ValueError, KeyError, IndexError) as error:
         raise _template_error(example, messages, error) from error
     _check_calls(messages, example, full)
-    return Rendered(example, full, prompt, spans)
+    _check_left_out(messages, example, full)
+    return Rendered(example, full, prompt, spans, otherwise, any(_thought_lost(message, full) for message in messages))
+
+
+def _with_flags(spans: list[Span], flagged: list[tuple[Span, bool]]) -> list[Span]:
+    """`spans` with those flagged true added and those flagged false taken out, a later flag before an earlier one."""
+    for (start, end), train in flagged:
+        kept = [part for a, b in spans for part in ((a, min(b, start)), (max(a, end), b)) if part[0] < part[1]]
+        spans = sorted([*kept, (start, end)] if train and start < end else kept)
+    return spans
+
+
+def _check_prompt_flags(prompt: list[Message], example: Example) -> None:
+    for i, message in enumerate(prompt):
+        if message.get("train") or any(train for *_, train in message.get("train_detail", ())):
+            what = "asks to be trained, but of a prompt with a completion only the completion is"
+            hint = "give all of it as `messages`, or set completion_only_loss=False"
+            raise bad_row("E-DATA-0042", example.origin, what, field=f"prompt[{i}]", row=message, hint=hint)
 
 
 def _template_error(example: Example, messages: list[Message], error: Exception) -> DataError:
@@ -122,3 +157,26 @@ def _check_calls(messages: list[Message], example: Example, full: str) -> None:
                 what = f"calls {name}, but the chat template leaves tool calls out"
                 hint = 'choose a template with tools, e.g. chat_template="chatml"'
                 raise bad_row("E-DATA-0023", example.origin, what, field=f"messages[{i}]", row=full, hint=hint)
+
+
+def _check_left_out(messages: list[Message], example: Example, full: str) -> None:
+    """A template that does not know a role leaves the message out without a word."""
+    for i, message in enumerate(messages):
+        content = message.get("content")
+        if message["role"] in ("assistant", "tool") or not isinstance(content, str):
+            continue
+        lines = [line.strip() for line in content.splitlines() if line.strip()]
+        if lines and not any(line in full for line in lines):
+            what = f"is of role {message['role']}, which the chat template leaves out"
+            hint = "give it another role, drop it, or choose a template that knows the role"
+            where = f"messages[{i}]"
+            raise bad_row("E-DATA-0043", example.origin, what, field=where, seen=content, row=full, hint=hint)
+
+
+def _thought_lost(message: Message, full: str) -> bool:
+    """Whether the template leaves out what the assistant thinks, as several do for all turns but the last."""
+    thought = next((message[key] for key in REASONING if isinstance(message.get(key), str)), "")
+    content = message.get("content")
+    if not thought and isinstance(content, str) and "</think>" in content:
+        thought = content.split("</think>")[0].split("<think>")[-1]
+    return bool(thought.strip()) and thought.strip() not in full

@@ -12,6 +12,15 @@ from posttrain.errors import DataError
 from posttrain.types import Origin
 
 NUM_FIRST = 5
+REMARKS = {
+    "given_otherwise": "hold turns before which the model, in use, is given another text than in training (a "
+    "generation prompt or earlier turns that the template writes otherwise): see one with `posttrain data tokens`",
+    "thought_lost": "hold thoughts that the chat template leaves out, so that they are not trained",
+    "tools_left_out": "have tools that the chat template leaves out, so that the model does not see what it may call",
+    "special_in_text": "hold special tokens in what others than the assistant say: they are encoded as these tokens",
+    "without_bos": "begin without the token that the tokenizer puts before plain text: the chat template writes none",
+}
+"""What is said of rows whose rendering differs from what their author may expect."""
 
 
 @dataclass
@@ -32,7 +41,11 @@ class DataReport:
     """`tokens` and `supervised` are of what is used; the `lost` ones were cut off by `max_length`. `untrained` rows are
     in a pack (as in TRL) though all that was to be trained of them was cut off; `endless` conversations
     end without a token to stop at; `boundary_moved` are rows whose prompt alone has other tokens than in front of its
-    completion."""
+    completion, or in which a turn begins or ends within a token. `given_otherwise` are rows in which the model is given
+    another text, in use, than stands before a turn of its own; `thought_lost` and `tools_left_out`, whose thoughts or
+    tools the template leaves out; `special_in_text`, whose user or tool text holds special tokens; `without_bos`, that
+    begin without the token which the tokenizer puts before plain text. `written_as_text` counts the rows that hold each
+    marker of a named template that is no token of the tokenizer."""
 
     source: str
     rows: int = 0
@@ -49,6 +62,12 @@ class DataReport:
     untrained: Cases = field(default_factory=Cases)
     endless: Cases = field(default_factory=Cases)
     boundary_moved: Cases = field(default_factory=Cases)
+    given_otherwise: Cases = field(default_factory=Cases)
+    thought_lost: Cases = field(default_factory=Cases)
+    tools_left_out: Cases = field(default_factory=Cases)
+    special_in_text: Cases = field(default_factory=Cases)
+    without_bos: Cases = field(default_factory=Cases)
+    written_as_text: Counter[str] = field(default_factory=Counter)
     first_error: DataError | None = None
 
     def skip(self, error: DataError, origin: Origin) -> None:
@@ -101,7 +120,11 @@ class DataReport:
             notes.append(f"the chat template ends {rows} with no token of its own: the model will not learn to stop")
         if self.supervised_lost:
             notes.append(f"max_length cuts off {number(self.supervised_lost)} tokens that were to be trained")
-        return notes
+        if self.written_as_text:
+            tokens = ", ".join(self.written_as_text)
+            notes.append(f"the chat template writes {tokens}, which the tokenizer has not as tokens: they stay text")
+        cases = {what: getattr(self, name) for name, what in REMARKS.items()}
+        return notes + [_about(case, what) for what, case in cases.items() if case.count]
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: counts, and the first rows of each case by name."""
@@ -118,3 +141,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Cases):
         return {"count": value.count, "first": [str(origin) for origin in value.first]}
     return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _about(cases: Cases, what: str) -> str:
+    return f"{number(cases.count)} rows (first: {cases.first[0]}) {what}"

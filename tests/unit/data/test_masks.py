@@ -35,6 +35,8 @@ RETURNED = (  # like gpt-oss: the last turn ends with another token
 )
 NUMBERED = "{{ messages | length }}{% for m in messages %}{{ m.role + m.content + '</s>' }}{% endfor %}"
 
+SHOUTED = "{{ messages | length }}{% for m in messages %}{{ m.role + (m.content | upper) + '</s>' }}{% endfor %}"
+
 
 def run(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, **settings: Any) -> Prepared:
     return prepare([row], tokenizer, DataSettings(**settings))
@@ -91,9 +93,20 @@ def test_the_assistant_may_speak_first() -> None:
     assert runs == ["Four.<|im_end|>\n", "You are welcome 🙂<|im_end|>\n"]
 
 
+def test_a_template_that_renders_no_prefix_alike() -> None:
+    tokenizer = plain_tokenizer(template=NUMBERED)
+    assert trained({"messages": CONVERSATION}, tokenizer, assistant_only=True) == [
+        "Four.</s>",
+        "You are welcome 🙂</s>",
+    ]
+    report = run({"messages": CONVERSATION}, tokenizer, assistant_only=True).report
+    assert report.given_otherwise.count == 1
+    assert "the model, in use, is given another text than in training" in report.notes()[-1]
+
+
 def test_templates_whose_turns_cannot_be_told_are_refused() -> None:
     with pytest.raises(DataError, match=r"messages\[:1\] alone are rendered unlike") as caught:
-        run({"messages": CONVERSATION}, plain_tokenizer(template=NUMBERED), assistant_only=True)
+        run({"messages": CONVERSATION}, plain_tokenizer(template=SHOUTED), assistant_only=True)
     assert caught.value.code == "E-DATA-0021"
     assert "{% generation %}" in (caught.value.hint or "")
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from posttrain.data.codes import Row, bad_row
 from posttrain.data.conversation import map_role, parse_json
+from posttrain.data.flags import KEYS, normalise
 from posttrain.data.formats.build import build
 from posttrain.types import Example, Message, Origin
 
@@ -48,10 +49,14 @@ def _append(messages: list[Message], turn: Any, field: str, row: Row, origin: Or
     role = map_role(turn["from"], f"{field}.from", row, origin, extra=CALLS)
     if role not in CALLS:
         extra = {key: value for key, value in turn.items() if key not in ("from", "value") and value is not None}
-        messages.append({"role": role, "content": turn["value"], **extra})
+        messages.append(normalise({"role": role, "content": turn["value"], **extra}, field, row, origin))
         return
+    flags = normalise({key: turn[key] for key in KEYS if key in turn}, field, row, origin)
     if not messages or messages[-1]["role"] != "assistant":
-        messages.append({"role": "assistant", "content": ""})
+        messages.append({"role": "assistant", "content": "", **flags})
+    elif messages[-1].get("train") != flags.get("train"):
+        what = "is joined to the assistant's words before it, which say otherwise whether to train"
+        raise bad_row("E-DATA-0042", origin, what, field=field, row=row, hint="give both the same flag")
     messages[-1].setdefault("tool_calls", []).extend(_calls(turn["value"], f"{field}.value", row, origin))
 
 

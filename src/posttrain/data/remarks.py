@@ -1,0 +1,68 @@
+"""What a conversation's rendering and tokens give reason to say: counted in the report, or refused.
+
+Nothing here changes a token. Special tokens in a user's text are encoded as such, as TRL and generation do; a template
+without a beginning-of-sequence token gets none. Both are worth knowing.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from posttrain.data.chat import Chat
+from posttrain.data.codes import bad_row
+from posttrain.data.render import Rendered
+from posttrain.data.report import DataReport
+from posttrain.types import Example, Tokenized
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PLAIN = re.compile(r"[\w ]*")
+"""What looks the same in a text and as JSON."""
+
+
+def remark_on_text(rendered: Rendered, chat: Chat, missing: tuple[str, ...], report: DataReport) -> None:
+    """Count what the rendering shows. `missing` are markers of the template that are no tokens of the tokenizer."""
+    origin = rendered.example.origin
+    cases = {
+        "endless": not chat.ends(rendered.trained_text),
+        "given_otherwise": rendered.given_otherwise,
+        "thought_lost": rendered.thought_lost,
+        "tools_left_out": _leaves_tools_out(rendered),
+        "special_in_text": _holds_special(rendered.example, chat),
+    }
+    for name, is_one in cases.items():
+        if is_one:
+            getattr(report, name).add(origin)
+    report.written_as_text.update(token for token in missing if token in rendered.full)
+
+
+def remark_on_bos(
+    whole: Tokenized, rendered: Rendered, tokenizer: PreTrainedTokenizerBase, adds_bos: bool, report: DataReport
+) -> None:
+    """Refuse a conversation that begins with two BOS tokens (E-DATA-0044); count one that begins with none, where the
+    tokenizer puts one before plain text (`adds_bos`)."""
+    bos, first = tokenizer.bos_token_id, whole.branches[0].ids[:2].tolist()
+    if bos is not None and first == [bos, bos]:
+        what = f"begins with {tokenizer.bos_token} twice: once by the chat template, once more"
+        hint = "take it out of the messages, or out of the template"
+        raise bad_row("E-DATA-0044", whole.origin, what, row=rendered.full, hint=hint)
+    if adds_bos and first[:1] != [bos]:
+        report.without_bos.add(whole.origin)
+
+
+def _holds_special(example: Example, chat: Chat) -> bool:
+    """Whether what others than the assistant say holds a token of the tokenizer's own, such as `<|im_end|>`."""
+    parts = (example.prompt, *example.completions)
+    messages = (message for part in parts if isinstance(part, list) for message in part)
+    texts = (message.get("content") for message in messages if message["role"] != "assistant")
+    return chat.special is not None and any(isinstance(text, str) and chat.special.search(text) for text in texts)
+
+
+def _leaves_tools_out(rendered: Rendered) -> bool:
+    """Whether nothing of what the row's tools are described by is in its text (names alone also stand in calls)."""
+    tools = [tool.get("function", tool) for tool in rendered.example.tools or [] if isinstance(tool, dict)]
+    said = [tool.get("description") or tool.get("name") for tool in tools if isinstance(tool, dict)]
+    starts = [PLAIN.match(text)[0] for text in said if isinstance(text, str)]  # type: ignore[index]
+    return any(starts) and not any(start in rendered.full for start in starts if start)

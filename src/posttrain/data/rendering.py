@@ -1,0 +1,52 @@
+"""What a template is given, and how its rendering can fail."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+Span = tuple[int, int]
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""The names under which messages hold a thought."""
+
+
+class RenderError(ValueError):
+    """The template fails on a conversation, or refuses it."""
+
+
+class LimitError(RenderError):
+    """The template takes more time or memory, or writes more, than any conversation needs."""
+
+
+def rendered(reply: Mapping[str, Any]) -> Any:
+    """The rendering in an answer of jinja.py's. Raises RenderError, LimitError."""
+    if "limit" in reply:
+        raise LimitError(reply["limit"])
+    if "error" in reply:
+        raise RenderError(reply["error"])
+    return reply["rendered"]
+
+
+def plain(value: Any) -> Any:
+    """`value` rebuilt of plain JSON types, as transformers does it before a template may see it: anything else becomes
+    the name of its type, for objects have methods that the sandbox does not know."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    for base in (str, int, float):
+        if isinstance(value, base):
+            return base(value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if callable(getattr(value, "item", None)) and getattr(value, "shape", None) == ():  # numpy's scalars
+        return plain(value.item())
+    if callable(getattr(value, "model_dump", None)):
+        return plain(value.model_dump())
+    return f"<{type(value).__name__}>"
+
+
+def with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """`message` with its thought under each of the names that templates ask for."""
+    thought = next((message[key] for key in REASONING if message.get(key) is not None), None)
+    return message if thought is None else {"thinking": thought, **message, "reasoning_content": thought}

@@ -1,0 +1,133 @@
+"""Templates are rendered as transformers renders them, and the named ones write what the models' own templates write.
+
+The models' own are those that TRL carries.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from posttrain.data.chat import Chat
+from posttrain.data.rendering import RenderError
+from posttrain.data.templates import resolve_template
+from posttrain.types import Example, Origin
+from tests.tiny_tokenizers import SPECIAL, plain_tokenizer
+
+trl = pytest.importorskip("trl")
+pytestmark = pytest.mark.parity
+
+FOLDER = Path(trl.__file__).parent / "chat_templates"
+FILES = sorted(path.stem for path in FOLDER.glob("*.jinja"))
+SYSTEM = {"role": "system", "content": "Be brief."}
+TURNS = [
+    {"role": "user", "content": "What is 2 + 2?"},
+    {"role": "assistant", "content": "Four."},
+    {"role": "user", "content": "  Größe 🙂 <b>'quoted'</b>\n\nand more "},
+    {"role": "assistant", "content": ' A \\ "long"\nanswer. '},
+]
+THOUGHT = [*TURNS[:3], {**TURNS[3], "reasoning_content": "Let me see."}]
+ARGUMENTS = {"a": 1, "b": "it's\n2", "c": [1, {"d": None}], "e": True}
+CALL = {"type": "function", "function": {"name": "add", "arguments": ARGUMENTS}}
+TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds <x>", "parameters": {"type": "object"}}}]
+CALLS = [
+    TURNS[0],
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "ü 2"},
+    TURNS[3],
+]
+CASES: dict[str, tuple[list[dict[str, Any]], list[Any] | None, dict[str, Any]]] = {
+    "turns": (TURNS, None, {}),
+    "system": ([SYSTEM, *TURNS], None, {}),
+    "thought": (THOUGHT, None, {}),
+    "no thinking": (TURNS, None, {"enable_thinking": False}),
+    "tools": ([SYSTEM, *CALLS], TOOLS, {}),
+    "tools, none called": (TURNS, TOOLS, {}),
+}
+
+
+def tokenizer_for(text: str, template: str | None = None) -> PreTrainedTokenizerBase:
+    """With the special tokens that occur in `text`."""
+    found = re.findall(r"<\|[a-zA-Z_]+\|>|<[a-z_]+of_turn>|<｜[^｜]+｜>", text)
+    tokens = tuple(dict.fromkeys(token for token in found if token not in SPECIAL))
+    return plain_tokenizer(extra=tokens, template=template or text)
+
+
+def theirs(tokenizer: PreTrainedTokenizerBase, template: str, case: str, prompt: bool) -> str | None:
+    messages, tools, kwargs = copy.deepcopy(CASES[case])
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, tools=tools, chat_template=template, tokenize=False, add_generation_prompt=prompt, **kwargs
+        )
+    except Exception:  # a template may refuse tools or a system message in its own way
+        return None
+    return str(text)
+
+
+def ours(chat: Chat, case: str, prompt: bool) -> str | None:
+    messages, tools, kwargs = copy.deepcopy(CASES[case])
+    example = Example(None, (messages,), Origin("test", 0), tools, kwargs)
+    try:
+        return chat.render(messages, example, prompt)
+    except RenderError:
+        return None
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_rendered_as_transformers_does(name: str) -> None:
+    template = (FOLDER / f"{name}.jinja").read_text("utf-8")
+    tokenizer = tokenizer_for(template)
+    chat = Chat(tokenizer, None)
+    rendered = 0
+    for case in CASES:
+        for prompt in (False, True):
+            expected, found = theirs(tokenizer, template, case, prompt), ours(chat, case, prompt)
+            if chat._shape(template) == "parts":  # they see text in a list, as it is given in use
+                continue
+            assert found == expected, case
+            rendered += found is not None
+    assert rendered or chat._shape(template) == "parts"
+
+
+SAME = {  # ours: the model's own, and the cases in which ours says another thing on purpose
+    "gemma": ("gemma", ()),
+    "gemma-3": ("gemma3", ()),
+    "phi-3": ("phi3", ("tools", "tools, none called")),  # has no tools: ours refuses their results
+    "llama-3": ("llama3", ("tools", "tools, none called")),
+    "llama-3.1": ("llama3_1", ()),
+    "qwen-2.5": ("qwen2_5", ()),
+    "qwen-3": ("qwen3", ()),
+    "lfm2": ("lfm2_v2", ()),
+    "command-r": ("cohere", ("tools", "tools, none called")),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_the_same_text_as_the_models_own_template(name: str) -> None:
+    own, but = SAME[name]
+    template = (FOLDER / f"{own}.jinja").read_text("utf-8")
+    tokenizer = tokenizer_for(template)
+    chat = Chat(tokenizer, resolve_template(tokenizer, name))
+    rendered = 0
+    for case in CASES:
+        for prompt in (False, True):
+            expected = theirs(tokenizer, template, case, prompt)
+            if case not in but:
+                assert ours(chat, case, prompt) == expected, case
+                rendered += expected is not None
+    assert rendered >= 4
+
+
+def test_deepseek_r1_asks_as_the_models_own_does() -> None:
+    template = (FOLDER / "deepseek_r1_distill.jinja").read_text("utf-8")
+    tokenizer = tokenizer_for(template + "<｜end▁of▁sentence｜>", template)
+    chat = Chat(tokenizer, resolve_template(tokenizer, "deepseek-r1"))
+    for messages in (TURNS[:1], TURNS[:3], [SYSTEM, *TURNS[:3]]):
+        example = Example(None, (messages,), Origin("test", 0))
+        expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert chat.render(messages, example, True) == expected
