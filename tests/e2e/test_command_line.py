@@ -74,6 +74,42 @@ def test_a_mixture_read_as_a_stream(project: Path) -> None:
     assert "read as training goes" in done.stderr
 
 
+def test_a_chat_template_by_name_goes_with_the_model(project: Path) -> None:
+    done = posttrain(project, "train", "run.yaml", "--set", "dataset.chat_template=chatml", "--set",
+                     "training.max_steps=2", "--json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    template = (Path(json.loads(done.stdout)["path"]) / "chat_template.jinja").read_text()
+    assert "<|im_start|>" in template
+    assert "generation %}" not in template
+    missing = posttrain(project, "train", "run.yaml", "--set", "dataset.chat_template=llama-3.1", "--set",
+                        "training.output_dir=other")  # fmt: skip
+    assert missing.returncode == 2
+    assert "E-DATA-0040" in missing.stderr
+
+
+def test_what_is_trained_is_decided_row_by_row(project: Path) -> None:
+    """Conversations on the assistant's turns, prompts on their completions, whichever comes first."""
+    chat = (project / "train.jsonl").read_text().splitlines()[0]
+    pair = json.dumps({"prompt": "What is 0?", "completion": "0 is 0."})
+    shares = []
+    for rows in ([chat, pair], [pair, chat]):
+        (project / "mixed.jsonl").write_text("\n".join(rows))
+        done = posttrain(project, "train", "run.yaml", "--set", "dataset.path=mixed.jsonl", "--set",
+                         "dataset.val_path=null", "--set", f"training.output_dir=out{len(shares)}")  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        shares.append(done.stderr.split("2 used; ")[1].split(" % of tokens trained")[0])
+    assert shares[0] == shares[1]
+    assert 0 < float(shares[0]) < 70
+
+
+def test_a_bad_first_row_can_be_skipped(project: Path) -> None:
+    path = project / "train.jsonl"
+    path.write_text("broken\n" + path.read_text())
+    done = posttrain(project, "train", "run.yaml", "--set", "dataset.on_bad_row=skip", "--set", "training.max_steps=1")
+    assert done.returncode == 0, done.stderr
+    assert "8 rows: 7 used, 1 skipped (broken JSON)" in done.stderr
+
+
 def test_a_signal_saves_and_resuming_gives_the_undisturbed_result(project: Path) -> None:
     undisturbed = posttrain(project, "train", "run.yaml", "--set", "training.output_dir=whole",
                             "--set", "save.lora_path=whole/adapter", "--quiet")  # fmt: skip

@@ -24,10 +24,11 @@ WAY_OUT = "mark the assistant's part in the template with {% generation %}, or u
 
 @dataclass(frozen=True)
 class Supervision:
-    """Which tokens are trained. `completion_only=None`: the completion where a row has one, else the whole sequence."""
+    """Which tokens are trained. `completion_only=None`: the completion where a row has one, else the whole sequence.
+    `assistant_only=None`: the assistant's turns of rows that are whole conversations."""
 
     completion_only: bool | None = None
-    assistant_only: bool = False
+    assistant_only: bool | None = False
 
     def of_completion(self, example: Example) -> bool:
         if self.completion_only and example.prompt is None:
@@ -39,6 +40,8 @@ class Supervision:
         if self.assistant_only and not example.is_conversational:
             hint = "give messages, or leave assistant_only_loss off"
             raise ConfigError(f"{example.origin}: assistant_only_loss needs conversations, this is text", hint=hint)
+        if self.assistant_only is None:
+            return example.is_conversational and example.prompt is None
         return self.assistant_only
 
 

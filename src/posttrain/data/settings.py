@@ -19,7 +19,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class DataSettings:
-    """`format="auto"` asks each row; `completion_only=None` trains the completion where a row has one; `chat_template`
+    """`format="auto"` asks each row; `completion_only=None` trains the completion where a row has one, and
+    `assistant_only=None` the assistant's turns where a row is a whole conversation; `chat_template`
     is a name, a file or a template, None for the tokenizer's own; `columns` are kept beside the tokens; `cache` is the
     folder where tokens of files are kept."""
 
@@ -27,7 +28,7 @@ class DataSettings:
     text_field: str = "text"
     formatting_func: Callable[[dict[str, Any]], str] | None = None
     completion_only: bool | None = None
-    assistant_only: bool = False
+    assistant_only: bool | None = False
     max_length: int | None = None
     truncation_mode: str = "keep_start"
     packing: bool = False

@@ -43,6 +43,13 @@ def load_tokenizer(name: str, options: dict[str, Any] | None = None) -> PreTrain
         raise _no_model(name, error) from error
 
 
+def _template_file(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"chat template {path} cannot be read: {error}") from None
+
+
 def _no_model(name: str, error: Exception) -> ConfigError:
     first_line = str(error).strip().splitlines()[0]
     return ConfigError(
@@ -79,8 +86,8 @@ def set_chat_template(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     Returns the ids of tokens that were added, for which the model's embeddings were enlarged (to a multiple of 64, with
     unused tokens making up the difference, as TRL does)."""
     path = Path(source)
-    if path.is_file() and path.suffix in (".jinja", ".j2"):
-        tokenizer.chat_template = path.read_text(encoding="utf-8")
+    if path.is_file():
+        tokenizer.chat_template = _template_file(path)
         return []
     other = load_tokenizer(source)
     tokenizer.chat_template = other.get_chat_template()

@@ -6,7 +6,6 @@ import dataclasses
 import sys
 import tempfile
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +84,7 @@ def _training_arguments(config: RunConfig, root: Path, source: Path, quiet: bool
         "on_bad_row": data.on_bad_row,
         "dataset_streaming": data.streaming,
         "dataset_cache": data.cache,
-        "assistant_only_loss": _assistant_only(config, root),
+        "assistant_only_loss": False if data.train_on == "all" else None,  # None: each row is asked
         "completion_only_loss": False if data.train_on == "all" else None,
         "chat_template_path": None
         if data.chat_template in (None, "auto")
@@ -123,21 +122,6 @@ def _is_old_spelling(name: str) -> bool:
     from posttrain.trainers.spellings import CONFIG_SPELLINGS
 
     return name in CONFIG_SPELLINGS
-
-
-def _assistant_only(config: RunConfig, root: Path) -> bool:
-    """Whole conversations are trained on the assistant's turns; rows with a prompt on what follows it."""
-    if config.dataset.train_on == "all":
-        return False
-    from posttrain.data.formats import choose, detect, formats
-    from posttrain.data.sources import read_rows
-
-    table = formats(config.dataset.text_field)
-    for origin, row in islice(read_rows(_source(config, root, 0)), 1):
-        chosen = choose(config.dataset.format, table) or detect(row, origin, table)
-        example = chosen.parse(row, origin)
-        return example.prompt is None and example.is_conversational
-    return False
 
 
 def _source(config: RunConfig, root: Path, seed: int) -> str | Mixture:

@@ -66,7 +66,9 @@ class SFTConfig(TrainingArguments):
     )
     chat_template_path: str | None = field(
         default=None,
-        metadata={"help": "A .jinja file, or a folder or name of a tokenizer, whose chat template to use."},
+        metadata={
+            "help": "Chat template to use: a name (chatml, llama-3.1, ...), a .jinja file, or a tokenizer that has one."
+        },
     )
     dataset_text_field: str = field(default="text", metadata={"help": "Column that holds plain text."})
     dataset_kwargs: dict[str, Any] | str | None = field(
@@ -89,7 +91,10 @@ class SFTConfig(TrainingArguments):
     completion_only_loss: bool | None = field(
         default=None, metadata={"help": "Train on completions only. Default: yes where rows have a prompt."}
     )
-    assistant_only_loss: bool = field(default=False, metadata={"help": "Train on the assistant's turns only."})
+    assistant_only_loss: bool | None = field(
+        default=False,
+        metadata={"help": "Train on the assistant's turns only. None: of rows that are whole conversations."},
+    )
     loss_type: str = field(default="nll", metadata={"help": "'nll' or 'dft'."})
     activation_offloading: bool = field(default=False, metadata={"help": "Not supported: activations stay in memory."})
     pad_token: str | None = field(default=None, metadata={"help": "Padding token to set on the tokenizer."})

@@ -20,6 +20,7 @@ from posttrain.data.prepare import prepare, stream
 from posttrain.data.report import DataReport
 from posttrain.data.settings import DataSettings
 from posttrain.data.sources import source_name
+from posttrain.data.templates import end_tokens, find_template, resolve_template, without_markers
 from posttrain.errors import ConfigError, DataError
 from posttrain.evaluate.predictions import Predictor
 from posttrain.models import adapters
@@ -220,7 +221,7 @@ def _open_model(
         )
     if args.eos_token is not None:
         set_eos_token(model, tokenizer, args.eos_token)
-    added = set_chat_template(model, tokenizer, args.chat_template_path) if args.chat_template_path else []
+    added = _take_chat_template(model, tokenizer, args.chat_template_path) if args.chat_template_path else []
     if peft_config is not None:
         if added:
             _train_added_tokens(peft_config, added)
@@ -228,6 +229,18 @@ def _open_model(
     set_pad_token(model, tokenizer, args.pad_token)
     align_special_tokens(model, tokenizer)  # what ends a turn in training ends it in generation
     return model, tokenizer
+
+
+def _take_chat_template(model: Any, tokenizer: PreTrainedTokenizerBase, source: str) -> list[int]:
+    """By its name in the library, else from a file or another tokenizer; the ids of tokens that were added for it."""
+    if find_template(source) is None:
+        return set_chat_template(model, tokenizer, source)
+    tokenizer.chat_template = without_markers(str(resolve_template(tokenizer, source)))
+    for token in reversed(
+        end_tokens(tokenizer, source)
+    ):  # what ends turns ends sequences
+        set_eos_token(model, tokenizer, token)
+    return []
 
 
 def _as_dict(given: dict[str, Any] | str | None) -> dict[str, Any]:
@@ -258,6 +271,7 @@ def _data_settings(args: SFTConfig, formatting_func: Callable[[dict[str, Any]], 
         packing_strategy=args.packing_strategy,
         on_bad_row=args.on_bad_row,
         shuffle=args.shuffle_dataset,
+        chat_template=template.name if (template := find_template(args.chat_template_path or "")) else None,
         shuffle_seed=args.seed,
         cache=default_folder() if args.dataset_cache else None,
     )
