@@ -47,18 +47,21 @@ def _clean(message: Any, field: str, row: Row, origin: Origin) -> Message:
     clean = {key: value for key, value in message.items() if value is not None}
     clean["role"] = map_role(message["role"], f"{field}.role", row, origin)
     _check_content(clean, field, row, origin)
+    _check_tool_calls(clean.get("tool_calls"), f"{field}.tool_calls", row, origin)
     return normalise(clean, field, row, origin)
 
 
 def map_role(role: Any, field: str, row: Row, origin: Origin, extra: tuple[str, ...] = ()) -> str:
     """The usual name of `role`; an unknown one is refused, for most templates drop such a message without a word."""
     spelt = role.strip().lower() if isinstance(role, str) else role
+    if not isinstance(spelt, str):
+        raise bad_row("E-DATA-0012", origin, f"is {kind(role)}, not a role", field=field, seen=role, row=row)
     if spelt in ROLES or spelt in extra:
-        return str(spelt)
+        return spelt
     if spelt in ALIASES:
         return ALIASES[spelt]
     known = (*ROLES, *ALIASES, *extra)
-    similar = difflib.get_close_matches(str(spelt), known, n=1)
+    similar = difflib.get_close_matches(spelt, known, n=1)
     hint = f'did you mean "{similar[0]}"?' if similar else f"roles: {', '.join(known)}"
     what = f"is {json.dumps(role, ensure_ascii=False, default=str)}"
     raise bad_row("E-DATA-0012", origin, what, field=field, seen=role, row=row, hint=hint)
@@ -77,6 +80,36 @@ def _check_content(message: Message, field: str, row: Row, origin: Origin) -> No
             hint = "only text can be trained on for now"
             where = f"{field}.content[{i}]"
             raise bad_row("E-DATA-0018", origin, f"is of type {part_type}", field=where, row=row, hint=hint)
+        if not isinstance(part.get("text"), str):
+            what = f"is {kind(part.get('text'))}, not text"
+            raise bad_row("E-DATA-0011", origin, what, field=f"{field}.content[{i}].text", row=row)
+
+
+def _check_tool_calls(calls: Any, field: str, row: Row, origin: Origin) -> None:
+    """A list of `{"function": {"name", "arguments"}}`, or of the inner objects alone."""
+    if calls is None:
+        return
+    if not isinstance(calls, list):
+        raise bad_row("E-DATA-0015", origin, f"is {kind(calls)}, not a list", field=field, seen=calls, row=row)
+    for i, call in enumerate(calls):
+        function = call.get("function", call) if isinstance(call, Mapping) else call
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            what = "is no tool call: an object with a `name` is wanted"
+            raise bad_row("E-DATA-0015", origin, what, field=f"{field}[{i}]", seen=call, row=row)
+
+
+def check_answers(messages: list[Message], field: str, row: Row, origin: Origin) -> None:
+    """An assistant that says nothing and calls nothing would be trained to stop at once."""
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant" and message.get("train") is not False and not says_something(message):
+            hint = 'fill it, give it "train": false, or drop the row (on_bad_row=skip drops and counts such rows)'
+            raise bad_row("E-DATA-0013", origin, "says nothing", field=f"{field}[{i}]", row=row, hint=hint)
+
+
+def says_something(message: Message) -> bool:
+    content = message.get("content")
+    said = content.strip() if isinstance(content, str) else content
+    return bool(said) or any(message.get(key) for key in ("tool_calls", "reasoning_content", "thinking"))
 
 
 def parse_tools(row: Row, origin: Origin) -> list[Any] | None:

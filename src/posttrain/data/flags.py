@@ -27,13 +27,13 @@ def has_flags(messages: list[Message]) -> bool:
 
 
 def normalise(message: Message, field: str, row: Row, origin: Origin) -> Message:
-    """`message` with its flags, however they are written, as `train` and `train_detail`. Content whose parts have
-    flags becomes one text. Raises E-DATA-0042 for what is no flag, or where two disagree."""
+    """`message` with its flags, however they are written, as `train` and `train_detail`. Content in parts becomes one
+    text, for few templates of language models know parts. Raises E-DATA-0042 for what is no flag, or where two disagree."""
     flag = _flag(message, field, row, origin)
     detail = [_range(item, f"{field}.{DETAIL}[{i}]", row, origin) for i, item in _details(message, field, row, origin)]
     clean = spoken(message)
     content = message.get("content")
-    if isinstance(content, list) and any(isinstance(part, Mapping) and set(KEYS) & set(part) for part in content):
+    if isinstance(content, list):
         clean["content"], parts = _joined(content, f"{field}.content", row, origin)
         detail += parts
     if flag is not None:

@@ -22,7 +22,7 @@ from posttrain.data.settings import DataSettings
 from posttrain.data.sources import Rows, read_rows
 from posttrain.data.templates import missing_tokens, resolve_template
 from posttrain.data.tokens import from_tokens, is_tokenized
-from posttrain.errors import ConfigError, DataError
+from posttrain.errors import ConfigError, DataError, UserError
 from posttrain.types import Branch, Example, Origin, Tokenized
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Pipeline:
         ready: list[Rendered | Tokenized] = []
         for origin, row in chunk:
             try:
-                ready.append(self._read(row, origin))
+                ready.append(self._read_safely(row, origin))
             except DataError as error:
                 self._skip(error, origin)
         encoded = iter(self.encoder.encode([item for item in ready if isinstance(item, Rendered)]))
@@ -67,6 +67,19 @@ class Pipeline:
             limited = self._accept(done, item)
             if limited is not None:
                 yield limited
+
+    def _read_safely(self, row: Row, origin: Origin) -> Rendered | Tokenized:
+        """What no check foresaw is still a complaint about the row; only the user's own function fails in its own way."""
+        try:
+            return self._read(row, origin)
+        except UserError:
+            raise
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+            if self.settings.formatting_func is not None:
+                raise
+            what = f"is not what its format promises ({type(error).__name__}: {error})"
+            hint = "compare it with a row that works; format=... names the format by hand"
+            raise bad_row("E-DATA-0026", origin, what, row=row, hint=hint) from error
 
     def _read(self, row: Row, origin: Origin) -> Rendered | Tokenized:
         if is_tokenized(row):

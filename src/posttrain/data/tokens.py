@@ -70,7 +70,10 @@ def _same_length(row: Row, column: str, ids: np.ndarray, origin: Origin) -> np.n
 
 def _integers(row: Row, column: str, origin: Origin) -> np.ndarray:
     value: Any = row[column]
-    array = np.asarray(value) if len(value) else EMPTY
+    try:
+        array = np.asarray(value) if len(value) else EMPTY
+    except (TypeError, ValueError):  # a number; lists of different lengths
+        array = np.zeros(0)
     if array.ndim != 1 or array.dtype.kind not in "iub":
         raise bad_row("E-DATA-0025", origin, "is not a list of integers", field=column, row=row)
     return array.astype(np.int32)

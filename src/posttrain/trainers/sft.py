@@ -236,9 +236,7 @@ def _take_chat_template(model: Any, tokenizer: PreTrainedTokenizerBase, source: 
     if find_template(source) is None:
         return set_chat_template(model, tokenizer, source)
     tokenizer.chat_template = without_markers(str(resolve_template(tokenizer, source)))
-    for token in reversed(
-        end_tokens(tokenizer, source)
-    ):  # what ends turns ends sequences
+    for token in reversed(end_tokens(tokenizer, source)):  # what ends turns ends sequences
         set_eos_token(model, tokenizer, token)
     return []
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from posttrain.data.codes import Row
-from posttrain.data.conversation import clean_messages
+from posttrain.data.conversation import check_answers, clean_messages
 from posttrain.data.formats.build import build
 from posttrain.types import Example, Origin
 
@@ -23,7 +23,9 @@ def describe(row: Row) -> str:
 
 def parse(row: Row, origin: Origin) -> Example:
     column = _column(row) or "messages"
-    return build(row, origin, None, clean_messages(row.get(column), column, row, origin), {column})
+    messages = clean_messages(row.get(column), column, row, origin)
+    check_answers(messages, column, row, origin)
+    return build(row, origin, None, messages, {column})
 
 
 def _column(row: Row) -> str | None:

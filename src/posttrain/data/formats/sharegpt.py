@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from posttrain.data.codes import Row, bad_row
-from posttrain.data.conversation import map_role, parse_json
+from posttrain.data.codes import Row, bad_row, kind
+from posttrain.data.conversation import check_answers, map_role, parse_json
 from posttrain.data.flags import KEYS, normalise
 from posttrain.data.formats.build import build
 from posttrain.types import Example, Message, Origin
@@ -31,10 +31,13 @@ def describe(row: Row) -> str:
 
 def parse(row: Row, origin: Origin) -> Example:
     messages: list[Message] = []
+    if not isinstance(row.get("system"), str | None):
+        raise bad_row("E-DATA-0011", origin, f"is {kind(row['system'])}, not text", field="system", row=row)
     if row.get("system"):
         messages.append({"role": "system", "content": row["system"]})
-    for i, turn in enumerate(row[COLUMN]):
+    for i, turn in enumerate(row[COLUMN] if isinstance(row.get(COLUMN), list) else [row.get(COLUMN)]):
         _append(messages, turn, f"{COLUMN}[{i}]", row, origin)
+    check_answers(messages, COLUMN if not row.get("system") else "messages", row, origin)
     example = build(row, origin, None, messages, {COLUMN, "system"})
     if example.tools:
         example.tools[:] = [_wrap(tool) for tool in example.tools]
