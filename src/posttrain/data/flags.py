@@ -28,7 +28,8 @@ def has_flags(messages: list[Message]) -> bool:
 
 def normalise(message: Message, field: str, row: Row, origin: Origin) -> Message:
     """`message` with its flags, however they are written, as `train` and `train_detail`. Content in parts becomes one
-    text, for few templates of language models know parts. Raises E-DATA-0042 for what is no flag, or where two disagree."""
+    text, for few templates of language models know parts. Raises E-DATA-0042 for what is no flag, or where two
+    disagree."""
     flag = _flag(message, field, row, origin)
     detail = [_range(item, f"{field}.{DETAIL}[{i}]", row, origin) for i, item in _details(message, field, row, origin)]
     clean = spoken(message)

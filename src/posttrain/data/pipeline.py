@@ -69,7 +69,7 @@ class Pipeline:
                 yield limited
 
     def _read_safely(self, row: Row, origin: Origin) -> Rendered | Tokenized:
-        """What no check foresaw is still a complaint about the row; only the user's own function fails in its own way."""
+        """What no check foresaw is still a complaint about the row; the user's own function fails in its own way."""
         try:
             return self._read(row, origin)
         except UserError:
