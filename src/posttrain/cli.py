@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 
 from posttrain import __version__
-from posttrain.commands import EXIT_CODES, data, recipes, train
+from posttrain.commands import COLORS, EXIT_CODES, data, recipes, train
 from posttrain.commands.train import command_to_resume
 from posttrain.errors import DiskFullError, Interrupted, UserError
-from posttrain.terminal import ended_by_signals, is_disk_full, keep_traceback, make_streams_last
+from posttrain.terminal import ended_by_signals, is_disk_full, keep_traceback, make_streams_last, wants_colour
 
 COMMANDS = (train, data, recipes)
 
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with ended_by_signals():
             options = _parser().parse_args(argv)
-            _set_up_logging(options.verbose, options.quiet)
+            _set_up_logging(options.verbose, options.quiet, wants_colour(options.color, sys.stderr))
             return options.command(options)
     except Interrupted as stopped:
         print(stopped.message, file=sys.stderr)
@@ -58,6 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--json", action="store_true", help="print the result as one JSON object")
     common.add_argument("-q", "--quiet", action="store_true", help="no progress, only results and errors")
     common.add_argument("-v", "--verbose", action="store_true", help="say more")
+    common.add_argument("--color", choices=COLORS, default="auto", help="colours: on a terminal (auto), always, never")
+    common.add_argument("--no-input", action="store_true", help="never ask anything; no command here does")
     parser = argparse.ArgumentParser(
         prog="posttrain",
         description="Post-training for language models: from a file of examples to a better model.",
@@ -74,16 +76,20 @@ def _parser() -> argparse.ArgumentParser:
 class _Checkmarks(logging.Formatter):
     """`✔ data     train.jsonl 1 000 rows: ...`; warnings say what they are."""
 
+    def __init__(self, coloured: bool):
+        super().__init__()
+        self.good, self.bad = ("\033[32m✔\033[0m", "\033[33m!\033[0m") if coloured else ("✔", "!")
+
     def format(self, record: logging.LogRecord) -> str:
         message = record.getMessage()
         if record.levelno >= logging.WARNING:
-            return f"! {message}"
-        return message if message.startswith(" ") else f"✔ {message}"
+            return f"{self.bad} {message}"
+        return message if message.startswith(" ") else f"{self.good} {message}"
 
 
-def _set_up_logging(verbose: bool, quiet: bool) -> None:
+def _set_up_logging(verbose: bool, quiet: bool, coloured: bool) -> None:
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Checkmarks())
+    handler.setFormatter(_Checkmarks(coloured))
     logger = logging.getLogger("posttrain")
     logger.handlers[:] = [handler]
     logger.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)

@@ -61,6 +61,13 @@ def make_streams_last() -> None:
         setattr(sys, name, _Lasting(stream))
 
 
+def wants_colour(choice: str, stream: Any) -> bool:
+    """`choice` is auto, always or never; auto asks the terminal and NO_COLOR (no-color.org)."""
+    if choice != "auto":
+        return choice == "always"
+    return bool(stream.isatty()) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
     """SIGTERM and SIGHUP raise KeyboardInterrupt, as SIGINT does. Training has its own, gentler way."""

@@ -18,7 +18,8 @@ def _recipes(options: argparse.Namespace) -> int:
     from posttrain.runner.recipes import read_recipe, recipe_names
 
     if options.action == "show":
-        print(read_recipe(options.name or ""), end="")
+        text = read_recipe(options.name or "")
+        print(json.dumps({"name": options.name, "text": text}) if options.json else text, end="")
     elif options.json:
         print(json.dumps(recipe_names()))
     else:

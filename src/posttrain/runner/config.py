@@ -89,7 +89,11 @@ class SaveSection(_Section):
     lora_path: str = Field("models/checkpoints/lora", description="Where the adapter (or the full model) goes.")
     merged_path: str | None = Field(None, description="Not built yet: only null.")
     gguf_path: str | None = Field(None, description="Not built yet: only null.")
-    gguf_quantization: str = Field("Q8_0", description="Read with gguf_path only.")
+    gguf_quantization: str = Field(
+        "Q8_0",
+        pattern=r"(?i)^(f32|f16|bf16|q8_0|q[2-6]_k(_[sml])?|q[45]_[01]|iq\d_\w+)$",
+        description="With gguf_path.",
+    )
 
 
 class RunConfig(_Section):
@@ -153,7 +157,12 @@ def _explained(error: ValidationError, path: Path) -> ConfigError:
     if first["type"] == "extra_forbidden":
         return unknown_key(str(path), name, _known_keys(where[:-1]))
     if first["type"] == "missing":
-        return ConfigError(f"{path}: {name} is missing", hint=f"add it, or --set {name}=...")
+        is_section = len(where) == 1
+        hint = f"add the section `{name}:` with its keys" if is_section else f"add it, or --set {name}=..."
+        return ConfigError(f"{path}: {name} is missing", hint=hint)
+    if first["type"] in ("model_type", "model_attributes_type"):
+        what = f"is {first['input']!r}, not a section"
+        return ConfigError(f"{path}: {name} {what}", hint=f"keys: {', '.join(_known_keys(where))}")
     return ConfigError(f"{path}: {name} is {first['input']!r}: {first['msg'].lower()}")
 
 

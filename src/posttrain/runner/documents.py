@@ -89,17 +89,25 @@ def _json(text: str, path: Path) -> Any:
     except json.JSONDecodeError as error:
         hint = "JSON has no comments; use YAML for those" if "//" in text else None
         raise ConfigError(f"{path}:{error.lineno}:{error.colno}: {error.msg}", hint=hint) from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from None
+    except _DuplicateError as error:
+        found = [match.start() for match in re.finditer(re.escape(json.dumps(error.key)) + r"\s*:", text)]
+        line = text.count("\n", 0, found[1]) + 1 if len(found) > 1 else 1
+        raise ConfigError(f"{path}:{line}: key {error.key!r} stands twice") from None
     except RecursionError:
         raise ConfigError(f"{path}: nested too deeply for a configuration") from None
+
+
+class _DuplicateError(ValueError):
+    def __init__(self, key: str):
+        super().__init__(key)
+        self.key = key
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = [key for key, _ in pairs]
     for key in keys:
         if keys.count(key) > 1:
-            raise ValueError(f"key {key!r} stands twice")
+            raise _DuplicateError(key)
     return dict(pairs)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ def train(config: RunConfig, source: Path, resume: str = "never", quiet: bool = 
 def _training_arguments(config: RunConfig, root: Path, source: Path, quiet: bool) -> Any:
     from posttrain.trainers.config import SFTConfig
 
-    known = {field.name for field in dataclasses.fields(SFTConfig) if field.init}
+    known = _fields()
     given = dict(config.training)
     for name in given:
         if name not in known and not _is_old_spelling(name):
@@ -96,10 +97,8 @@ def _training_arguments(config: RunConfig, root: Path, source: Path, quiet: bool
         options["gradient_checkpointing"] = True
     try:
         return SFTConfig(**given, **options)
-    except (TypeError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{source}: training: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {_by_its_key(error.message)}", hint=error.hint, code=error.code) from error
 
 
 # Settings that other sections hold, so that each can be set in one place only.
@@ -116,6 +115,20 @@ TAKEN = {
     "completion_only_loss": "dataset.train_on",
     "chat_template_path": "dataset.chat_template",
 }
+
+
+def _by_its_key(message: str) -> str:
+    """`message` about a field of `SFTConfig`, with the field's name as it stands in the file."""
+    name = re.match(r"\w*", message)
+    if name is None or name[0] not in _fields():
+        return message
+    return TAKEN.get(name[0], f"training.{name[0]}") + message[name.end() :]
+
+
+def _fields() -> set[str]:
+    from posttrain.trainers.config import SFTConfig
+
+    return {field.name for field in dataclasses.fields(SFTConfig) if field.init}
 
 
 def _is_old_spelling(name: str) -> bool:

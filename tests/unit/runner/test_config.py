@@ -129,3 +129,49 @@ def test_mistakes_in_a_mixture(tmp_path: Path, dataset: str, message: str, hint:
     with pytest.raises(ConfigError, match=re.escape(message)) as caught:
         load_config(write(tmp_path, f"model: {{name: m}}\ndataset: {dataset}\n"))
     assert hint in (None, caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('x: "\\x00"', "unacceptable character"),
+        ("? [a, b]\n: 1", "a key must be a word, this is a list"),
+        ("", "holds nothing"),
+        ("a: " + "[" * 5000, "nested too deeply"),
+        ("model: 3\ndataset: {path: a}", "model is 3, not a section"),
+        ("dataset: {path: a}", "model is missing"),
+        (MINIMAL + "save: {gguf_quantization: zzz}", "save.gguf_quantization is 'zzz'"),
+        (MINIMAL + "lora: {lora_dropout: -1}", "lora.lora_dropout is -1"),
+    ],
+)
+def test_files_that_cannot_be_meant(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_bytes(text.encode().replace(b"\\x00", b"\x00"))
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_config(path)
+
+
+def test_a_key_that_stands_twice_in_json_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{"model": {"name": "a"},\n "dataset": {"path": "a"},\n "model": {}}')
+    with pytest.raises(ConfigError, match=r"a\.json:3: key 'model' stands twice"):
+        load_config(path)
+    path.write_text('{"a": ' + "[" * 100_000)
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [("{learning_rate: abc}", "training.learning_rate='abc'"), ("{max_steps: 2.5}", "training.max_steps=2.5"),
+     ("{packing: maybe}", "training.packing='maybe'")],
+)  # fmt: skip
+def test_settings_are_named_as_they_stand_in_the_file(tmp_path: Path, training: str, message: str) -> None:
+    from posttrain.runner.train import _training_arguments
+
+    path = write(tmp_path, f"{MINIMAL}training: {training}\n")
+    with pytest.raises(ConfigError, match=re.escape(f"{path}: {message}")):
+        _training_arguments(load_config(path), tmp_path, path, quiet=True)
+    zero = write(tmp_path, f"{MINIMAL}\n".replace("some/model", "some/model, max_seq_length: 0"))
+    with pytest.raises(ConfigError, match=r"model.max_seq_length=0 must be at least 1"):
+        _training_arguments(load_config(zero), tmp_path, zero, quiet=True)
