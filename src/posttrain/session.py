@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 
 from posttrain.models import adapters
 from posttrain.models.forward import Policy, open_policy
+from posttrain.models.lean_layers import give_back, specialise_layers
 from posttrain.models.memory import keep_freed_pages
 from posttrain.models.precision import MixedPrecision
 
@@ -28,6 +29,7 @@ class Session:
     trained: dict[str, torch.nn.Parameter]
     attention: str | None
     recomputes: bool
+    lean: list[torch.nn.Module]
 
     @classmethod
     def open(cls, model: Any, args: TrainingArguments) -> Session:
@@ -39,6 +41,7 @@ class Session:
         adapter_parameters = adapters.adapter_parameters(model)
         precision = MixedPrecision(model, torch.bfloat16 if args.bf16 else torch.float32, adapter_parameters)
         attention = base.config._attn_implementation
+        lean = specialise_layers(base)
         try:
             policy = open_policy(
                 model,
@@ -46,18 +49,20 @@ class Session:
                 router_aux_loss_coef=getattr(args, "router_aux_loss_coef", None),
             )
         except BaseException:
+            give_back(lean)
             precision.restore()
             raise
         if args.activation_checkpointing:
             _recompute(base, args.activation_checkpointing_kwargs)
         trained = dict(precision.masters())
         trained |= {n: p for n, p in model.named_parameters() if p in adapter_parameters and p.requires_grad}
-        return cls(policy, precision, trained, attention, bool(args.activation_checkpointing))
+        return cls(policy, precision, trained, attention, bool(args.activation_checkpointing), lean)
 
     def close(self) -> None:
         base = self.policy.base
         if self.recomputes:
             base.activation_checkpointing_disable()
+        give_back(self.lean)
         self.precision.restore()
         base.set_attn_implementation(self.attention)
 

@@ -77,17 +77,19 @@ class LeanLora(PeftLoraLinear):
     """PEFT's LoRA layer with one autograd function for the ordinary case."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        name = self._ordinary_adapter()
+        name = self.ordinary_adapter()
         if name is None or args or kwargs:
             return super().forward(x, *args, **kwargs)
+        return _LoraProduct.apply(x, *self.parts(name))
+
+    def parts(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, float, float]:
+        """W, b, A, B, the scale and the rate of dropout now."""
         dropout = self.lora_dropout[name]
         rate = dropout.p if isinstance(dropout, nn.Dropout) and self.training else 0.0
-        base = self.base_layer
-        return _LoraProduct.apply(
-            x, base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name], rate
-        )
+        base, a, b = self.base_layer, self.lora_A[name].weight, self.lora_B[name].weight
+        return base.weight, base.bias, a, b, self.scaling[name], rate
 
-    def _ordinary_adapter(self) -> str | None:
+    def ordinary_adapter(self) -> str | None:
         """The one adapter to apply, if nothing about it is out of the ordinary."""
         if self._disable_adapters or self.merged_adapters or len(self.active_adapters) != 1:
             return None
@@ -128,7 +130,7 @@ class _LoraProduct(torch.autograd.Function):
         inner = dropped @ low_a.t()
         out = torch.nn.functional.linear(flat, weight, bias)
         out.addmm_(inner, low_b.t())
-        ctx.scale = scale
+        ctx.scale, ctx.learned = scale, a.dtype
         ctx.save_for_backward(dropped, inner, weight, low_a, low_b, keep)
         return out.view(*x.shape[:-1], out.shape[-1])
 
@@ -138,8 +140,8 @@ class _LoraProduct(torch.autograd.Function):
         dropped, inner, weight, low_a, low_b, keep = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1])
         grad_inner = flat @ low_b
-        grad_a = (grad_inner.t() @ dropped).float() if ctx.needs_input_grad[3] else None
-        grad_b = (flat.t() @ inner).float() * ctx.scale if ctx.needs_input_grad[4] else None
+        grad_a = (grad_inner.t() @ dropped).to(ctx.learned) if ctx.needs_input_grad[3] else None
+        grad_b = (flat.t() @ inner).to(ctx.learned) * ctx.scale if ctx.needs_input_grad[4] else None
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = flat @ weight

@@ -2,7 +2,7 @@
 
 PyTorch's flash kernel for CPUs is slow in its backward pass; for segments of a few hundred tokens it is quicker to
 write the scores down. Per segment: scores by one batched product (query heads that share a key head are stacked as
-rows), a soft-max in fp32, and the probabilities kept in the compute dtype for a backward pass of four products.
+rows), a soft-max, and the probabilities kept in the compute dtype for a backward pass of four products.
 Gradients go straight into one tensor each. Memory grows with the square of a segment's length, so long ones are left to
 SDPA; `MAX_LENGTH` is where the two cross (benchmarks/RESULTS.md).
 
@@ -40,47 +40,60 @@ class _SegmentAttention(torch.autograd.Function):
         scale: float,
     ) -> torch.Tensor:
         heads, tokens, _ = query_HTE.shape
+        groups = key_KTE.shape[0]
         output_THE = query_HTE.new_empty(tokens, heads, value_KTE.shape[-1])
+        masks = _Masks(heads // groups, query_HTE)
         weights = []
-        for segment in _segments(layout):
-            query = _stacked(query_HTE[:, segment], key_KTE.shape[0])
-            p_KRN = _causal_softmax(query @ key_KTE[:, segment].mT, scale).to(query.dtype)
+        for segment, length in _segments(layout):
+            query_KRE = _stacked(query_HTE[:, segment], groups)
+            # mask and scale ride on the product; soft-max computes in fp32 and rounds once
+            score_KRN = torch.baddbmm(masks.of(length), query_KRE, key_KTE[:, segment].mT, alpha=scale)
+            p_KRN = torch.softmax(score_KRN, -1)
             _unstack(p_KRN @ value_KTE[:, segment], output_THE[segment])
             weights.append(p_KRN)
         ctx.layout, ctx.scale = layout, scale
-        ctx.save_for_backward(query_HTE, key_KTE, value_KTE, output_THE, *weights)
+        ctx.save_for_backward(query_HTE, key_KTE, value_KTE, *weights)
         return output_THE
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:
         grad_THE = grads[0]
-        query_HTE, key_KTE, value_KTE, output_THE, *weights = ctx.saved_tensors
+        query_HTE, key_KTE, value_KTE, *weights = ctx.saved_tensors
         groups, scale = key_KTE.shape[0], ctx.scale
         grad_query_THE, grad_key_TKE, grad_value_TKE = (
             tensor.new_empty(tensor.shape[1], tensor.shape[0], tensor.shape[2])
             for tensor in (query_HTE, key_KTE, value_KTE)
         )
-        # d loss / d score = p (d loss / d p - sum of p d loss / d p), and that sum is the output times its gradient
-        inner_HT = (grad_THE * output_THE).sum(-1, dtype=_accurate(grad_THE.dtype)).t()
-        for segment, p_KRN in zip(_segments(ctx.layout), weights, strict=True):
+        for (segment, _), p_KRN in zip(_segments(ctx.layout), weights, strict=True):
             query, key, value = _stacked(query_HTE[:, segment], groups), key_KTE[:, segment], value_KTE[:, segment]
             grad = _stacked(grad_THE[segment].transpose(0, 1), groups)
             grad_value_TKE[segment] = (p_KRN.mT @ grad).transpose(0, 1)
-            score_KRN = (grad @ value.mT).to(_accurate(grad.dtype))
-            score_KRN -= inner_HT[:, segment].reshape(groups, -1, 1)
-            low = score_KRN.mul_(p_KRN).mul_(scale).to(query.dtype)
-            _unstack(low @ key, grad_query_THE[segment])
-            grad_key_TKE[segment] = (low.mT @ query).transpose(0, 1)
+            score_KRN = torch._softmax_backward_data(grad @ value.mT, p_KRN, -1, p_KRN.dtype)
+            _unstack(score_KRN @ key, grad_query_THE[segment])
+            grad_key_TKE[segment] = (score_KRN.mT @ query).transpose(0, 1)
+        grad_query_THE *= scale
+        grad_key_TKE *= scale
         grads_HTE = (tensor.transpose(0, 1) for tensor in (grad_query_THE, grad_key_TKE, grad_value_TKE))
         return *grads_HTE, None, None
 
 
-def _accurate(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+class _Masks:
+    """What is added to the scores of a segment: 0, and minus infinity for what lies ahead. One per length."""
+
+    def __init__(self, heads_per_group: int, like: torch.Tensor):
+        self._heads, self._like = heads_per_group, like
+        self._made: dict[int, torch.Tensor] = {}
+
+    def of(self, length: int) -> torch.Tensor:
+        """`(1, G N, N)`."""
+        if length not in self._made:
+            ahead_NN = torch.full((length, length), -torch.inf, dtype=self._like.dtype).triu_(1)
+            self._made[length] = ahead_NN.repeat(self._heads, 1)[None]
+        return self._made[length]
 
 
-def _segments(layout: Layout) -> Iterator[slice]:
-    return (slice(start, start + length) for start, length in zip(layout.starts, layout.lengths, strict=True))
+def _segments(layout: Layout) -> Iterator[tuple[slice, int]]:
+    return ((slice(start, start + n), n) for start, n in zip(layout.starts, layout.lengths, strict=True))
 
 
 def _stacked(query_HNE: torch.Tensor, groups: int) -> torch.Tensor:
@@ -92,12 +105,3 @@ def _unstack(rows_KRE: torch.Tensor, out_NHE: torch.Tensor) -> None:
     """`(K, G N, E)` into `(N, H, E)`."""
     length, heads, size = out_NHE.shape
     out_NHE.copy_(rows_KRE.reshape(heads, length, size).transpose(0, 1))
-
-
-def _causal_softmax(score_KRN: torch.Tensor, scale: float) -> torch.Tensor:
-    """fp32 probabilities; rows are query heads times tokens, and a token sees itself and what is before it."""
-    groups, rows, length = score_KRN.shape
-    future_NN = torch.ones(length, length, dtype=torch.bool).triu(1)
-    accurate = score_KRN.to(_accurate(score_KRN.dtype)).mul_(scale)
-    accurate.view(groups, rows // length, length, length).masked_fill_(future_NN, -torch.inf)
-    return accurate.softmax(-1)
