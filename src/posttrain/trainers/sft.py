@@ -210,7 +210,7 @@ def _open_model(
         raise ConfigError("quantization_config is not honoured yet: QLoRA is not built")
     if isinstance(model, str):
         name, options = model, _as_dict(args.model_init_kwargs)
-        model = load_model(name, options, dtype="auto" if peft_config is not None else "float32")
+        model = load_model(name, options, dtype=_dtype_to_load(args, peft_config))
         tokenizer = tokenizer or load_tokenizer(name, options)
     elif args.model_init_kwargs is not None:
         raise ConfigError("model_init_kwargs is not honoured: the model is loaded already")
@@ -229,6 +229,15 @@ def _open_model(
     set_pad_token(model, tokenizer, args.pad_token)
     align_special_tokens(model, tokenizer)  # what ends a turn in training ends it in generation
     return model, tokenizer
+
+
+def _dtype_to_load(args: SFTConfig, peft_config: Any) -> str:
+    """fp32 where all of it is trained. Frozen weights in the dtype they are computed in, so that no second copy lies
+    beside them; as they are on disk where some of them are trained after all."""
+    if peft_config is None:
+        return "float32"
+    trains_more = getattr(peft_config, "modules_to_save", None) or getattr(peft_config, "trainable_token_indices", None)
+    return "bfloat16" if args.bf16 and not trains_more else "auto"
 
 
 def _take_chat_template(model: Any, tokenizer: PreTrainedTokenizerBase, source: str) -> list[int]:
