@@ -7,6 +7,7 @@ the head on supervised rows; a frozen weight has no weight gradient. Recomputati
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,9 @@ import torch
 from torch import nn
 
 from posttrain.types import Batch
+
+SMALLEST = 32
+"""Adapters' matrices are narrower; their products are not what a machine is measured by."""
 
 
 def flops_counter(base: Any) -> Callable[[Batch], float]:
@@ -43,23 +47,46 @@ def _attention_width(base: Any) -> int:
     return sum("attention" in kind for kind in kinds) * config.num_attention_heads * size
 
 
-def measure_limit(base: Any, dtype: torch.dtype, seconds: float = 0.2) -> float:
-    """Floating-point operations per second of matrix products at the model's own shape, the best of what fits in
-    `seconds`."""
-    config = base.config.get_text_config()
-    width = config.hidden_size
-    inner = getattr(config, "intermediate_size", None) or 4 * width
+def measure_limit(base: Any, dtype: torch.dtype, tokens: int = 1024, seconds: float = 1.0) -> float:
+    """Floating-point operations per second of the matrix products that training this model is made of, and nothing
+    else: every linear layer's shape on `tokens` rows, forward and backward, as often as the model has it; each at its
+    best of what fits in about `seconds` in all."""
     device = base.get_input_embeddings().weight.device
-    left = torch.full((1024, width), 0.5, device=device, dtype=dtype)
-    right = torch.full((inner, width), 0.5, device=device, dtype=dtype)
+    shapes = _shapes(base)
+    share = seconds / max(1, len(shapes))
+    flops = spent = 0.0
+    for (out_features, in_features, trained), count in shapes.items():
+        x = torch.full((tokens, in_features), 0.5, device=device, dtype=dtype)
+        weight = torch.full((out_features, in_features), 0.5, device=device, dtype=dtype)
+        grad = torch.full((tokens, out_features), 0.5, device=device, dtype=dtype)
+        products = [(x, weight.t()), (grad, weight)] + ([(grad.t(), x)] if trained else [])
+        spent += count * sum(_best_time(left, right, share / len(products)) for left, right in products)
+        flops += count * 2 * tokens * out_features * in_features * len(products)
+    return flops / spent
+
+
+def _shapes(base: Any) -> Counter[tuple[int, int, bool]]:
+    """`(out, in, trained)` of the linear layers and the head, and how many there are of each."""
+    head = base.get_output_embeddings().weight
+    shapes: Counter[tuple[int, int, bool]] = Counter({(*head.shape, head.requires_grad): 1})
+    for module in base.base_model.modules():
+        weight = module._parameters.get("weight")
+        is_layer = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+        if is_layer and isinstance(weight, torch.Tensor) and weight.dim() == 2 and min(weight.shape) >= SMALLEST:
+            shapes[(*weight.shape, weight.requires_grad)] += 1
+    return shapes
+
+
+def _best_time(left: torch.Tensor, right: torch.Tensor, seconds: float) -> float:
+    out = left @ right
     best, end = float("inf"), time.perf_counter() + seconds
-    for attempt in range(1000):
+    for _ in range(100):
         start = time.perf_counter()
-        left @ right.t()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        if attempt:
-            best = min(best, time.perf_counter() - start)
-        if time.perf_counter() > end and attempt:
+        torch.mm(left, right, out=out)
+        if left.is_cuda:
+            torch.cuda.synchronize(left.device)
+        now = time.perf_counter()
+        best = min(best, now - start)
+        if now > end:
             break
-    return 2 * left.numel() * inner / best
+    return best
