@@ -41,7 +41,7 @@ def main() -> None:
             self.ends.append(time.perf_counter())
 
     library = import_module(options.library)
-    rows = _rows(Path(options.data), options.rows)
+    rows = WORKLOADS[options.workload](_rows(Path(options.data), options.rows))
     clock = Clock()
     from datasets import Dataset
 
@@ -53,6 +53,7 @@ def main() -> None:
             max_steps=options.steps,
             learning_rate=2e-5 if options.full else 2e-4,
             logging_steps=1,
+            max_length=2048,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
@@ -73,6 +74,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--full", action="store_true")
+    parser.add_argument("--workload", choices=WORKLOADS, default="gsm8k")
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=5)
@@ -93,6 +95,22 @@ def _rows(path: Path, limit: int) -> list[dict[str, Any]]:
     ]
 
 
+def _uneven(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Answers of 1 to 12 problems in a row, most of them short: lengths from 60 to about 2,000 tokens in one batch."""
+    import random
+
+    draw, uneven, start = random.Random(0), [], 0
+    while start < len(rows):
+        count = draw.choice((1, 1, 1, 1, 2, 2, 3, 6, 12))
+        group, start = rows[start : start + count], start + count
+        answer = "\n\n".join(row["completion"][0]["content"] for row in group)
+        uneven.append({"prompt": group[0]["prompt"], "completion": [{"role": "assistant", "content": answer}]})
+    return uneven
+
+
+WORKLOADS = {"gsm8k": lambda rows: rows, "uneven": _uneven}
+
+
 def _lora() -> Any:
     from peft import LoraConfig
 
@@ -102,13 +120,17 @@ def _lora() -> Any:
 def _print(history: list[dict[str, Any]], ends: list[float], warmup: int) -> None:
     steps = [entry for entry in history if "loss" in entry]
     tokens = steps[-1]["num_tokens"] - steps[warmup - 1]["num_tokens"]
+    seconds = ends[-1] - ends[warmup - 1]
+    shares = [e["supervised_tokens_per_second"] / e["tokens_per_second"] for e in steps if "tokens_per_second" in e]
+    limits = [e["hardware_share"] / e["tokens_per_second"] for e in steps if "hardware_share" in e]
     result = {
         "losses": [entry["loss"] for entry in steps],
         "grad_norms": [entry["grad_norm"] for entry in steps],
-        "tokens_per_second": tokens / (ends[-1] - ends[warmup - 1]),
+        "tokens_per_second": tokens / seconds,
+        "trained_share": sum(shares) / len(shares) if shares else None,
+        "hardware_share_per_token_per_second": sum(limits) / len(limits) if limits else None,
         "seconds_to_first_step": ends[0] - STARTED,
         "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        "hardware_share": steps[-1].get("hardware_share"),
     }
     print("RESULT " + json.dumps(result))
     sys.stdout.flush()
