@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from posttrain.data.codes import Row, bad_row
 from posttrain.data.conversation import clean_messages
+from posttrain.data.flags import spoken
 from posttrain.data.formats.build import build, filled_text
 from posttrain.types import Example, Message, Origin
 
@@ -45,4 +46,4 @@ def _completion(row: Row, origin: Origin) -> list[Message]:
 
 def _says_something(message: Message) -> bool:
     content = message.get("content")
-    return bool(content.strip() if isinstance(content, str) else content) or len(message) > 2
+    return bool(content.strip() if isinstance(content, str) else content) or len(spoken(message)) > 2
