@@ -63,7 +63,7 @@ class SFTConfig(TrainingArguments):
     )
     chat_template_path: str | None = field(
         default=None,
-        metadata={"help": "A .jinja file, or a folder or name of a tokenizer, whose chat template to use."},
+        metadata={"help": "A template's name (chatml, llama-3.1, ...), a .jinja file, or a tokenizer whose to use."},
     )
     dataset_text_field: str = field(default="text", metadata={"help": "Column that holds plain text."})
     dataset_kwargs: dict[str, Any] | str | None = field(

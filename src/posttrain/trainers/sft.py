@@ -20,13 +20,14 @@ from posttrain.data.settings import DataSettings
 from posttrain.errors import ConfigError, DataError
 from posttrain.evaluate.predictions import Predictor
 from posttrain.models import adapters
-from posttrain.models.load import load_model, load_tokenizer, set_chat_template, set_eos_token, set_pad_token
+from posttrain.models.load import load_model, load_tokenizer, set_eos_token, set_pad_token
 from posttrain.objectives.sft import SupervisedLoss
 from posttrain.run import Run
 from posttrain.trainers.arguments import check_arguments
 from posttrain.trainers.base import PackedTrainer, make_events
 from posttrain.trainers.config import SFTConfig
 from posttrain.trainers.spellings import TRAINER_GONE, TRAINER_TO_CONFIG, say_read_as
+from posttrain.trainers.templates import take_template
 from posttrain.types import Sample
 
 logger = logging.getLogger("posttrain")
@@ -201,7 +202,7 @@ def _open_model(
         )
     if args.eos_token is not None:
         set_eos_token(model, tokenizer, args.eos_token)
-    added = set_chat_template(model, tokenizer, args.chat_template_path) if args.chat_template_path else []
+    added = take_template(model, tokenizer, args.chat_template_path) if args.chat_template_path else []
     if peft_config is not None:
         if added:
             _train_added_tokens(peft_config, added)

@@ -39,7 +39,7 @@ BOMBS = {
     "nested ranges": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "power": "{{ 9 ** (9 ** (9 ** 9)) }}",
     "recursive macro": "{% macro f(x) %}{{ f(x) }}{{ f(x) }}{% endmacro %}{{ f(1) }}",
-    "doubling": "{% set n = namespace(x='AAAAAAAA') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x }}",
+    "doubling": "{% set n = namespace(x='A') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x }}",
     "endless output": "{% for a in range(99999) %}{{ 'A' * 1000 }}{% endfor %}",
     "center": "{{ 'a'.center(10**10) }}",
     "compile-time constant": "{% if 'A' * 10**10 == 'B' %}x{% endif %}",

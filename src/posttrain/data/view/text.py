@@ -1,8 +1,8 @@
 """Tokens on a terminal: colours with underlining, or marks alone where there are no colours.
 
-Trained tokens stand between ⟦ and ⟧, those cut off between ✂ and ✂ (`[[`, `]]` and `%%` where the output is no Unicode);
-everything else is masked. With colours, trained text is also underlined and cut text struck out, so that nothing hangs
-on telling green from red.
+Trained tokens stand between ⟦ and ⟧, those cut off between ✂ and ✂ (`[[`, `]]` and `%%` where the output is no
+Unicode); everything else is masked. With colours, trained text is also underlined and cut text struck out, so that
+nothing hangs on telling green from red.
 """
 
 from __future__ import annotations
