@@ -19,22 +19,24 @@ LEGEND = (("trained", "trained"), ("masked", "masked"), ("cut", "cut off"))
 
 def as_svg(view: RowView, title: str) -> str:
     """The picture of `view`, with `title` for those who cannot see it."""
-    cells, column, line = [], 0, 0
+    cells, column, line, widest = [], 0, 0, 40
     for piece in view.pieces:
         for text, is_last in _lines(visible(piece.text)):
             if column + _columns(text) > COLUMNS and column:
                 column, line = 0, line + 1
             if text:
                 cells.append(_cell(text, piece, column, line))
+            widest = max(widest, column + _columns(text))
             column, line = (column + _columns(text), line) if is_last else (0, line + 1)
     height = (line + 2) * LINE + 2 * MARGIN
-    width = COLUMNS * WIDTH + 2 * MARGIN
+    width = widest * WIDTH + 2 * MARGIN
     legend, at = [], 0
     for state, label in LEGEND:
         legend.append(_cell(label, Piece(0, label, state == "trained", False, state == "cut"), at, line + 1))
         at += len(label) + 2
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" role="img" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height}" '
+        f'viewBox="0 0 {width:.0f} {height}" role="img" '
         f'font-family="ui-monospace, monospace" font-size="14">\n<title>{escape(title)}</title>\n'
         f'<rect width="100%" height="100%" fill="#ffffff"/>\n{"".join(cells)}{"".join(legend)}</svg>\n'
     )
