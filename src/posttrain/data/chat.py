@@ -65,7 +65,7 @@ class Chat:
             return "text"
         if template not in self._shapes:
             text, parts = (self._shows(template, content) for content in (PROBE, [{"type": "text", "text": PROBE}]))
-            self._shapes[template] = "any" if text and parts else "parts" if parts else "text"
+            self._shapes[template] = "any" if text == parts else "parts" if parts else "text"
         return self._shapes[template]
 
     def _shows(self, template: str, content: Any) -> bool:

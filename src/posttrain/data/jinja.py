@@ -185,9 +185,11 @@ def _serve() -> None:
     import signal
 
     known: dict[str, str] = {}
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    print("ready", flush=True)
     for line in sys.stdin:
         soft = MEGABYTES * 1_000_000 + 32 * len(line)
-        resource.setrlimit(resource.RLIMIT_AS, (soft, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_AS, (soft if hard < 0 else min(soft, hard), hard))
         request = json.loads(line)
         if "template" in request:
             known[request["key"]] = request["template"]

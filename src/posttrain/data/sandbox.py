@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.data.rendering import rendered
+from posttrain.errors import ConfigError
 
 SCRIPT = Path(__file__).with_name("jinja.py")
 PATIENCE = 60.0
@@ -75,14 +76,7 @@ class Sandbox:
             self._forget()
         if self._child is None or self._child.poll() is not None:
             paths = json.dumps([path for path in sys.path if path])
-            self._child = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(SCRIPT), paths],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env={},
-            )
-            self._known = set()
+            self._child, self._known = _started([sys.executable, "-I", "-S", str(SCRIPT), paths]), set()
         return self._child
 
     def close(self) -> None:
@@ -96,6 +90,29 @@ class Sandbox:
             if pipe is not None:
                 with suppress(OSError):  # what was not yet sent
                     pipe.close()
+
+
+def _started(command: list[str]) -> subprocess.Popen[bytes]:
+    """The child, ready. Raises ConfigError (E-DATA-0045) where it cannot be had."""
+    try:
+        child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={}, bufsize=-1
+        )
+    except OSError as error:
+        raise _not_started(str(error)) from None
+    assert child.stdout is not None
+    assert child.stderr is not None
+    if child.stdout.readline() != b"ready\n":
+        _, said = child.communicate()
+        raise _not_started(said.decode(errors="replace").strip().rpartition("\n")[2])
+    child.stderr.close()
+    return child
+
+
+def _not_started(why: str) -> ConfigError:
+    message = f"the process that renders chat templates cannot be started: {why or 'it ended'}"
+    hint = 'a named template (chat_template="chatml", ...) needs none'
+    return ConfigError(message, hint=hint, code="E-DATA-0045")
 
 
 SANDBOX = Sandbox()
