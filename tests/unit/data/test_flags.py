@@ -174,6 +174,14 @@ def test_a_role_that_the_template_leaves_out_is_refused() -> None:
     assert caught.value.code == "E-DATA-0043"
 
 
+@pytest.mark.parametrize("how", ["m.content | tojson", "m.content | upper", "m.content | replace(' ', '_')"])
+def test_a_message_written_otherwise_is_not_left_out(how: str) -> None:
+    tokenizer = chatml_tokenizer()
+    tokenizer.chat_template = f"{{% for m in messages %}}{{{{ {how} }}}}<|im_end|>{{% endfor %}}"
+    row = {"messages": [{"role": "user", "content": 'Say "é\\"\tthen\n"ü"'}, ANSWER]}
+    assert prepare([row], tokenizer, DataSettings()).report.used == 1
+
+
 @pytest.mark.parametrize("role", ["Human", " user ", "prompter", "USER"])
 def test_roles_are_found_however_they_are_spelt(role: str) -> None:
     row = {"messages": [{"role": role, "content": "Hi"}, {"role": "ChatGPT", "content": "Hello"}]}

@@ -114,6 +114,23 @@ def test_a_forked_process_has_a_child_of_its_own() -> None:
     assert SANDBOX.render("{{ 1 + 2 }}", VALUES) == "3"
 
 
+def test_a_child_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    sandbox = Sandbox()
+    for executable in ("/nowhere/python", "/bin/false"):
+        monkeypatch.setattr("sys.executable", executable)
+        with pytest.raises(ConfigError, match="the process that renders chat templates cannot be started") as caught:
+            sandbox.render("x", VALUES)
+        assert caught.value.code == "E-DATA-0045"
+
+
+@pytest.mark.parametrize("name", ["messages", "tools", "add_generation_prompt"])
+def test_template_arguments_cannot_replace_the_conversation(name: str) -> None:
+    row = {"messages": MESSAGES, "chat_template_kwargs": {name: [{"role": "user", "content": "x"}]}}
+    with pytest.raises(DataError, match=f"chat_template_kwargs cannot set {name}") as caught:
+        prepare([row], plain_tokenizer(template=CHATML), DataSettings())
+    assert caught.value.code == "E-DATA-0020"
+
+
 def test_markers_in_macros_and_variables_are_found() -> None:
     """transformers counts characters from the start of the output, which is wrong inside a macro or a capture."""
     template = (
