@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from posttrain.data.chat import Chat
@@ -162,3 +164,33 @@ def test_no_template_is_masked_in_silence(name: str) -> None:
         masked += 1
     assert masked >= 3
     assert refused <= {"E-DATA-0020", "E-DATA-0023"}
+
+
+PIECES = (
+    "<|im_end|>", "</s>", "<|end|>", "<|eot_id|>", "<end_of_turn>", "<|im_start|>assistant\n", "{{ x }}", "<think>",
+    "hello there", "🙂", "é\n", "  a ", "\n\n", "model\n",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["qwen3_instruct_2507", "llama3", "gemma", "gemma3", "phi3", "lfm2_v2", "cohere"])
+@settings(max_examples=25, deadline=None)
+@given(
+    contents=st.lists(st.lists(st.sampled_from(PIECES), min_size=1, max_size=4).map(" ".join), min_size=1, max_size=3)
+)
+def test_what_is_found_is_what_trl_marks_whatever_is_said(name: str, contents: list[str]) -> None:
+    messages = [
+        {"role": role, "content": content if role == "assistant" else content[::-1] + "?"}
+        for content in contents
+        for role in ("user", "assistant")
+    ]
+    if not all(message["content"].strip() for message in messages):
+        return
+    own = (FOLDER / f"{name}.jinja").read_text("utf-8")
+    marked = (FOLDER / f"{name}_training.jinja").read_text("utf-8")
+    found = []
+    for template in (own, marked):
+        tokenizer = tokenizer_for(own + "<|end|><|eot_id|><end_of_turn>", template)
+        options = DataSettings(assistant_only=True)
+        found.append(prepare([{"messages": messages}], tokenizer, options).samples[0][0].branches[0])
+    assert found[0].ids.tolist() == found[1].ids.tolist()
+    assert found[0].supervised.tolist() == found[1].supervised.tolist()
