@@ -186,6 +186,8 @@ def _serve() -> None:
 
     known: dict[str, str] = {}
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    for limit in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE, resource.RLIMIT_NPROC):  # no files, no processes
+        resource.setrlimit(limit, (0, 0))
     print("ready", flush=True)
     for line in sys.stdin:
         soft = MEGABYTES * 1_000_000 + 32 * len(line)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
@@ -97,6 +98,15 @@ def test_the_child_has_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     with open(f"/proc/{sandbox._child.pid}/environ", "rb") as file:
         assert b"canary" not in file.read()
     sandbox.close()
+
+
+def test_the_date_is_that_of_the_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    for zone, offset in {"Etc/GMT-14": "+1400", "Etc/GMT+12": "-1200"}.items():
+        monkeypatch.setenv("TZ", zone)
+        sandbox = Sandbox()
+        expected = datetime.now(timezone(timedelta(hours=int(offset) // 100))).strftime("%d %H")
+        assert sandbox.render("{{ strftime_now('%d %H') }}", VALUES) == expected
+        sandbox.close()
 
 
 def test_a_forked_process_has_a_child_of_its_own() -> None:
