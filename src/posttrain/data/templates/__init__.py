@@ -92,7 +92,7 @@ def template_text(name: str) -> str:
 
 def without_markers(template: str) -> str:
     """`template` without `{% generation %}`, which other programs do not know: the text that is saved with a model."""
-    return MARKERS.sub(lambda found: "{#" + found[1] + found[2] + "#}" if found[1] or found[2] else "", template)
+    return MARKERS.sub(lambda found: f"{{#{found[1]} {found[2]}#}}" if found[1] or found[2] else "", template)
 
 
 def is_ours(template: str) -> bool:
