@@ -5,7 +5,7 @@
 
 Runs alternate, each in a process and an environment of its own, so that a machine that drifts drifts for all. Losses
 are compared first: a speed-up that changes the result is none. What is quoted are ratios of medians; the JSON beside
-the table has all runs. "Of limit" is the arithmetic that the samples need (no padding, no logits of prompts) per second,
+the table has all runs. "Of limit" is the arithmetic that the samples need (no padding, no logits of prompts) a second,
 over what this machine reaches with nothing but matrix products of the model's shapes, measured in the same run.
 """
 

@@ -10,12 +10,18 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from posttrain.data.chat import Chat
+from posttrain.data.prepare import prepare
 from posttrain.data.rendering import RenderError
+from posttrain.data.settings import DataSettings
 from posttrain.data.templates import resolve_template
+from posttrain.errors import DataError
 from posttrain.types import Example, Origin
 from tests.tiny_tokenizers import SPECIAL, plain_tokenizer
 
@@ -131,3 +137,60 @@ def test_deepseek_r1_asks_as_the_models_own_does() -> None:
         example = Example(None, (messages,), Origin("test", 0))
         expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         assert chat.render(messages, example, True) == expected
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if not name.endswith("_training")])
+def test_no_template_is_masked_in_silence(name: str) -> None:
+    """Each answer is one run of trained tokens that holds it and ends with a token, or the row is an error."""
+    template = (FOLDER / f"{name}.jinja").read_text("utf-8")
+    tokenizer = tokenizer_for(template)
+    masked, refused = 0, set()
+    for messages, tools, kwargs in copy.deepcopy(list(CASES.values())):
+        row = {"messages": messages, "chat_template_kwargs": kwargs, **({"tools": tools} if tools else {})}
+        try:
+            prepared = prepare([row], tokenizer, DataSettings(assistant_only=True))
+        except DataError as error:
+            refused.add(error.code)
+            continue
+        branch = prepared.samples[0][0].branches[0]
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], branch.supervised.astype(int), [0]])))
+        runs = [tokenizer.decode(branch.ids[start:end]) for start, end in edges.reshape(-1, 2)]
+        turns = [message for message in messages if message["role"] == "assistant"]
+        assert len(runs) == len(turns)
+        for run, turn in zip(runs, turns, strict=True):
+            assert turn["content"].strip() in run
+            assert run.rstrip().endswith(">") or prepared.report.endless.count  # GLM stops where the user speaks
+            assert "quoted" not in run
+        masked += 1
+    assert masked >= 3
+    assert refused <= {"E-DATA-0020", "E-DATA-0023"}
+
+
+PIECES = (
+    "<|im_end|>", "</s>", "<|end|>", "<|eot_id|>", "<end_of_turn>", "<|im_start|>assistant\n", "{{ x }}", "<think>",
+    "hello there", "🙂", "é\n", "  a ", "\n\n", "model\n",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["qwen3_instruct_2507", "llama3", "gemma", "gemma3", "phi3", "lfm2_v2", "cohere"])
+@settings(max_examples=25, deadline=None)
+@given(
+    contents=st.lists(st.lists(st.sampled_from(PIECES), min_size=1, max_size=4).map(" ".join), min_size=1, max_size=3)
+)
+def test_what_is_found_is_what_trl_marks_whatever_is_said(name: str, contents: list[str]) -> None:
+    messages = [
+        {"role": role, "content": content if role == "assistant" else content[::-1] + "?"}
+        for content in contents
+        for role in ("user", "assistant")
+    ]
+    if not all(message["content"].strip() for message in messages):
+        return
+    own = (FOLDER / f"{name}.jinja").read_text("utf-8")
+    marked = (FOLDER / f"{name}_training.jinja").read_text("utf-8")
+    found = []
+    for template in (own, marked):
+        tokenizer = tokenizer_for(own + "<|end|><|eot_id|><end_of_turn>", template)
+        options = DataSettings(assistant_only=True)
+        found.append(prepare([{"messages": messages}], tokenizer, options).samples[0][0].branches[0])
+    assert found[0].ids.tolist() == found[1].ids.tolist()
+    assert found[0].supervised.tolist() == found[1].supervised.tolist()

@@ -65,7 +65,7 @@ class Chat:
             return "text"
         if template not in self._shapes:
             text, parts = (self._shows(template, content) for content in (PROBE, [{"type": "text", "text": PROBE}]))
-            self._shapes[template] = "any" if text and parts else "parts" if parts else "text"
+            self._shapes[template] = "any" if text == parts else "parts" if parts else "text"
         return self._shapes[template]
 
     def _shows(self, template: str, content: Any) -> bool:
@@ -96,6 +96,9 @@ class Chat:
         return rendered(answer(template, values, marked))
 
     def _values(self, messages: list[Message], example: Example, generation_prompt: bool) -> dict[str, Any]:
+        taken = sorted({"messages", "tools", "add_generation_prompt"} & set(example.template_kwargs))
+        if taken:
+            raise RenderError(f"chat_template_kwargs cannot set {', '.join(taken)}")
         shape = self._shape(self.text(example))
         tools = [_schema(tool) for tool in example.tools] if example.tools is not None else None
         return {

@@ -46,7 +46,7 @@ REASONS: dict[str, str] = {
     "E-DATA-0042": "broken train flag",
     "E-DATA-0043": "message left out by the template",
     "E-DATA-0044": "two beginning-of-sequence tokens",
-    "E-DATA-0045": "unreadable chat template",
+    "E-DATA-0045": "no process for chat templates",
 }
 
 Row = dict[str, Any]

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from posttrain.data.codes import Row, bad_row, kind
-from posttrain.data.flags import normalise
+from posttrain.data.flags import normalise, spoken
 from posttrain.types import Message, Origin
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment", "documents")
@@ -69,7 +69,7 @@ def map_role(role: Any, field: str, row: Row, origin: Origin, extra: tuple[str, 
 
 def _check_content(message: Message, field: str, row: Row, origin: Origin) -> None:
     content = message.get("content")
-    if isinstance(content, str) or (content is None and len(message) > 1):  # tool calls, reasoning
+    if isinstance(content, str) or (content is None and len(spoken(message)) > 1):  # tool calls, reasoning
         return
     if not isinstance(content, list):
         what = "is missing" if content is None else f"is {kind(content)}, not text"

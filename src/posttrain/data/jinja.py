@@ -185,9 +185,13 @@ def _serve() -> None:
     import signal
 
     known: dict[str, str] = {}
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    for limit in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE, resource.RLIMIT_NPROC):  # no files, no processes
+        resource.setrlimit(limit, (0, 0))
+    print("ready", flush=True)
     for line in sys.stdin:
         soft = MEGABYTES * 1_000_000 + 32 * len(line)
-        resource.setrlimit(resource.RLIMIT_AS, (soft, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_AS, (soft if hard < 0 else min(soft, hard), hard))
         request = json.loads(line)
         if "template" in request:
             known[request["key"]] = request["template"]

@@ -54,6 +54,11 @@ class Pipeline:
                 self.report.supervised += tokenized.num_supervised
                 yield tokenized
 
+    def one(self, row: Row, origin: Origin) -> Tokenized:
+        """The tokens of one row. Raises its DataError."""
+        (tokenized,) = self._chunk([(origin, row)])
+        return tokenized
+
     def _chunk(self, chunk: list[tuple[Origin, Row]]) -> Iterator[Tokenized]:
         ready: list[Rendered | Tokenized] = []
         for origin, row in chunk:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 from posttrain.data.chat import Chat
 from posttrain.data.codes import bad_row
+from posttrain.data.flags import has_flags
 from posttrain.data.render import Rendered
 from posttrain.data.report import DataReport
-from posttrain.types import Example, Tokenized
+from posttrain.types import Example, Message, Tokenized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,7 +27,8 @@ def remark_on_text(rendered: Rendered, chat: Chat, missing: tuple[str, ...], rep
     """Count what the rendering shows. `missing` are markers of the template that are no tokens of the tokenizer."""
     origin = rendered.example.origin
     cases = {
-        "endless": not chat.ends(rendered.trained_text),
+        "endless": not chat.ends(rendered.trained_text)
+        and not any(has_flags(part) for part in _talks(rendered.example)),
         "given_otherwise": rendered.given_otherwise,
         "thought_lost": rendered.thought_lost,
         "tools_left_out": _leaves_tools_out(rendered),
@@ -52,10 +54,13 @@ def remark_on_bos(
         report.without_bos.add(whole.origin)
 
 
+def _talks(example: Example) -> list[list[Message]]:
+    return [part for part in (example.prompt, *example.completions) if isinstance(part, list)]
+
+
 def _holds_special(example: Example, chat: Chat) -> bool:
     """Whether what others than the assistant say holds a token of the tokenizer's own, such as `<|im_end|>`."""
-    parts = (example.prompt, *example.completions)
-    messages = (message for part in parts if isinstance(part, list) for message in part)
+    messages = (message for talk in _talks(example) for message in talk)
     texts = (message.get("content") for message in messages if message["role"] != "assistant")
     return chat.special is not None and any(isinstance(text, str) and chat.special.search(text) for text in texts)
 

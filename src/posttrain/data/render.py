@@ -5,6 +5,8 @@ Plain text ends with the end-of-sequence token, conversations end as their templ
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +21,8 @@ from posttrain.types import Example, Message
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+LETTERS = re.compile(r"[\W_]+")
+"""What is neither letter nor digit."""
 WAY_OUT = "mark the assistant's part in the template with {% generation %}, or use prompt-completion data"
 
 
@@ -169,11 +173,18 @@ def _check_left_out(messages: list[Message], example: Example, full: str) -> Non
         if message["role"] in ("assistant", "tool") or not isinstance(content, str):
             continue
         lines = [line.strip() for line in content.splitlines() if line.strip()]
-        if lines and not any(line in full for line in lines):
+        if lines and not any(line in full for line in lines) and not _is_in(content, full):
             what = f"is of role {message['role']}, which the chat template leaves out"
             hint = "give it another role, drop it, or choose a template that knows the role"
             where = f"messages[{i}]"
             raise bad_row("E-DATA-0043", example.origin, what, field=where, seen=content, row=full, hint=hint)
+
+
+def _is_in(content: str, full: str) -> bool:
+    """Whether `full` has the letters and digits of `content`, in whatever case or escapes the template writes them."""
+    forms = (content, json.dumps(content), json.dumps(content, ensure_ascii=False))
+    text = LETTERS.sub("", full).casefold()
+    return any(LETTERS.sub("", form).casefold() in text for form in forms)
 
 
 def _thought_lost(message: Message, full: str) -> bool:

@@ -1,8 +1,8 @@
 """Templates of models and files are other people's programs: a child process renders them, within bounds.
 
-The child (jinja.py as a script, 40 ms to start, about 60 µs a rendering) has no environment, no site packages but those
-that it needs, 512 MB of memory, two seconds of processor time a rendering and four megabytes of output. One that goes
-beyond is ended and the template refused. There is one child a process, whatever the number of templates.
+The child (jinja.py as a script, 40 ms to start, about 60 µs a rendering) has no environment, writes no files and starts
+no processes; it has 512 MB of memory, two seconds of processor time a rendering and four megabytes of output. One that
+goes beyond is ended and the template refused. There is one child a process, whatever the number of templates.
 """
 
 from __future__ import annotations
@@ -21,10 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.data.rendering import rendered
+from posttrain.errors import ConfigError
 
 SCRIPT = Path(__file__).with_name("jinja.py")
 PATIENCE = 60.0
 """Seconds by the clock for an answer, on a machine that is busy with other things."""
+
+
+KEPT = ("TZ",)
+"""What the child gets of the environment: templates write the date."""
 
 
 class Sandbox:
@@ -75,14 +80,7 @@ class Sandbox:
             self._forget()
         if self._child is None or self._child.poll() is not None:
             paths = json.dumps([path for path in sys.path if path])
-            self._child = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(SCRIPT), paths],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env={},
-            )
-            self._known = set()
+            self._child, self._known = _started([sys.executable, "-I", "-S", str(SCRIPT), paths]), set()
         return self._child
 
     def close(self) -> None:
@@ -96,6 +94,30 @@ class Sandbox:
             if pipe is not None:
                 with suppress(OSError):  # what was not yet sent
                     pipe.close()
+
+
+def _started(command: list[str]) -> subprocess.Popen[bytes]:
+    """The child, ready. Raises ConfigError (E-DATA-0045) where it cannot be had."""
+    environment = {name: os.environ[name] for name in KEPT if name in os.environ}
+    try:
+        child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+        )
+    except OSError as error:
+        raise _not_started(str(error)) from None
+    assert child.stdout is not None
+    assert child.stderr is not None
+    if child.stdout.readline() != b"ready\n":
+        _, said = child.communicate()
+        raise _not_started(said.decode(errors="replace").strip().rpartition("\n")[2])
+    child.stderr.close()
+    return child
+
+
+def _not_started(why: str) -> ConfigError:
+    message = f"the process that renders chat templates cannot be started: {why or 'it ended'}"
+    hint = 'a named template (chat_template="chatml", ...) needs none'
+    return ConfigError(message, hint=hint, code="E-DATA-0045")
 
 
 SANDBOX = Sandbox()

@@ -121,6 +121,8 @@ class Turns:
             return start, len(upto)
         if upto[:start] != self.full[:start]:
             raise NoPrefixError(_unlike(i + 1))
+        if (around := self._around_content(i)) is not None:
+            return start, around[1]
         return start, start + self._length_inside(i, upto[start:], self.full[start:])
 
     def _start(self, i: int) -> int:
@@ -146,7 +148,10 @@ class Turns:
 
         Either the last turn has more before it (Qwen3's thought): then `inside` begins with the end of what stands
         there alone, down to the end-of-turn token. Or it ends otherwise: with one token more (Phi-3's end of text),
-        or with another token (gpt-oss)."""
+        or with another token (gpt-oss). Of the content, this knows nothing: it may hold such tokens too, so that turns
+        with content are cut after it before they come here."""
+        if inside.startswith(alone):
+            return len(alone)
         tokens = self.chat.end_tokens
         shortest = max((alone.rfind(token) for token in tokens), default=-1)
         for cut in range(shortest + 1):
@@ -164,18 +169,26 @@ class Turns:
 
     def _by_placeholder(self, i: int, error: Exception) -> Span:
         """The turn where another text, put in place of its content, turns up. `error` is raised where it does not."""
+        found = self._around_content(i)
+        if found is None:
+            raise error
+        before, end = found
+        return self._after_header(i, before), end
+
+    def _around_content(self, i: int) -> tuple[str, int] | None:
+        """What stands before the content of message `i`, and where its turn ends; None where the template shows
+        something else in place of another content, or the message has none."""
         content = self.messages[i].get("content")
         if not isinstance(content, str) or not content.strip() or PLACEHOLDER in self.full:
-            raise error
+            return None
         others = [*self.messages[:i], {**self.messages[i], "content": PLACEHOLDER}, *self.messages[i + 1 :]]
         before, _, after = self.chat.render(others, self.example).partition(PLACEHOLDER)
         end = len(self.full) - len(after)
         fits = self.full.startswith(before) and self.full.endswith(after) and len(before) <= end
         if not fits or PLACEHOLDER in after:
-            raise error
+            return None
         _, _, alone = self.chat.render(others[: i + 1], self.example).partition(PLACEHOLDER)
-        ending = len(alone) if after.startswith(alone) else self._length_inside(i, alone, after)
-        return self._after_header(i, before), end + ending
+        return before, end + self._length_inside(i, alone, after)
 
     def _after_header(self, i: int, before: str) -> int:
         """Where the turn begins, if its content begins after `before`: after the generation prompt, where that stands

@@ -20,17 +20,18 @@ from posttrain.data.prepare import prepare, stream
 from posttrain.data.report import DataReport
 from posttrain.data.settings import DataSettings
 from posttrain.data.sources import source_name
-from posttrain.data.templates import end_tokens, find_template, resolve_template, without_markers
+from posttrain.data.templates import find_template
 from posttrain.errors import ConfigError, DataError
 from posttrain.evaluate.predictions import Predictor
 from posttrain.models import adapters
-from posttrain.models.load import load_model, load_tokenizer, set_chat_template, set_eos_token, set_pad_token
+from posttrain.models.load import load_model, load_tokenizer, set_eos_token, set_pad_token
 from posttrain.objectives.sft import SupervisedLoss
 from posttrain.run import Run
 from posttrain.trainers.arguments import check_arguments
 from posttrain.trainers.base import PackedTrainer, make_events
 from posttrain.trainers.config import SFTConfig
 from posttrain.trainers.spellings import TRAINER_GONE, TRAINER_TO_CONFIG, say_read_as
+from posttrain.trainers.templates import take_template
 from posttrain.types import Sample
 
 logger = logging.getLogger("posttrain")
@@ -221,7 +222,7 @@ def _open_model(
         )
     if args.eos_token is not None:
         set_eos_token(model, tokenizer, args.eos_token)
-    added = _take_chat_template(model, tokenizer, args.chat_template_path) if args.chat_template_path else []
+    added = take_template(model, tokenizer, args.chat_template_path) if args.chat_template_path else []
     if peft_config is not None:
         if added:
             _train_added_tokens(peft_config, added)
@@ -238,16 +239,6 @@ def _dtype_to_load(args: SFTConfig, peft_config: Any) -> str:
         return "float32"
     trains_more = getattr(peft_config, "modules_to_save", None) or getattr(peft_config, "trainable_token_indices", None)
     return "bfloat16" if args.bf16 and not trains_more else "auto"
-
-
-def _take_chat_template(model: Any, tokenizer: PreTrainedTokenizerBase, source: str) -> list[int]:
-    """By its name in the library, else from a file or another tokenizer; the ids of tokens that were added for it."""
-    if find_template(source) is None:
-        return set_chat_template(model, tokenizer, source)
-    tokenizer.chat_template = without_markers(str(resolve_template(tokenizer, source)))
-    for token in reversed(end_tokens(tokenizer, source)):  # what ends turns ends sequences
-        set_eos_token(model, tokenizer, token)
-    return []
 
 
 def _as_dict(given: dict[str, Any] | str | None) -> dict[str, Any]:

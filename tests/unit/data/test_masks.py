@@ -12,7 +12,7 @@ from posttrain.data.prepare import Prepared, prepare
 from posttrain.data.settings import DataSettings
 from posttrain.errors import ConfigError, DataError
 from posttrain.types import Branch
-from tests.tiny_tokenizers import chatml_tokenizer, plain_tokenizer
+from tests.tiny_tokenizers import CHATML, chatml_tokenizer, plain_tokenizer
 
 QUESTION, ANSWER = {"role": "user", "content": "What is two plus two?"}, {"role": "assistant", "content": "Four."}
 THANKS, WELCOME = {"role": "user", "content": "Thanks!"}, {"role": "assistant", "content": "You are welcome 🙂"}
@@ -143,6 +143,28 @@ def test_completion_of_a_conversation() -> None:
     assert trained(whole, tokenizer, assistant_only=True) == ["You are welcome 🙂<|im_end|>\n"]
     runs = trained(whole, tokenizer, assistant_only=True, completion_only=False)
     assert runs == ["Four.<|im_end|>\n", "You are welcome 🙂<|im_end|>\n"]
+
+
+@pytest.mark.parametrize("assistant_only", [False, True])
+def test_a_padding_token_that_ends_turns_is_trained(assistant_only: bool) -> None:
+    """Nothing is masked by its id: a model that pads with its end-of-turn token still learns to stop."""
+    tokenizer = chatml_tokenizer()
+    tokenizer.pad_token = "<|im_end|>"
+    row = {"messages": [QUESTION, ANSWER]} if assistant_only else {"prompt": [QUESTION], "completion": [ANSWER]}
+    assert trained(row, tokenizer, assistant_only=assistant_only) == ["Four.<|im_end|>\n"]
+
+
+def test_a_generation_prompt_that_training_does_not_have_is_counted() -> None:
+    """The model is asked with an open thought, and trained without one."""
+    tokenizer = plain_tokenizer(template=CHATML.replace("assistant\n' }}{% endif", "assistant\n<think>\n' }}{% endif"))
+    for row, options in (
+        ({"prompt": [QUESTION], "completion": [ANSWER]}, {}),
+        ({"messages": CONVERSATION}, {"assistant_only": True}),
+    ):
+        report = run(row, tokenizer, **options).report
+        assert report.given_otherwise.count == 1
+        assert trained(row, tokenizer, **options)[-1].endswith(".<|im_end|>\n" if not options else "🙂<|im_end|>\n")
+        assert "is given another text than in training" in report.notes()[-1]
 
 
 def test_a_merge_across_the_boundary_is_reported() -> None:

@@ -400,6 +400,34 @@ def test_masks_of_generated_conversations(name: str, contents: list[str]) -> Non
     assert branch.supervised.tolist() == expected
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_empty_turns(name: str) -> None:
+    """An assistant that says nothing would be trained to stop at once: that is refused, unless it is not trained."""
+    nothing = {"role": "assistant", "content": ""}
+    rest = [{"role": "user", "content": ""}, TURNS[3]]
+    with pytest.raises(DataError, match="says nothing"):
+        trained(name, {"messages": [TURNS[0], nothing, *rest]})
+    (only,) = trained(name, {"messages": [TURNS[0], {**nothing, "train": False}, *rest]})
+    assert only == answers(name, "I am an assistant")[-1]
+
+
+@pytest.mark.parametrize("name", ["chatml", "qwen-3", "gemma-3", "phi-3", "mistral", "deepseek-r1"])
+@settings(max_examples=30, deadline=None)
+@given(contents=st.lists(CONTENT, min_size=2, max_size=6).filter(lambda c: len(c) % 2 == 0))
+def test_masks_of_a_models_own_template_without_markers(name: str, contents: list[str]) -> None:
+    """Rendered in the sandbox (a comment makes the text another's), found by prefixes: the same as by markers."""
+    if any(not content.strip() or "think>" in content for content in contents):
+        return
+    messages = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+    tokenizer = tokenizer_of(name)
+    marked = run(name, {"messages": messages}, tokenizer).samples[0][0].branches[0]
+    tokenizer.chat_template = without_markers(resolve_template(tokenizer, name) or "") + "{#- mine -#}"
+    assert not is_ours(tokenizer.chat_template)
+    found = prepare([{"messages": messages}], tokenizer, DataSettings(assistant_only=True)).samples[0][0].branches[0]
+    assert found.ids.tolist() == marked.ids.tolist()
+    assert found.supervised.tolist() == marked.supervised.tolist()
+
+
 def test_the_packaged_models_own_template() -> None:
     folder = Path.home() / ".cache" / "posttrain" / "models" / "smollm2-135m-instruct"
     if not (folder / "chat_template.jinja").is_file():

@@ -92,7 +92,7 @@ def template_text(name: str) -> str:
 
 def without_markers(template: str) -> str:
     """`template` without `{% generation %}`, which other programs do not know: the text that is saved with a model."""
-    return MARKERS.sub(lambda found: "{#" + found[1] + found[2] + "#}" if found[1] or found[2] else "", template)
+    return MARKERS.sub(lambda found: f"{{#{found[1]} {found[2]}#}}" if found[1] or found[2] else "", template)
 
 
 def is_ours(template: str) -> bool:
@@ -146,7 +146,11 @@ def _plain(name: str) -> str:
 def _template_file(name: str) -> str:
     path = Path(name)
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            message = f"{path}: the chat template is not UTF-8 (byte {error.start})"
+            raise ConfigError(message, hint="write it as UTF-8 text") from None
     similar = difflib.get_close_matches(name.lower(), [*TEMPLATES, *ALIASES], n=1)
     hint = f"did you mean {similar[0]!r}?" if similar else f"known: {', '.join(TEMPLATES)}, or a .jinja file"
     raise ConfigError(f"no chat template is called {name!r}, and there is no such file", hint=hint)

@@ -1,0 +1,68 @@
+"""`posttrain data tokens`: what the model sees of a file's rows, every token of them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from posttrain.commands import EXIT_CODES
+from posttrain.terminal import wants_colour
+
+ABOUT = "show every token of a row: trained, masked, special, cut off"
+
+
+def add(verbs: Any, common: argparse.ArgumentParser) -> None:
+    tokens = verbs.add_parser(
+        "tokens", aliases=["preview"], parents=[common], help=ABOUT, description=ABOUT, epilog=EXIT_CODES
+    )
+    tokens.add_argument("file", help="a file of examples, or a folder of them")
+    tokens.add_argument("--model", required=True, help="whose tokenizer: a folder, or smollm2-135m-instruct")
+    tokens.add_argument("--rows", default="0", metavar="0,5-9", help="rows to show, counted from 0")
+    tokens.add_argument("--max-length", type=int, metavar="N", help="show what this limit cuts off")
+    tokens.add_argument(
+        "--truncation", choices=("keep_start", "keep_end"), default="keep_start", help="which end is kept"
+    )
+    tokens.add_argument(
+        "--train-on",
+        choices=("assistant", "completion", "all"),
+        default="assistant",
+        help="what is to be trained (assistant: its turns, or what follows a prompt)",
+    )
+    tokens.add_argument("--template", metavar="NAME", help="a chat template by name, or a .jinja file")
+    tokens.add_argument("--format", default="auto", help="the data format, if its shape does not tell")
+    tokens.add_argument("--text-field", default="text", metavar="COLUMN", help="the column of plain text")
+    tokens.add_argument("--html", type=Path, metavar="OUT", help="write a page instead")
+    tokens.set_defaults(command=_tokens)
+
+
+def _tokens(options: argparse.Namespace) -> int:
+    from posttrain.data.settings import DataSettings
+    from posttrain.data.view import parse_rows, view_rows
+    from posttrain.data.view.html import as_html
+    from posttrain.data.view.text import as_text, legend
+    from posttrain.models.load import load_tokenizer
+
+    rows = parse_rows(options.rows)
+    settings = DataSettings(
+        format=options.format,
+        text_field=options.text_field,
+        max_length=options.max_length,
+        truncation_mode=options.truncation,
+        chat_template=options.template,
+    )
+    views = view_rows(options.file, rows, load_tokenizer(options.model), settings, options.train_on)
+    if options.html is not None:
+        options.html.write_text(as_html(views, f"{options.file} as {options.model} sees it"), "utf-8")
+    if options.json:
+        print(json.dumps([view.to_dict() for view in views]))
+    elif options.html is not None:
+        print(f"written: {options.html}")
+    else:
+        encoding = sys.stdout.encoding or "ascii"
+        color = wants_colour(options.color, sys.stdout)
+        print(*(as_text(view, color, encoding) for view in views), sep="\n", end="")
+        print(legend(color, encoding))
+    return 3 if any(view.error is not None for view in views) else 0

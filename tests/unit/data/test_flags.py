@@ -1,0 +1,188 @@
+"""Which turns and parts the data ask to be trained or left out: every mask decoded back into text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from posttrain.data.prepare import Prepared, prepare
+from posttrain.data.settings import DataSettings
+from posttrain.errors import DataError
+from tests.tiny_tokenizers import chatml_tokenizer
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+QUESTION, ANSWER = {"role": "user", "content": "What is two plus two?"}, {"role": "assistant", "content": "Four."}
+THANKS, WELCOME = {"role": "user", "content": "Thanks!"}, {"role": "assistant", "content": "You are welcome 🙂"}
+END = "<|im_end|>\n"
+
+
+def run(row: dict[str, Any], **settings: Any) -> Prepared:
+    marked = settings.pop("marked", False)
+    return prepare([row], chatml_tokenizer(marked=marked), DataSettings(**{"assistant_only": True, **settings}))
+
+
+def trained(row: dict[str, Any], **settings: Any) -> list[str]:
+    branch = run(row, **settings).samples[0][0].branches[0]
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], branch.supervised.astype(int), [0]])))
+    return [chatml_tokenizer().decode(branch.ids[start:end]) for start, end in edges.reshape(-1, 2)]
+
+
+def messages(*flags: dict[str, Any]) -> dict[str, Any]:
+    """The conversation with these flags, message by message."""
+    turns = (SYSTEM, QUESTION, ANSWER, THANKS, WELCOME)
+    return {"messages": [{**turn, **flag} for turn, flag in zip(turns, flags, strict=True)]}
+
+
+@pytest.mark.parametrize("marked", [False, True])
+@pytest.mark.parametrize("flag", [{"train": False}, {"weight": 0}, {"weight": 0.0}, {"training": False}, {"train": 0}])
+def test_a_turn_left_out(flag: dict[str, Any], marked: bool) -> None:
+    assert trained(messages({}, {}, flag, {}, {}), marked=marked) == ["You are welcome 🙂" + END]
+    assert trained(messages({}, {}, {}, {}, flag), marked=marked) == ["Four." + END]
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_flags_that_say_what_is_so_anyway(marked: bool) -> None:
+    expected = ["Four." + END, "You are welcome 🙂" + END]
+    assert trained(messages({}, {}, {}, {}, {}), marked=marked) == expected
+    yes, no = {"train": True}, {"train": False}
+    assert trained(messages(no, no, yes, no, yes), marked=marked) == expected
+    assert trained(messages({}, {}, {"weight": 1, "train": None}, {}, {"weight": None}), marked=marked) == expected
+
+
+def test_a_user_turn_is_trained_without_its_header() -> None:
+    row = messages({}, {"train": True}, {"train": False}, {}, {})
+    assert trained(row) == ["What is two plus two?" + END, "You are welcome 🙂" + END]
+
+
+def test_whole_sequences_lose_the_turn_with_its_header() -> None:
+    full = chatml_tokenizer().apply_chat_template([SYSTEM, QUESTION, ANSWER, THANKS, WELCOME], tokenize=False)
+    before, _, rest = full.partition("<|im_start|>user\nThanks!<|im_end|>\n")
+    assert trained(messages({}, {}, {}, {"train": False}, {}), assistant_only=False) == [before, rest]
+    before, _, rest = full.partition("Four.<|im_end|>\n")
+    assert trained(messages({}, {}, {"train": False}, {}, {}), assistant_only=False) == [before, rest]
+
+
+def test_parts() -> None:
+    parts = [
+        {"type": "text", "text": "The capital of France", "train": False},
+        {"type": "text", "text": " is Paris."},
+    ]
+    row = {"messages": [QUESTION, {"role": "assistant", "content": parts}]}
+    assert trained(row) == [" is Paris." + END]
+    parts[1]["train"] = True
+    row = {"messages": [QUESTION, {"role": "assistant", "content": parts, "train": False}]}
+    assert trained(row) == [" is Paris."]
+    assert run(row).report.boundary_moved.count == 0
+
+
+def test_ranges_of_characters_as_axolotl_writes_them() -> None:
+    detail = [
+        {"begin_offset": 0, "end_offset": 20, "train": False},
+        {"begin_offset": 24, "end_offset": 30, "train": True},
+    ]
+    answer = {"role": "assistant", "content": "The capital of France is Paris.", "train_detail": detail}
+    assert trained({"messages": [QUESTION, answer]}) == [" is Paris." + END]
+    assert trained({"messages": [QUESTION, {**answer, "train": False}]}) == [" Paris."]
+    turns = [{"from": "human", "value": "Where?"}, {"from": "gpt", "value": answer["content"], "train_detail": detail}]
+    assert trained({"conversations": turns}) == [" is Paris." + END]
+
+
+def test_a_range_that_cuts_a_token_is_counted() -> None:
+    detail = [{"begin_offset": 0, "end_offset": 1, "train": False}]
+    answer = {"role": "assistant", "content": "Hello there", "train_detail": detail}
+    prepared = run({"messages": [QUESTION, answer]})
+    assert prepared.report.boundary_moved.count == 1
+
+
+def test_sharegpt() -> None:
+    turns = [
+        {"from": "human", "value": "What is two plus two?"},
+        {"from": "gpt", "value": "Four.", "train": False},
+        {"from": "human", "value": "Thanks!"},
+        {"from": "gpt", "value": "You are welcome 🙂", "weight": 1},
+    ]
+    assert trained({"conversations": turns}) == ["You are welcome 🙂" + END]
+
+
+def test_calls_of_sharegpt_keep_their_flags() -> None:
+    call = {"from": "function_call", "value": '{"name": "add", "arguments": {}}', "train": False}
+    turns = [
+        {"from": "human", "value": "Add."},
+        call,
+        {"from": "observation", "value": "2"},
+        {"from": "gpt", "value": "2."},
+    ]
+    assert trained({"conversations": turns}, chat_template="chatml") == ["2." + END]
+    joined = [turns[0], {"from": "gpt", "value": "I add."}, *turns[1:]]
+    with pytest.raises(DataError, match="is joined to the assistant's words before it") as caught:
+        run({"conversations": joined}, chat_template="chatml")
+    assert caught.value.code == "E-DATA-0042"
+
+
+def test_templates_do_not_see_flags() -> None:
+    tokenizer = chatml_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m | tojson }}<|im_end|>{% endfor %}"
+    row = messages({"train": False}, {"weight": 1}, {"training": True}, {"train": False}, {"train": True})
+    ((tokenized,),) = prepare([row], tokenizer, DataSettings()).samples
+    text = tokenizer.decode(tokenized.branches[0].ids)
+    assert not {word for word in ("train", "weight", "training") if word in text}
+
+
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ({"weight": 0.5}, r'"messages\[2\].weight" is 0.5'),
+        ({"train": "yes"}, r'"messages\[2\].train" is text'),
+        ({"train": True, "weight": 0}, "contradict each other"),
+        ({"train_detail": {"train": True}}, "is an object, not a list"),
+        ({"train_detail": [{"begin_offset": 3, "end_offset": 1, "train": True}]}, "is no range of characters"),
+        ({"train_detail": [{"begin_offset": 0, "end_offset": 1}]}, "does not say whether to train"),
+        ({"train_detail": [{"begin_offset": 0, "end_offset": 99, "train": True}]}, "ends at character 99, but the con"),
+    ],
+)
+def test_what_is_no_flag_is_refused(flag: dict[str, Any], says: str) -> None:
+    with pytest.raises(DataError, match=says) as caught:
+        run(messages({}, {}, flag, {}, {}))
+    assert caught.value.code == "E-DATA-0042"
+
+
+def test_a_prompt_cannot_be_trained_where_only_completions_are() -> None:
+    row = {"prompt": [QUESTION, {**ANSWER, "train": True}, THANKS], "completion": [WELCOME]}
+    with pytest.raises(DataError, match=r'"prompt\[1\]" asks to be trained') as caught:
+        run(row, assistant_only=False)
+    assert caught.value.code == "E-DATA-0042"
+
+
+def test_everything_left_out_is_refused() -> None:
+    with pytest.raises(DataError) as caught:
+        run(messages({}, {}, {"train": False}, {}, {"train": False}))
+    assert caught.value.code == "E-DATA-0022"
+
+
+def test_a_role_that_the_template_leaves_out_is_refused() -> None:
+    tokenizer = chatml_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages if m.role in ('user', 'assistant') %}{{ m.content }}<|im_end|>{% endfor %}"
+    )
+    row = {"messages": [{"role": "developer", "content": "Be\nbrief."}, QUESTION, ANSWER]}
+    with pytest.raises(
+        DataError, match=r'"messages\[0\]" is of role developer, which the chat template leaves'
+    ) as caught:
+        prepare([row], tokenizer, DataSettings())
+    assert caught.value.code == "E-DATA-0043"
+
+
+@pytest.mark.parametrize("how", ["m.content | tojson", "m.content | upper", "m.content | replace(' ', '_')"])
+def test_a_message_written_otherwise_is_not_left_out(how: str) -> None:
+    tokenizer = chatml_tokenizer()
+    tokenizer.chat_template = f"{{% for m in messages %}}{{{{ {how} }}}}<|im_end|>{{% endfor %}}"
+    row = {"messages": [{"role": "user", "content": 'Say "é\\"\tthen\n"ü"'}, ANSWER]}
+    assert prepare([row], tokenizer, DataSettings()).report.used == 1
+
+
+@pytest.mark.parametrize("role", ["Human", " user ", "prompter", "USER"])
+def test_roles_are_found_however_they_are_spelt(role: str) -> None:
+    row = {"messages": [{"role": role, "content": "Hi"}, {"role": "ChatGPT", "content": "Hello"}]}
+    assert trained(row) == ["Hello" + END]
