@@ -407,7 +407,12 @@ def test_empty_turns(name: str) -> None:
     rest = [{"role": "user", "content": ""}, TURNS[3]]
     with pytest.raises(DataError, match="says nothing"):
         trained(name, {"messages": [TURNS[0], nothing, *rest]})
-    (only,) = trained(name, {"messages": [TURNS[0], {**nothing, "train": False}, *rest]})
+    row = {"messages": [TURNS[0], {**nothing, "train": False}, *rest]}
+    if name == "deepseek-r1":  # whose last turn begins with a thought, so that an empty one is nowhere to be found
+        with pytest.raises(DataError, match="rendered otherwise at the end"):
+            trained(name, row)
+        return
+    (only,) = trained(name, row)
     assert only == answers(name, "I am an assistant")[-1]
 
 
