@@ -202,10 +202,15 @@ class Run:
     # --- evaluation -------------------------------------------------------------------------------------------------
 
     def evaluate(
-        self, sets: Mapping[str, Sequence[Sample]], stop: StopRequest | None = None, *, prefix: str = "eval"
+        self,
+        sets: Mapping[str, Sequence[Sample]],
+        stop: StopRequest | None = None,
+        *,
+        prefix: str = "eval",
+        logged: bool = True,
     ) -> dict[str, float] | None:
-        """Metrics of every set under `prefix` (or `prefix_<name>`), logged and told to callbacks; with several sets
-        also their mean loss as `prefix_loss`. None if a signal came meanwhile."""
+        """Metrics of every set under `prefix` (or `prefix_<name>`), logged and told to callbacks unless not `logged`;
+        with several sets also their mean loss as `prefix_loss`. None if a signal came meanwhile."""
         if not sets:
             raise ConfigError("there is nothing to evaluate", hint="give eval_dataset, or set eval_strategy='no'")
         metrics: dict[str, float] = {}
@@ -217,10 +222,11 @@ class Run:
                     return None
                 metrics_by_set.append(one)
         for one in metrics_by_set:
-            metrics |= self.events.log(one)
+            metrics |= self.events.log(one) if logged else one
         if "" not in sets:
             metrics[f"{prefix}_loss"] = sum(metrics[f"{prefix}_{name}_loss"] for name in sets) / len(sets)
-        self.events.evaluated(metrics)
+        if logged:
+            self.events.evaluated(metrics)
         return metrics
 
     def _evaluate_due(self, stop: StopRequest) -> dict[str, float] | None:

@@ -132,6 +132,26 @@ def test_metrics_of_ones_own(preprocess: Callable[..., Any] | None, more: dict[s
     assert "eval_predictions" in theirs.history[1]
 
 
+def test_predict(tmp_path: Path) -> None:
+    def given() -> dict[str, Any]:
+        return {"compute_metrics": lambda p: {"n": float((p.label_ids != -100).sum())}}
+
+    def predicted(library: Any) -> tuple[Any, Any]:
+        trainer = make_trainer(
+            library, tmp_path / library.__name__, CHAT_PAIRS, given=given, per_device_eval_batch_size=2
+        )
+        return trainer, trainer.predict(CHAT_PAIRS if library is posttrain else trainer.train_dataset)
+
+    (ours, mine), (_, other) = predicted(posttrain), predicted(trl)
+    assert mine.predictions.shape == other.predictions.shape
+    seen = mine.label_ids != -100
+    assert (mine.label_ids == other.label_ids).all()
+    assert mine.predictions[seen] == pytest.approx(other.predictions[seen], rel=1e-4, abs=1e-5)
+    for name in ("test_loss", "test_n"):
+        assert mine.metrics[name] == near(other.metrics[name])
+    assert ours.state.log_history == []
+
+
 def test_inputs_and_losses_for_metrics(tmp_path: Path) -> None:
     seen: list[EvalPrediction] = []
 

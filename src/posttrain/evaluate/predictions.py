@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 from transformers.trainer_pt_utils import EvalLoopContainer
 from transformers.trainer_utils import EvalPrediction, denumpify_detensorize
 
+from posttrain.errors import ConfigError
 from posttrain.types import Sample
 
 
@@ -73,7 +74,9 @@ def _rows(samples: Sequence[Sample], config: Any) -> list[tuple[list[np.ndarray]
     ids, labels = [], []
     for sample in samples:
         if len(sample) != 1:
-            raise ValueError("compute_metrics needs one sequence per row; set eval_packing=False")
+            raise ConfigError(
+                "compute_metrics needs one sequence per row, and these are packs", hint="eval_packing=False"
+            )
         part = sample[0]
         branch = part.branches[0]
         ids.append(np.concatenate([part.prefix, branch.ids]).astype(np.int64))

@@ -11,8 +11,15 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase, TrainingArguments
-from transformers.trainer_utils import IntervalStrategy, align_special_tokens, set_seed
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_utils import (
+    EvalPrediction,
+    IntervalStrategy,
+    PredictionOutput,
+    align_special_tokens,
+    set_seed,
+)
 
 from posttrain.data.cache import default_folder
 from posttrain.data.mixing import Mixture
@@ -82,9 +89,10 @@ class SFTTrainer(PackedTrainer):
         set_seed(args.seed)  # adapters are initialised at random
         model, processing_class = _open_model(model, processing_class, args, peft_config, quantization_config)
         self._settings = _data_settings(args, formatting_func)
-        self._tokenizer = processing_class
+        self._tokenizer, self._model = processing_class, model
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.data_reports: dict[str, DataReport] = {}
+        self._compute_metrics, self._preprocess_logits = compute_metrics, preprocess_logits_for_metrics
         predictor = Predictor(args, compute_metrics, preprocess_logits_for_metrics) if compute_metrics else None
         self.run = Run(
             model=model,
@@ -116,6 +124,29 @@ class SFTTrainer(PackedTrainer):
         assert metrics is not None
         return metrics
 
+    def predict(
+        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """Logits (or what `preprocess_logits_for_metrics` makes of them), labels and metrics over `test_dataset`; the
+        log is not touched. Logits of a whole set are large: `(rows, longest, vocabulary)` in fp32."""
+        if ignore_keys is not None:
+            raise ConfigError("predict(ignore_keys=...) is not honoured: there are logits only")
+        seen: list[EvalPrediction] = []
+        own = self.run.predict
+
+        def collect(prediction: EvalPrediction) -> dict[str, float]:
+            seen.append(prediction)
+            return self._compute_metrics(prediction) if self._compute_metrics else {}
+
+        args = dataclasses.replace(self.args, prediction_loss_only=False, batch_eval_metrics=False)
+        self.run.predict = Predictor(args, collect, self._preprocess_logits)
+        try:
+            sets = self._eval_sets(test_dataset)
+            metrics = self.run.evaluate(sets, prefix=metric_key_prefix, logged=False)
+        finally:
+            self.run.predict = own
+        return PredictionOutput(seen[0].predictions, seen[0].label_ids, metrics)
+
     # --- data -------------------------------------------------------------------------------------------------------
 
     def _train_samples(self, dataset: Any) -> Sequence[Sample] | Callable[[], Iterator[Sample]]:
@@ -126,6 +157,17 @@ class SFTTrainer(PackedTrainer):
             self._check_stream(dataset)
             return lambda: self._stream(dataset)
         return self._prepared(dataset, "train", self._settings)
+
+    def _check_ids(self, samples: Sequence[Sample]) -> None:
+        """A tokenizer may know more tokens than the model (Gemma 3's does), as long as the rows have none of them."""
+        rows = self._model.get_input_embeddings().weight.shape[0]
+        for part in (part for sample in samples for part in sample):
+            highest = max((int(branch.ids.max()) for branch in part.branches if len(branch.ids)), default=0)
+            if highest >= rows:
+                raise ConfigError(
+                    f"{part.origin} has token {highest}, and the model embeddings for {rows} tokens only",
+                    hint="model.resize_token_embeddings(len(tokenizer)), or the tokenizer that belongs to the model",
+                )
 
     def _stream(self, dataset: Any) -> Iterator[Sample]:
         """One pass over it; `data_reports` counts along."""
@@ -166,6 +208,7 @@ class SFTTrainer(PackedTrainer):
                 raise DataError(f"the {name} stream has no usable rows", code="E-DATA-0031")
             return samples
         prepared = prepare(dataset, self._tokenizer, settings, name)
+        self._check_ids(prepared.samples)
         self.data_reports[name] = prepared.report
         logger.info("data     %s", prepared.report.summary())
         for note in prepared.report.notes():
@@ -175,6 +218,8 @@ class SFTTrainer(PackedTrainer):
 
 def _config(model: Any, args: TrainingArguments | None, older: dict[str, Any]) -> SFTConfig:
     """`args` as an `SFTConfig`, with what was once given to the trainer itself."""
+    if not isinstance(model, str | PreTrainedModel | PeftModel):
+        raise ConfigError(f"model must be a transformers or PEFT model, or the name of one, got {type(model).__name__}")
     moved = {}
     for name in list(older):
         if name in TRAINER_TO_CONFIG:
@@ -188,6 +233,8 @@ def _config(model: Any, args: TrainingArguments | None, older: dict[str, Any]) -
     if args is None:
         name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
         args = SFTConfig(f"{name.rstrip('/').split('/')[-1]}-SFT")
+    if not isinstance(args, TrainingArguments):
+        raise ConfigError(f"args must be an SFTConfig or a TrainingArguments, got {type(args).__name__}")
     if not isinstance(args, SFTConfig):
         given = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.init}
         args = SFTConfig(**given)
@@ -215,6 +262,9 @@ def _open_model(
         tokenizer = tokenizer or load_tokenizer(name, options)
     elif args.model_init_kwargs is not None:
         raise ConfigError("model_init_kwargs is not honoured: the model is loaded already")
+    if tokenizer is None and not model.config._name_or_path:
+        raise ConfigError("processing_class is needed: the model does not say where its tokenizer lies",
+                          hint="pass the tokenizer as processing_class")  # fmt: skip
     tokenizer = tokenizer or load_tokenizer(model.config._name_or_path)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ConfigError(

@@ -200,3 +200,17 @@ def test_skip_prepare_dataset_takes_tokens_as_they_are(tmp_path: Path) -> None:
 def test_unlike_transformers_trainer_says_so() -> None:
     with pytest.raises(AttributeError, match="posttrain"):
         SFTTrainer.__new__(SFTTrainer).hyperparameter_search  # noqa: B018
+
+
+def test_what_the_trainer_cannot_be_made_of(tmp_path: Path) -> None:
+    tokenizer = chatml_tokenizer()
+    rows, args = [{"text": "a"}], SFTConfig(str(tmp_path), bf16=False)
+    for wrong, given in {
+        "model must be": {"model": None},
+        "args must be an SFTConfig": {"args": {"max_steps": 1}},
+        "processing_class is needed": {"processing_class": None},
+        "and the model embeddings for 20 tokens only": {"model": tiny_model("llama", 20)},
+    }.items():
+        usual = {"model": tiny_model("llama", len(tokenizer)), "args": args, "processing_class": tokenizer}
+        with pytest.raises(ConfigError, match=wrong):
+            SFTTrainer(**{**usual, "train_dataset": rows, **given})
