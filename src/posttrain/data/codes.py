@@ -7,6 +7,7 @@ out. Codes are never reused; a new complaint gets the next free number.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from itertools import islice
 from typing import Any
@@ -22,6 +23,8 @@ REASONS: dict[str, str] = {
     "E-DATA-0005": "NaN or infinity",
     "E-DATA-0006": "no rows",
     "E-DATA-0007": "broken table row",
+    "E-DATA-0008": "repeated key",
+    "E-DATA-0009": "line too long",
     "E-DATA-0010": "unknown format",
     "E-DATA-0011": "malformed field",
     "E-DATA-0012": "unknown role",
@@ -71,7 +74,7 @@ def bad_row(
     """The complaint about one row: where (with the column, if `seen` can be found again in the file), what, an excerpt
     of `row` around `seen`, and the way out."""
     subject = f'"{field}" {what}' if field else what
-    lines = [f"{locate(origin, seen)}  {subject}"]
+    lines = [f"{locate(origin, seen, field)}  {subject}"]
     if row is not None:
         lines.append(f"  | {excerpt(row, around=seen)}")
     return DataError("\n".join(lines), hint=hint, code=code)
@@ -95,8 +98,9 @@ def excerpt(value: object, around: object = None, width: int = 110) -> str:
     return ("…" if start > 0 else "") + text[start : start + width] + ("…" if start + width < len(text) else "")
 
 
-def locate(origin: Origin, seen: object) -> str:
-    """`file:line:column` of the value `seen` where the row's text still holds it, else what the origin knows."""
+def locate(origin: Origin, seen: object, field: str | None = None) -> str:
+    """`file:line:column` of the value `seen` where the row's text still holds it (after its key, if `field` ends in
+    one), else what the origin knows."""
     if origin.line is None or not isinstance(seen, str) or not seen:
         return str(origin)
     num_lines = 1000 if origin.source.endswith(".json") else 1  # an object of a JSON array may run over many lines
@@ -105,7 +109,10 @@ def locate(origin: Origin, seen: object) -> str:
             text = "".join(islice(file, origin.line - 1, origin.line - 1 + num_lines))
     except (OSError, UnicodeDecodeError):
         return str(origin)
-    index = text.find(json.dumps(seen, ensure_ascii=False))
+    value = json.dumps(seen, ensure_ascii=False)
+    key = json.dumps((field or "").rpartition(".")[2], ensure_ascii=False)
+    after_key = re.search(rf"{re.escape(key)}\s*:\s*(?={re.escape(value)})", text)
+    index = after_key.end() if after_key else text.find(value)
     if index < 0:
         return str(origin)
     line = origin.line + text.count("\n", 0, index)

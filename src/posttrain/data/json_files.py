@@ -27,7 +27,19 @@ def _refuse_constant(name: str) -> float:
     raise _NotANumber(name)
 
 
-DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+class _Repeated(ValueError):
+    """An object with a key that stands twice, of which JSON readers keep the one or the other."""
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _Repeated(next(key for key in keys if keys.count(key) > 1))
+    return made
+
+
+DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_once_each)
 SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -45,6 +57,8 @@ def read_json_lines(path: Path, reject: Reject) -> Rows:
             reject(error, origin)
         except ValueError as error:
             reject(_broken_line(error, raw.decode("utf-8"), origin), origin)
+        except RecursionError:
+            reject(_too_deep(str(origin)), origin)
         else:
             if isinstance(value, dict):
                 yield origin, value
@@ -56,6 +70,8 @@ def read_json(path: Path, reject: Reject) -> Rows:
     """A JSON array of objects; or objects one after another, which is JSON Lines under another name."""
     text = "".join(text_lines(path))
     start = _skip_space(text, 0)
+    if start == len(text):
+        raise DataError(f"{path}: the file holds white space only", hint="write [{...}, {...}]", code="E-DATA-0006")
     match text[start : start + 1]:
         case "[":
             return _read_array(path, text, start + 1, reject)
@@ -128,7 +144,25 @@ def _parse_at(text: str, position: int, path: Path) -> tuple[Any, int]:
         where = f"{path}:{1 + text.count(chr(10), 0, position)}"
         if isinstance(error, _NotANumber):
             raise _not_a_number(error, text, position, where) from None
+        if isinstance(error, _Repeated):
+            raise _repeated(error, text, position, where) from None
         raise DataError(f"{where}  not valid JSON: {error}", code="E-DATA-0002") from None
+    except RecursionError:
+        raise _too_deep(f"{path}:{1 + text.count(chr(10), 0, position)}") from None
+
+
+def _too_deep(where: str) -> DataError:
+    hint = "no format of training data is nested so deeply: is this the right file?"
+    return DataError(f"{where}  the row is nested too deeply to be read", hint=hint, code="E-DATA-0002")
+
+
+def _repeated(error: ValueError, text: str, start: int, where: str) -> DataError:
+    first = text.find(json.dumps(str(error), ensure_ascii=False), start)
+    again = text.find(json.dumps(str(error), ensure_ascii=False), first + 1)
+    message = f'{where}  the key "{error}" stands twice in one object\n  | {_around(text, max(again, first, start))}'
+    return DataError(
+        message, hint="keep one of them: which one counts differs from reader to reader", code="E-DATA-0008"
+    )
 
 
 def _broken_array(what: str, text: str, position: int, path: Path) -> DataError:
@@ -140,6 +174,8 @@ def _broken_array(what: str, text: str, position: int, path: Path) -> DataError:
 def _broken_line(error: ValueError, line: str, origin: Origin) -> DataError:
     if isinstance(error, _NotANumber):
         return _not_a_number(error, line, 0, str(origin))
+    if isinstance(error, _Repeated):
+        return _repeated(error, line, 0, str(origin))
     if not isinstance(error, json.JSONDecodeError):  # an integer of thousands of digits
         return bad_row("E-DATA-0002", origin, f"not valid JSON: {error}", row=line)
     at_end = error.pos >= len(line.rstrip()) or error.msg.startswith("Unterminated")

@@ -9,22 +9,46 @@ from posttrain.data.codes import excerpt
 from posttrain.errors import DataError
 from posttrain.types import Origin
 
+MAX_LINE = 64 * 2**20
+"""Bytes of a line of JSON or text. What is longer is no row, and reading it whole would fill the memory."""
 
-def raw_lines(path: Path) -> Iterator[bytes]:
-    """Lines as bytes: they end at a line feed only, so a U+2028 inside a string cuts nothing."""
+
+class _TooLong(bytes):
+    """The beginning of a line that is longer than `MAX_LINE`."""
+
+
+def raw_lines(path: Path, limited: bool = True) -> Iterator[bytes]:
+    """Lines as bytes: they end at a line feed only, so a U+2028 inside a string cuts nothing. Where `limited`, a line
+    that is too long comes as its beginning, which `decode` refuses."""
+    limit = MAX_LINE if limited else -1
     with open(path, "rb") as file:
-        for number, raw in enumerate(file):
-            if number == 0 and raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        first = True
+        while raw := file.readline(limit):
+            if first and raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
                 hint = f"iconv -f UTF-16 -t UTF-8 {path} > fixed{path.suffix}"
                 raise DataError(f"{path}: the file is UTF-16, not UTF-8", hint=hint, code="E-DATA-0003")
-            yield raw.removeprefix(b"\xef\xbb\xbf") if number == 0 else raw
+            if limited and len(raw) == limit and not raw.endswith(b"\n"):
+                raw = _TooLong(raw[:1000])
+                while (more := file.readline(limit)) and not more.endswith(b"\n"):
+                    pass
+            marked = first and raw.startswith(b"\xef\xbb\xbf")
+            yield raw[3:] if marked else raw
+            first = False
 
 
 def text_lines(path: Path) -> Iterator[str]:
-    return (decode(raw, Origin(str(path), index, index + 1)) for index, raw in enumerate(raw_lines(path)))
+    lines = raw_lines(path, limited=False)
+    return (decode(raw, Origin(str(path), index, index + 1)) for index, raw in enumerate(lines))
 
 
 def decode(raw: bytes, origin: Origin) -> str:
+    if isinstance(raw, _TooLong):
+        near = excerpt(raw.decode("utf-8", "replace"))
+        message = f"{origin}  the line is longer than {MAX_LINE // 2**20} MiB\n  | {near}"
+        raise DataError(message, hint="write each row on a line of its own", code="E-DATA-0009")
+    if raw[:1] == b"\0" and not raw.strip(b"\0\r\n"):
+        hint = "the file was damaged, by a full disk or a crash, say; write it again"
+        raise DataError(f"{origin}  the line is nothing but NUL bytes", hint=hint, code="E-DATA-0003")
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:

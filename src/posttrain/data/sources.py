@@ -142,7 +142,7 @@ def _read_file(path: Path, reject: Reject) -> Rows:
         known = ", ".join(READERS)
         raise DataError(f"{path}: unknown file type {path.suffix!r}", hint=f"known: {known}")
     if path.stat().st_size == 0:
-        raise DataError(f"{path}: the file is empty", hint="one JSON object a line is expected", code="E-DATA-0006")
+        raise DataError(f"{path}: the file is empty", hint="check that it was written to its end", code="E-DATA-0006")
     return reader(path, reject)
 
 

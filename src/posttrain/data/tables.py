@@ -3,54 +3,118 @@
 from __future__ import annotations
 
 import csv
+import json
+import logging
+import re
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from posttrain.data.codes import Reject, Row, bad_row, excerpt
-from posttrain.data.lines import text_lines
+from posttrain.data.codes import Reject, Row, bad_row, excerpt, refuse
+from posttrain.data.lines import decode, raw_lines
 from posttrain.errors import DataError
 from posttrain.types import Origin
 
 Rows = Iterator[tuple[Origin, Row]]
 
 CHAT_COLUMNS = ("messages", "conversations", "prompt", "completion", "chosen", "rejected", "tools")
+QUOTED = re.compile(r'"[^"]*"')
+logger = logging.getLogger("posttrain")
 
 
 def read_csv(path: Path, reject: Reject) -> Rows:
-    """All values are text. A row may run over several lines inside quotes; its origin is the first."""
+    """All values are text, but for columns of messages written as JSON. A row may run over several lines inside quotes;
+    its origin is the first."""
     csv.field_size_limit(2**31 - 1)  # the default refuses cells over 128 KiB
-    lines = text_lines(path)
-    first = next(lines)
-    delimiter = max(",;\t", key=first.count)
-    header = next(csv.reader([first], delimiter=delimiter))
-    if len(set(header)) < len(header) or not all(header):
-        raise DataError(f"{path}:1: the header names a column twice or not at all: {excerpt(first.strip())}")
-    for row, (line, values) in enumerate(_records(lines, delimiter, path)):
+    bad: dict[int, DataError] = {}
+    lines = _lines(path, bad)
+    first, skipped = next(lines, ""), 0
+    while first and not first.strip():
+        first, skipped = next(lines, ""), skipped + 1
+    if not first:
+        raise DataError(f"{path}: the file holds white space only", hint="a header line is wanted", code="E-DATA-0006")
+    delimiter = max(",;\t", key=QUOTED.sub("", first).count)
+    reader = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
+    header = _header(next(_records(reader, skipped, path, refuse, bad))[1], path, first)
+    for row, (line, values) in enumerate(_records(reader, skipped, path, reject, bad)):
         origin = Origin(str(path), row, line)
-        if len(values) == len(header):
-            yield origin, dict(zip(header, values, strict=True))
-        else:
+        if len(values) != len(header):
             what = f"has {len(values)} fields, but the header has {len(header)}"
             hint = f"put quotes around fields that hold a {delimiter!r}"
             reject(bad_row("E-DATA-0007", origin, what, row=delimiter.join(values), hint=hint), origin)
+            continue
+        try:
+            yield origin, {name: _cell(name, value, origin) for name, value in zip(header, values, strict=True)}
+        except DataError as error:
+            reject(error, origin)
 
 
-def _records(lines: Iterator[str], delimiter: str, path: Path) -> Iterator[tuple[int, list[str]]]:
-    """The fields of each record after the header, and the line it begins on; blank lines are passed over. Strictly: a
-    quote that is never closed would swallow the rest of the file."""
-    reader, line = csv.reader(lines, delimiter=delimiter, strict=True), 2
+def _lines(path: Path, bad: dict[int, DataError]) -> Iterator[str]:
+    """Every line as text; those that are not UTF-8 with marks in place of what cannot be read, and kept in `bad`."""
+    for index, raw in enumerate(raw_lines(path)):
+        try:
+            text = decode(raw, Origin(str(path), index, index + 1))
+        except DataError as error:
+            bad[index + 1] = error
+            text = raw.decode("utf-8", "replace")
+        if "\r" in text.rstrip("\r\n") and index == 0 and "\n" not in text:
+            hint = f"tr '\\r' '\\n' < {path} > fixed{path.suffix}"
+            raise DataError(f"{path}: lines end with a carriage return only", hint=hint, code="E-DATA-0007")
+        yield text
+
+
+def _header(names: list[str], path: Path, first: str) -> list[str]:
+    header = [name.strip() for name in names]
+    if header != names:
+        logger.info("%s: spaces around the names of the header are left out: %s", path, ", ".join(header))
+    if len(set(header)) < len(header) or not all(header):
+        message = f"{path}:1: the header names a column twice or not at all: {excerpt(first.strip())}"
+        raise DataError(message, hint="give every column one name of its own", code="E-DATA-0007")
+    return header
+
+
+def _cell(name: str, value: str, origin: Origin) -> Any:
+    """Messages written as JSON become messages; a prompt may be text that happens to begin like JSON."""
+    if name not in CHAT_COLUMNS or not value.lstrip().startswith(("[", "{")):
+        return value
+    try:
+        parsed = json.loads(value)
+    except (ValueError, RecursionError) as error:
+        if name in ("messages", "conversations"):
+            what = f"is not valid JSON: {error}"
+            raise bad_row("E-DATA-0011", origin, what, field=name, row=value, hint="a CSV cell holds JSON") from None
+        return value
+    is_chat = isinstance(parsed, list) and all(isinstance(item, dict) for item in parsed)
+    return parsed if is_chat or name in ("messages", "conversations") else value
+
+
+def _records(
+    reader: Any, skipped: int, path: Path, reject: Reject, bad: dict[int, DataError]
+) -> Iterator[tuple[int, list[str]]]:
+    """The fields of each record and the line it begins on; blank lines are passed over. Strictly: a quote that is never
+    closed would swallow the rest of the file."""
+    row = 0
     while True:
+        line = reader.line_num + 1 + skipped
         try:
             values = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
             hint = 'a quote inside a quoted field is written twice: ""'
-            raise DataError(f"{path}:{line}  broken CSV: {error}", hint=hint, code="E-DATA-0007") from None
-        if values:
+            broken = DataError(f"{path}:{line}  broken CSV: {error}", hint=hint, code="E-DATA-0007")
+            if "end of data" in str(error):  # the rest of the file stands inside this quote
+                raise broken from None
+            reject(broken, Origin(str(path), row, line))
+            row += 1
+            continue
+        unreadable = [bad.pop(n) for n in range(line, reader.line_num + 1 + skipped) if n in bad]
+        if unreadable:
+            reject(unreadable[0], Origin(str(path), row, line))
+        elif values:
             yield line, values
-        line = reader.line_num + 2
+        row += bool(values)
 
 
 def read_parquet(path: Path, reject: Reject) -> Rows:
@@ -61,11 +125,39 @@ def read_parquet(path: Path, reject: Reject) -> Rows:
         raise DataError(f"{path}: Parquet needs pyarrow", hint="pip install 'posttrain[data]'") from error
     try:
         file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a Parquet file: {error}") from error
-    batches = (batch.to_pylist() for batch in file.iter_batches())
-    for index, row in enumerate(row for batch in batches for row in batch):
-        yield Origin(str(path), index), clean_arrow_row(row)
+    row, batches = 0, file.iter_batches()
+    while True:
+        try:
+            batch = next(batches, None)
+        except (pyarrow.ArrowException, OSError) as error:
+            message = f"{path}[{row}]: the file is damaged from about this row on: {error}"
+            raise DataError(
+                message, hint="write it again; what comes before can be read", code="E-DATA-0007"
+            ) from error
+        if batch is None:
+            return
+        for values in _batch_rows(batch):
+            origin = Origin(str(path), row)
+            row += 1
+            if isinstance(values, UnicodeDecodeError):
+                message = f"{origin}  a text is not UTF-8: {values.reason} at byte {values.start}"
+                reject(DataError(message, hint="write the column as UTF-8", code="E-DATA-0003"), origin)
+            else:
+                yield origin, clean_arrow_row(values)
+
+
+def _batch_rows(batch: Any) -> Iterator[Row | UnicodeDecodeError]:
+    """The rows of an Arrow batch, or why one of them cannot be read."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for index in range(batch.num_rows):
+            try:
+                yield from batch.slice(index, 1).to_pylist()
+            except UnicodeDecodeError as error:
+                yield error
 
 
 def clean_arrow_row(row: Row) -> Row:
