@@ -47,6 +47,7 @@ REASONS: dict[str, str] = {
     "E-DATA-0043": "message left out by the template",
     "E-DATA-0044": "two beginning-of-sequence tokens",
     "E-DATA-0045": "unreadable chat template",
+    "E-DATA-0050": "two columns of one name",
 }
 
 Row = dict[str, Any]
@@ -75,6 +76,17 @@ def bad_row(
     if row is not None:
         lines.append(f"  | {excerpt(row, around=seen)}")
     return DataError("\n".join(lines), hint=hint, code=code)
+
+
+def broken_promise(error: Exception, row: Row, origin: Origin) -> DataError:
+    """What no check foresaw is still a complaint about the row."""
+    what = f"is not what its format promises ({type(error).__name__}: {error})"
+    hint = "compare it with a row that works; format=... names the format by hand"
+    return bad_row("E-DATA-0026", origin, what, row=row, hint=hint)
+
+
+UNFORESEEN = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""What a row that nobody thought of may raise."""
 
 
 def kind(value: object) -> str:
