@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-VERBS: tuple[Any, ...] = ()
+from posttrain.commands import data_check
+
+VERBS: tuple[Any, ...] = (data_check,)
 
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:

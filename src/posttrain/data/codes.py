@@ -7,6 +7,7 @@ out. Codes are never reused; a new complaint gets the next free number.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from itertools import islice
 from typing import Any
@@ -49,6 +50,9 @@ REASONS: dict[str, str] = {
     "E-DATA-0045": "unreadable chat template",
     "E-DATA-0050": "two columns of one name",
 }
+
+MAX_SEARCHED = 16 * 2**20
+"""Bytes of a file in which the column of a value is looked for: the file is read up to the row."""
 
 Row = dict[str, Any]
 Reject = Callable[[DataError, Origin], None]
@@ -107,9 +111,18 @@ def excerpt(value: object, around: object = None, width: int = 110) -> str:
     return ("…" if start > 0 else "") + text[start : start + width] + ("…" if start + width < len(text) else "")
 
 
+def _is_large(path: str) -> bool:
+    try:
+        return os.path.getsize(path) > MAX_SEARCHED
+    except OSError:
+        return True
+
+
 def locate(origin: Origin, seen: object) -> str:
     """`file:line:column` of the value `seen` where the row's text still holds it, else what the origin knows."""
     if origin.line is None or not isinstance(seen, str) or not seen:
+        return str(origin)
+    if _is_large(origin.source):
         return str(origin)
     num_lines = 1000 if origin.source.endswith(".json") else 1  # an object of a JSON array may run over many lines
     try:

@@ -1,0 +1,42 @@
+"""A finding: what, how often, where first, in a sentence, and the way out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from posttrain.data.doctor.kinds import KINDS
+from posttrain.data.report import number
+
+
+@dataclass(frozen=True)
+class Finding:
+    code: str
+    severity: str
+    count: int
+    first: tuple[str, ...]
+    sentence: str
+    fix: str
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "first": list(self.first)}
+
+
+def finding(
+    code: str, count: int, first: list[Any], sentence: str, fix: str | None = None, **details: Any
+) -> Finding:
+    """One of the table's. `sentence` speaks of the rows and does not name them."""
+    kind = KINDS[code]
+    where = tuple(str(origin) for origin in first)
+    return Finding(code, kind.severity, count, where, sentence, fix or kind.fix, details)
+
+
+def rows(count: int) -> str:
+    return f"{number(count)} row{'' if count == 1 else 's'}"
+
+
+def share(part: float, whole: float) -> str:
+    """`12 %`, and one digit more for what is small."""
+    percent = 100 * part / whole if whole else 0.0
+    return f"{percent:.1f} %" if percent < 10 else f"{percent:.0f} %"
