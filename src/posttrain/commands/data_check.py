@@ -69,7 +69,11 @@ def _check(options: argparse.Namespace) -> int:
         _print(found, options)
     if options.fix:
         document["fix"] = {"path": str(options.fix), **repair(options.files, options.fix, data)}
-        found = check([str(options.fix)], **{**common, "data": _without_names(data)}) if document["fix"]["written"] else found
+        found = (
+            check([str(options.fix)], **{**common, "data": _without_names(data)})
+            if document["fix"]["written"]
+            else found
+        )
         document["fixed"] = found.to_dict()
         if not options.json:
             _print_fix(document["fix"], found)
@@ -133,8 +137,14 @@ def _print(found: CheckReport, options: argparse.Namespace) -> None:
     from posttrain.data.report import number
 
     names = ", ".join(Path(name).name or name for name in found.sources)
-    usable = "" if found.usable == found.rows else f": {number(found.usable)} usable, {number(found.rows - found.usable)} not"
-    print(f"{'✔' if found.usable == found.rows and found.rows else '!'} data     {names} {number(found.rows)} rows{usable}")
+    usable = (
+        ""
+        if found.usable == found.rows
+        else f": {number(found.usable)} usable, {number(found.rows - found.usable)} not"
+    )
+    print(
+        f"{'✔' if found.usable == found.rows and found.rows else '!'} data     {names} {number(found.rows)} rows{usable}"
+    )
     for described, count in list(found.formats.items())[:3]:
         print(f"           {described}" + (f" ({number(count)})" if len(found.formats) > 1 else ""))
     if found.usable:
@@ -178,7 +188,9 @@ def _print_fix(counts: dict[str, Any], found: CheckReport) -> None:
     from posttrain.data.report import number
 
     changed = "; ".join(f"{number(counts[rule])} {what}" for rule, what in RULES.items() if counts[rule])
-    print(f"✔ fixed    {counts['path']} {number(counts['written'])} rows written: {changed or 'nothing had to be changed'}")
+    print(
+        f"✔ fixed    {counts['path']} {number(counts['written'])} rows written: {changed or 'nothing had to be changed'}"
+    )
     if counts["written"]:
         print(f"{'!' if found.errors else '✔'} again    {_several(found.errors, 'error')}, "
               f"{_several(found.warnings, 'warning')} in the copy")  # fmt: skip

@@ -73,7 +73,8 @@ class SFTConfig(TrainingArguments):
     )
     dataset_text_field: str = field(default="text", metadata={"help": "Column that holds plain text."})
     dataset_columns: dict[str, str] | str | None = field(
-        default=None, metadata={"help": 'Columns to rename, old to new: {"question": "prompt", "answer": "completion"}.'}
+        default=None,
+        metadata={"help": 'Columns to rename, old to new: {"question": "prompt", "answer": "completion"}.'},
     )
     dataset_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Only `skip_prepare_dataset`: the rows are tokenized (input_ids, labels)."}

@@ -77,7 +77,11 @@ def in_tokens(sources: list[Any], tokenizer: PreTrainedTokenizerBase, settings: 
             branch = tokenized.branches[0]
             supervised += tokenized.num_supervised
             if limit is not None and len(branch.ids) > limit:
-                kept = branch.supervised[:limit] if settings.truncation_mode == "keep_start" else branch.supervised[-limit:]
+                kept = (
+                    branch.supervised[:limit]
+                    if settings.truncation_mode == "keep_start"
+                    else branch.supervised[-limit:]
+                )
                 left = int(kept[1:].sum())
                 lost += tokenized.num_supervised - left
                 emptied += left == 0

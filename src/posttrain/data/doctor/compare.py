@@ -9,6 +9,7 @@ import numpy as np
 from posttrain.data.doctor.findings import Finding, finding, rows, share
 from posttrain.data.doctor.settings import DoctorSettings
 from posttrain.data.doctor.tally import NO_LABEL, Tally
+from posttrain.data.report import number
 
 NUM_FIRST = 5
 ODD = np.uint64(0xC2B2AE3D27D4EB4F), np.uint64(0x165667B19E3779F9)
@@ -27,12 +28,15 @@ def across(train: Tally, validation: Tally) -> Iterator[Finding]:
     """What training data give away of the validation data."""
     same = np.isin(validation.array("row"), train.array("row"))
     if same.any():
-        sentence = f"{rows(int(same.sum()))} of the validation data ({share(same.sum(), len(same))}) are trained on: its "
-        yield _about("E-DATA-0061", validation, same, sentence + "loss will look better than it is")
+        part = share(same.sum(), len(same))
+        sentence = f"{rows(int(same.sum()))} of the validation data ({part}) trained on as well: its loss will flatter"
+        yield _about("E-DATA-0061", validation, same, sentence)
     prompts = validation.array("prompt")
     leaked = np.isin(prompts, train.array("prompt")) & (prompts != 0) & ~same
     if leaked.any():
-        sentence = f"{rows(int(leaked.sum()))} of the validation data have a prompt that is trained on with another answer"
+        sentence = (
+            f"{rows(int(leaked.sum()))} of the validation data with a prompt that is trained on, answered otherwise"
+        )
         yield _about("W-DATA-0106", validation, leaked, sentence)
 
 
@@ -48,7 +52,7 @@ def repeats(hashes: np.ndarray) -> np.ndarray:
 def _duplicates(tally: Tally) -> Iterator[Finding]:
     again = repeats(tally.array("row"))
     if again.any():
-        sentence = f"{rows(int(again.sum()))} ({share(again.sum(), len(again))}) say the same as an earlier one"
+        sentence = f"{rows(int(again.sum()), 'say')} the same as an earlier one ({share(again.sum(), len(again))})"
         yield _about("W-DATA-0101", tally, again, sentence)
 
 
@@ -65,7 +69,8 @@ def _contradictions(tally: Tally) -> Iterator[Finding]:
     other = _differ(prompt, answer, plain)
     if other.any():
         num_prompts = len(np.unique(prompt[other]))
-        sentence = f"{rows(int(other.sum()))} answer {num_prompts} prompt{'s' if num_prompts > 1 else ''} in different ways"
+        prompts = "one prompt" if num_prompts == 1 else f"{number(num_prompts)} prompts"
+        sentence = f"{rows(int(other.sum()))} answer {prompts} in different ways"
         yield _about("W-DATA-0104", tally, other, sentence, prompts=num_prompts)
 
 

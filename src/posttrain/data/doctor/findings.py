@@ -23,17 +23,21 @@ class Finding:
         return {**vars(self), "first": list(self.first)}
 
 
-def finding(
-    code: str, count: int, first: list[Any], sentence: str, fix: str | None = None, **details: Any
-) -> Finding:
+def finding(code: str, count: int, first: list[Any], sentence: str, fix: str | None = None, **details: Any) -> Finding:
     """One of the table's. `sentence` speaks of the rows and does not name them."""
     kind = KINDS[code]
     where = tuple(str(origin) for origin in first)
     return Finding(code, kind.severity, count, where, sentence, fix or kind.fix, details)
 
 
-def rows(count: int) -> str:
-    return f"{number(count)} row{'' if count == 1 else 's'}"
+SINGULAR = {"are": "is", "have": "has"}
+
+
+def rows(count: int, verb: str = "") -> str:
+    """`1 row`, `12 rows`; with a verb `1 row holds`, `12 rows hold`."""
+    if count == 1:
+        verb = SINGULAR.get(verb, f"{verb}s" if verb else "")
+    return f"{number(count)} row{'' if count == 1 else 's'} {verb}".strip()
 
 
 def share(part: float, whole: float) -> str:

@@ -11,13 +11,13 @@ from posttrain.data.doctor.tally import NO_LABEL, Tally
 from posttrain.data.report import number
 
 MARKS = {
-    "E-DATA-0060": "{rows} reject the very answer that they choose: there is nothing to learn from them",
-    "W-DATA-0108": "{rows} ({share}) are answered by a refusal or by words that stand for none",
-    "W-DATA-0112": "{rows} hold control characters",
-    "W-DATA-0113": "{rows} hold characters that change the direction of writing unseen",
-    "W-DATA-0114": "{rows} hold what looks like a secret ({kinds})",
-    "W-DATA-0115": "{rows} hold what looks like personal data ({kinds})",
-    "W-DATA-0116": "{rows} seem to answer in another language than they are asked in ({kinds}), by frequent words",
+    "E-DATA-0060": ("reject", "the very answer that is chosen: there is nothing to learn from that"),
+    "W-DATA-0108": ("are", "answered by a refusal or by words that stand for none ({share})"),
+    "W-DATA-0112": ("hold", "control characters"),
+    "W-DATA-0113": ("hold", "characters that change the direction of writing unseen"),
+    "W-DATA-0114": ("hold", "what looks like a secret ({kinds})"),
+    "W-DATA-0115": ("hold", "what looks like personal data ({kinds})"),
+    "W-DATA-0116": ("seem", "to answer in another language than the question's ({kinds}), by frequent words"),
 }
 
 
@@ -54,14 +54,17 @@ def _formats(tally: Tally) -> Iterator[Finding]:
 
 
 def _marks(tally: Tally) -> Iterator[Finding]:
-    for code, sentence in MARKS.items():
+    for code, (verb, sentence) in MARKS.items():
         if code not in tally.marks:
             continue
         cases, kinds = tally.marks[code], tally.kinds.get(code, {})
-        named = ", ".join(f"{number(count)} {what}" for what, count in sorted(kinds.items(), key=lambda item: -item[1])[:4])
-        said = sentence.format(rows=rows(cases.count), share=share(cases.count, tally.used), kinds=named)
+        most = sorted(kinds.items(), key=lambda item: -item[1])[:4]
+        named = ", ".join(f"{what} {number(count)}" for what, count in most)
+        said = sentence.format(share=share(cases.count, tally.used), kinds=named)
         shown = tally.shown.get(code)
-        yield finding(code, cases.count, cases.first, said, **({"shown": shown} if shown else {}))
+        yield finding(
+            code, cases.count, cases.first, f"{rows(cases.count, verb)} {said}", **({"shown": shown} if shown else {})
+        )
 
 
 def _labels(tally: Tally, settings: DoctorSettings) -> Iterator[Finding]:
@@ -101,7 +104,9 @@ def _languages(tally: Tally, settings: DoctorSettings) -> Iterator[Finding]:
     others = {name: cases for name, cases in tally.languages.items() if name != main}
     count = sum(cases.count for cases in others.values())
     if count <= settings.other_language_share * total:
-        parts = ", ".join(f"{number(cases.count)} {name}" for name, cases in sorted(others.items()))
+        parts = ", ".join(f"{name} {number(cases.count)}" for name, cases in sorted(others.items()))
         first = next(iter(others.values())).first
-        sentence = f"{rows(count)} seem to be in another language than {main} ({parts}), by script and frequent words"
+        sentence = (
+            f"{rows(count, 'seem')} to be in another language than {main} ({parts}), by script and frequent words"
+        )
         yield finding("W-DATA-0117", count, first, sentence)

@@ -26,13 +26,17 @@ KINDS: dict[str, Kind] = {
     "W-DATA-0101": Kind("warning", "exact duplicates", FIX),
     "W-DATA-0102": Kind("warning", "near duplicates", "look at the pairs; drop what says the same twice"),
     "W-DATA-0103": Kind("warning", "nearly rows of the validation data", "take them out of one of the two"),
-    "W-DATA-0104": Kind("warning", "same prompt, another answer", "decide which answer is right, or keep all on purpose"),
+    "W-DATA-0104": Kind(
+        "warning", "same prompt, another answer", "decide which answer is right, or keep all on purpose"
+    ),
     "W-DATA-0105": Kind("warning", "pairs that say the opposite", "decide which of the two answers is the better one"),
     "W-DATA-0106": Kind("warning", "prompts of the validation data", "split by prompt, so that no prompt is in both"),
     "W-DATA-0107": Kind("warning", "longer than max_length", "raise --max-length, shorten the rows or split them"),
     "W-DATA-0108": Kind("warning", "refusals and boilerplate", "drop what the model is not to learn"),
     "W-DATA-0109": Kind("warning", "one answer again and again", "keep as many as the model is to give"),
-    "W-DATA-0110": Kind("warning", "chosen is the longer one", "add pairs whose better answer is short, or expect length"),
+    "W-DATA-0110": Kind(
+        "warning", "chosen is the longer one", "add pairs whose better answer is short, or expect length"
+    ),
     "W-DATA-0111": Kind("warning", "ratings out of balance", "weigh them: desirable_weight, undesirable_weight"),
     "W-DATA-0112": Kind("warning", "control characters", "posttrain data check FILE --fix OUT takes them out"),
     "W-DATA-0113": Kind("warning", "bidirectional control characters", "see whether the text reads as it is written"),

@@ -1,14 +1,16 @@
 """Near duplicates: rows that share most of their words in order, found by MinHash and locality-sensitive hashing
 (Broder 1997; `datasketch`). Exact duplicates are not among them.
 
-Sets of a few words in a row are compared, in lower case and without punctuation. The similarity is an estimate. Of large data only
-the tally's sample is looked at, and the finding says so: a sample of one row in ten holds one pair in a hundred.
+Sets of a few words in a row are compared, in lower case and without punctuation. The similarity is an estimate. Of
+large data only the tally's sample is looked at, and the finding says so: a sample of one row in ten holds one pair in a
+hundred.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 from zlib import crc32
 
 from posttrain.data.doctor.findings import Finding, finding, rows, share
@@ -16,6 +18,7 @@ from posttrain.data.doctor.settings import DoctorSettings
 from posttrain.data.doctor.tally import Tally
 from posttrain.data.report import number
 
+NUM_FIRST = 5
 WORD = re.compile(r"\w+")
 LETTERS = re.compile("[\u0e00-\u0e7f\u3040-\ud7ff]")
 """Scripts that are written without spaces between words: their characters stand for words."""
@@ -24,51 +27,72 @@ LETTERS = re.compile("[\u0e00-\u0e7f\u3040-\ud7ff]")
 def near(train: Tally, validation: Tally | None, settings: DoctorSettings) -> Iterator[Finding]:
     """Near duplicates within `train`, and rows of `validation` that are nearly in it."""
     if settings.near_rows == 0:
-        yield finding("W-DATA-0119", 0, [], "near duplicates were not looked for (near_rows=0)", "--set near_rows=20000")
+        sentence = "near duplicates were not looked for (near_rows=0)"
+        yield finding("W-DATA-0119", 0, [], sentence, "--set near_rows=20000")
         return
     try:
-        from datasketch import MinHash, MinHashLSH
+        sketches = _Sketches(settings)
     except ImportError:
-        yield finding("W-DATA-0119", 0, [], "near duplicates were not looked for: datasketch is not installed",
-                      "pip install 'posttrain[data]'")  # fmt: skip
+        sentence = "near duplicates were not looked for: datasketch is not installed"
+        yield finding("W-DATA-0119", 0, [], sentence, "pip install 'posttrain[data]'")
         return
     if note := _partly(train, settings):
         yield note
-    rows_of_train, rows_of_validation = distinct(train), distinct(validation) if validation else []
-    index = MinHashLSH(threshold=settings.near_similarity, num_perm=settings.near_permutations)
-    sketches = {}
-    make = dict(num_perm=settings.near_permutations, hashfunc=crc32, seed=settings.seed + 1)
-
-    def sketched(texts: list[str]) -> Iterator[MinHash]:
-        return MinHash.generator([shingles(text, settings.near_words) for text in texts], **make)
-
-    def alike(sketch: MinHash) -> list[int]:
-        return [key for key in index.query(sketch) if sketches[key].jaccard(sketch) >= settings.near_similarity]
-
-    found: list[tuple[int, int]] = []
-    for (row, _), sketch in zip(rows_of_train, sketched([text for _, text in rows_of_train]), strict=True):
-        if earlier := alike(sketch):
-            found.append((row, min(earlier)))
-        sketches[row] = sketch
-        index.insert(row, sketch, check_duplication=False)
-    if found:
-        sentence = f"{rows(len(found))} ({share(len(found), len(rows_of_train))} of those looked at) are nearly an earlier one"
-        pairs = [f"{train.origin(row)} ~ {train.origin(earlier)}" for row, earlier in found[:5]]
-        yield finding("W-DATA-0102", len(found), [train.origin(row) for row, _ in found[:5]], sentence, pairs=pairs)
+    sampled = distinct(train)
+    if found := list(sketches.add(sampled)):
+        sentence = (
+            f"{rows(len(found), 'are')} nearly an earlier one ({share(len(found), len(sampled))} of those looked at)"
+        )
+        yield _pairs("W-DATA-0102", found, train, train, sentence)
     if validation is None:
         return
-    trained = set(train.array("row").tolist())
-    hashes = validation.array("row")
-    rows_of_validation = [(row, text) for row, text in rows_of_validation if int(hashes[row]) not in trained]
-    leaked = []
-    for (row, _), sketch in zip(rows_of_validation, sketched([text for _, text in rows_of_validation]), strict=True):
-        if there := alike(sketch):
-            leaked.append((row, min(there)))
-    if leaked:
-        sentence = f"{rows(len(leaked))} of the validation data are nearly a row that is trained on"
-        pairs = [f"{validation.origin(row)} ~ {train.origin(there)}" for row, there in leaked[:5]]
-        first = [validation.origin(row) for row, _ in leaked[:5]]
-        yield finding("W-DATA-0103", len(leaked), first, sentence, pairs=pairs)
+    trained, hashes = set(train.array("row").tolist()), validation.array("row")
+    others = [(row, text) for row, text in distinct(validation) if int(hashes[row]) not in trained]
+    if leaked := list(sketches.find(others)):
+        sentence = f"{rows(len(leaked))} of the validation data nearly as in a row that is trained on"
+        yield _pairs("W-DATA-0103", leaked, validation, train, sentence)
+
+
+class _Sketches:
+    """MinHash sketches of texts, and which of them are alike. Raises ImportError without `datasketch`."""
+
+    def __init__(self, settings: DoctorSettings):
+        from datasketch import MinHash, MinHashLSH
+
+        self.settings = settings
+        self.make = MinHash.generator
+        self.index = MinHashLSH(threshold=settings.near_similarity, num_perm=settings.near_permutations)
+        self.sketches: dict[int, Any] = {}
+
+    def add(self, texts: list[tuple[int, str]]) -> Iterator[tuple[int, int]]:
+        """Keep each; those that are like one before come back with it."""
+        for row, sketch in self._sketched(texts):
+            if alike := self._alike(sketch):
+                yield row, min(alike)
+            self.sketches[row] = sketch
+            self.index.insert(row, sketch, check_duplication=False)
+
+    def find(self, texts: list[tuple[int, str]]) -> Iterator[tuple[int, int]]:
+        """Those that are like one that is kept, with it."""
+        for row, sketch in self._sketched(texts):
+            if alike := self._alike(sketch):
+                yield row, min(alike)
+
+    def _sketched(self, texts: list[tuple[int, str]]) -> Iterator[tuple[int, Any]]:
+        sets = (shingles(text, self.settings.near_words) for _, text in texts)
+        size, seed = self.settings.near_permutations, self.settings.seed + 1
+        sketches = self.make(sets, num_perm=size, hashfunc=crc32, seed=seed)
+        return zip((row for row, _ in texts), sketches, strict=True)
+
+    def _alike(self, sketch: Any) -> list[int]:
+        near_enough = self.settings.near_similarity
+        return [row for row in self.index.query(sketch) if self.sketches[row].jaccard(sketch) >= near_enough]
+
+
+def _pairs(code: str, found: list[tuple[int, int]], of: Tally, to: Tally, sentence: str) -> Finding:
+    first = [of.origin(row) for row, _ in found[:NUM_FIRST]]
+    pairs = [f"{of.origin(row)} ~ {to.origin(other)}" for row, other in found[:NUM_FIRST]]
+    return finding(code, len(found), first, sentence, pairs=pairs)
 
 
 def _partly(tally: Tally, settings: DoctorSettings) -> Finding | None:
@@ -78,7 +102,9 @@ def _partly(tally: Tally, settings: DoctorSettings) -> Finding | None:
         f"near duplicates were looked for among {number(settings.near_rows)} rows drawn from {number(tally.used)}: "
         "few of the pairs are seen"
     )
-    return finding("W-DATA-0119", tally.used - settings.near_rows, [], sentence, f"--set near_rows={tally.used}, and time")
+    return finding(
+        "W-DATA-0119", tally.used - settings.near_rows, [], sentence, f"--set near_rows={tally.used}, and time"
+    )
 
 
 def distinct(tally: Tally) -> list[tuple[int, str]]:
@@ -96,4 +122,5 @@ def shingles(text: str, size: int) -> list[bytes]:
     words = WORD.findall(text)
     if len(words) <= size:
         return [" ".join(words).encode("utf-8", "surrogatepass")]
-    return [shingle.encode("utf-8", "surrogatepass") for shingle in {" ".join(words[i : i + size]) for i in range(len(words) - size + 1)}]
+    found = {" ".join(words[i : i + size]) for i in range(len(words) - size + 1)}
+    return [shingle.encode("utf-8", "surrogatepass") for shingle in found]

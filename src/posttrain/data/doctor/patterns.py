@@ -30,7 +30,9 @@ EMAIL = re.compile(r"[A-Za-z0-9._%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.)+[A-Za-z]{2,
 EXAMPLE = re.compile(r"@(.*\.)?(example\.(com|org|net)|.*\.(example|test|invalid|localhost))$", re.IGNORECASE)
 """Reserved for examples (RFC 2606)."""
 DIGITS = re.compile(r"\d\d\d\d")
-PHONE = re.compile(r"(?<![\w+])(\+\d{1,3}[ ()./-]{0,2}\d(?:[ ()./-]{0,2}\d){7,12}|\(?\d{3}\)?[ .-]\d{3}[.-]\d{4})(?![\w-])")
+PHONE = re.compile(
+    r"(?<![\w+])(\+\d{1,3}[ ()./-]{0,2}\d(?:[ ()./-]{0,2}\d){7,12}|\(?\d{3}\)?[ .-]\d{3}[.-]\d{4})(?![\w-])"
+)
 CARD = re.compile(r"(?<![\d.])[3-6]\d{3}[ -]?(?:\d{4}[ -]?\d{4}[ -]?\d{4}|\d{6}[ -]?\d{5})(?!\d|\.\d)")
 IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b")
 
@@ -93,7 +95,9 @@ def redacted(text: str) -> str:
 
 def has_luhn_sum(text: str) -> bool:
     digits = [int(character) for character in text if character.isdigit()]
-    doubled = [digit if i % 2 == 0 else (digit * 2 - 9 if digit > 4 else digit * 2) for i, digit in enumerate(digits[::-1])]
+    doubled = [
+        digit if i % 2 == 0 else (digit * 2 - 9 if digit > 4 else digit * 2) for i, digit in enumerate(digits[::-1])
+    ]
     return len(set(digits)) > 1 and sum(doubled) % 10 == 0
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import codecs
 import json
+import signal
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,7 +23,7 @@ from posttrain.data.doctor.settings import DoctorSettings
 from posttrain.data.doctor.tally import Counting, Tally
 from posttrain.data.json_files import read_json_lines
 from posttrain.data.settings import DataSettings
-from posttrain.errors import DataError
+from posttrain.errors import DataError, UserError
 from posttrain.types import Origin
 
 BLOCK = 8 * 2**20
@@ -80,7 +82,7 @@ def tallies(ranges: list[Range], orders: Orders, processes: int) -> Iterator[Tal
         return
     waiting: list[Future[Tally]] = []
     parts = iter(ranges)
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_let_parent_decide) as pool:
         try:
             for part in parts:
                 waiting.append(pool.submit(tally_range, part, orders))
@@ -88,9 +90,16 @@ def tallies(ranges: list[Range], orders: Orders, processes: int) -> Iterator[Tal
                     yield waiting.pop(0).result()
             while waiting:
                 yield waiting.pop(0).result()
-        except BaseException:
+        except BrokenProcessPool:
+            message = f"{ranges[0].path}: a process that read a part of it was killed"
+            raise UserError(message, hint="--processes 1 needs the least memory") from None
+        finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            raise
+
+
+def _let_parent_decide() -> None:
+    """An interrupt from the terminal reaches every process; the one that started them answers for all."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def tally_range(part: Range, orders: Orders) -> Tally:

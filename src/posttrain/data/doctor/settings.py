@@ -19,8 +19,8 @@ class DoctorSettings:
     rows a sample drawn by `seed` is looked at (0 leaves it out). `repeated_answer_*`: an answer of so many characters,
     in so many rows and such a share of them. `longer_share`: of pairs whose chosen answer is the longer one;
     `label_share`: of ratings that say the same; `other_language_share`: the rest beside the main language; shares are
-    judged from `min_rows` on. `language_words`: how many words have to speak for a language. `parallel_bytes`: JSONL files from this
-    size on are read by several processes."""
+    judged from `min_rows` on. `language_words`: how many words have to speak for a language. `parallel_bytes`: JSONL
+    files from this size on are read by several processes."""
 
     near_similarity: float = 0.8
     near_words: int = 3

@@ -227,5 +227,3 @@ def _hash(text: str) -> bytes:
 def _join(mine: Cases, theirs: Cases) -> None:
     mine.count += theirs.count
     mine.first = (mine.first + theirs.first)[:5]
-
-

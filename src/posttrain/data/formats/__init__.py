@@ -106,7 +106,8 @@ def _unknown(row: Row, origin: Origin, known: dict[str, Format]) -> DataError:
     if columns == ["prompt"] and not nulls:
         hint = "a prompt alone is data for GRPO, RLOO or PPO; supervised training wants a completion beside it"
     elif renames:
-        hint = f"rename {', '.join(renames)}, or pass a formatting_func; {hint}"
+        names = ",".join(f"{column}={LIKELY[column]}" for column in columns if column in LIKELY)
+        hint = f"rename {', '.join(renames)} (--map {names}, or dataset.columns), or pass a formatting_func; {hint}"
     what = f"columns {_names(columns)} are of no known format" + (f" (null: {_names(nulls)})" if nulls else "")
     return bad_row("E-DATA-0010", origin, what, row=row, hint=hint)
 
