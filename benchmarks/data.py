@@ -18,10 +18,9 @@ from pathlib import Path
 
 import psutil
 
-WORDS = (
-    "the of and to in that is was for on with as at by from which this have not are but had his they one you were all "
-    "time water people little work number place year sound house picture animal point letter mother answer study learn"
-).split()
+WORDS = [
+    f"{start}{end}" for start in ("wa", "lo", "mi", "ter", "gan", "su") for end in ("ter", "n", "ling", "ps", "re")
+]
 
 
 def main() -> None:

@@ -113,9 +113,9 @@ def _refuse_sources(options: argparse.Namespace) -> None:
     from posttrain.errors import ConfigError
 
     for name in [*options.files, *([options.val] if options.val else [])]:
-        if options.report and os.path.exists(name) and options.report.exists():
-            if os.path.samefile(name, options.report):
-                raise ConfigError(f"--report {options.report} is what is checked", hint="name another file")
+        there = options.report is not None and options.report.exists() and os.path.exists(name)
+        if there and os.path.samefile(name, options.report):
+            raise ConfigError(f"--report {options.report} is what is checked", hint="name another file")
 
 
 def _processes(asked: int | None) -> int:
@@ -137,14 +137,9 @@ def _print(found: CheckReport, options: argparse.Namespace) -> None:
     from posttrain.data.report import number
 
     names = ", ".join(Path(name).name or name for name in found.sources)
-    usable = (
-        ""
-        if found.usable == found.rows
-        else f": {number(found.usable)} usable, {number(found.rows - found.usable)} not"
-    )
-    print(
-        f"{'✔' if found.usable == found.rows and found.rows else '!'} data     {names} {number(found.rows)} rows{usable}"
-    )
+    unusable = found.rows - found.usable
+    usable = f": {number(found.usable)} usable, {number(unusable)} not" if unusable else ""
+    print(f"{'✔' if found.rows and not unusable else '!'} data     {names} {number(found.rows)} rows{usable}")
     for described, count in list(found.formats.items())[:3]:
         print(f"           {described}" + (f" ({number(count)})" if len(found.formats) > 1 else ""))
     if found.usable:
@@ -188,9 +183,8 @@ def _print_fix(counts: dict[str, Any], found: CheckReport) -> None:
     from posttrain.data.report import number
 
     changed = "; ".join(f"{number(counts[rule])} {what}" for rule, what in RULES.items() if counts[rule])
-    print(
-        f"✔ fixed    {counts['path']} {number(counts['written'])} rows written: {changed or 'nothing had to be changed'}"
-    )
+    written = f"{counts['path']} {number(counts['written'])} rows written"
+    print(f"✔ fixed    {written}: {changed or 'nothing had to be changed'}")
     if counts["written"]:
         print(f"{'!' if found.errors else '✔'} again    {_several(found.errors, 'error')}, "
               f"{_several(found.warnings, 'warning')} in the copy")  # fmt: skip

@@ -126,9 +126,9 @@ def locate(origin: Origin, seen: object) -> str:
         return str(origin)
     num_lines = 1000 if origin.source.endswith(".json") else 1  # an object of a JSON array may run over many lines
     try:
-        with open(origin.source, encoding="utf-8-sig", newline="\n") as file:
+        with open(origin.source, encoding="utf-8-sig", errors="replace", newline="\n") as file:
             text = "".join(islice(file, origin.line - 1, origin.line - 1 + num_lines))
-    except (OSError, UnicodeDecodeError):
+    except OSError:
         return str(origin)
     index = text.find(json.dumps(seen, ensure_ascii=False))
     if index < 0:

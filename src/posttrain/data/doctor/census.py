@@ -103,12 +103,13 @@ def judge_lengths(lengths: Lengths) -> Iterator[Finding]:
     yield from lengths.unusable
     if lengths.cut is None or not lengths.cut.count:
         return
+    part = share(lengths.cut.count, len(lengths.values))
     sentence = (
-        f"{rows(lengths.cut.count)} ({share(lengths.cut.count, len(lengths.values))}) are longer than {lengths.limit} tokens: "
+        f"{rows(lengths.cut.count, 'are')} longer than {lengths.limit} tokens ({part}): "
         f"{number(lengths.lost)} trained tokens ({share(lengths.lost, lengths.supervised)}) are cut off"
     )
     if lengths.emptied:
-        sentence += f", and {rows(lengths.emptied)} lose all of their answer"
+        sentence += f", and {rows(lengths.emptied, 'lose')} all of their answer"
     longest = int(lengths.values.max())
     fix = f"--max-length {longest} would cut nothing; or shorten the rows, or split them"
     yield finding("W-DATA-0107", lengths.cut.count, list(lengths.cut.first), sentence, fix)

@@ -71,7 +71,7 @@ def _contradictions(tally: Tally) -> Iterator[Finding]:
         num_prompts = len(np.unique(prompt[other]))
         prompts = "one prompt" if num_prompts == 1 else f"{number(num_prompts)} prompts"
         sentence = f"{rows(int(other.sum()))} answer {prompts} in different ways"
-        yield _about("W-DATA-0104", tally, other, sentence, prompts=num_prompts)
+        yield _about("W-DATA-0104", tally, other, sentence, {"prompts": num_prompts})
 
 
 def _differ(key: np.ndarray, value: np.ndarray, asked: np.ndarray) -> np.ndarray:
@@ -110,6 +110,6 @@ def _repeated(tally: Tally, settings: DoctorSettings) -> Iterator[Finding]:
         yield _about("W-DATA-0109", tally, often, sentence)
 
 
-def _about(code: str, tally: Tally, which: np.ndarray, sentence: str, **details: int) -> Finding:
+def _about(code: str, tally: Tally, which: np.ndarray, sentence: str, details: dict[str, int] | None = None) -> Finding:
     first = [tally.origin(int(index)) for index in np.flatnonzero(which)[:NUM_FIRST]]
-    return finding(code, int(which.sum()), first, sentence, **details)
+    return finding(code, int(which.sum()), first, sentence, details=details)

@@ -23,11 +23,18 @@ class Finding:
         return {**vars(self), "first": list(self.first)}
 
 
-def finding(code: str, count: int, first: list[Any], sentence: str, fix: str | None = None, **details: Any) -> Finding:
+def finding(
+    code: str,
+    count: int,
+    first: list[Any],
+    sentence: str,
+    fix: str | None = None,
+    details: dict[str, Any] | None = None,
+) -> Finding:
     """One of the table's. `sentence` speaks of the rows and does not name them."""
     kind = KINDS[code]
     where = tuple(str(origin) for origin in first)
-    return Finding(code, kind.severity, count, where, sentence, fix or kind.fix, details)
+    return Finding(code, kind.severity, count, where, sentence, fix or kind.fix, details or {})
 
 
 SINGULAR = {"are": "is", "have": "has"}

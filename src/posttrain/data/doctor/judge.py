@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from posttrain.data.codes import REASONS
@@ -57,13 +58,17 @@ def _marks(tally: Tally) -> Iterator[Finding]:
     for code, (verb, sentence) in MARKS.items():
         if code not in tally.marks:
             continue
-        cases, kinds = tally.marks[code], tally.kinds.get(code, {})
+        cases, kinds = tally.marks[code], tally.kinds.get(code, Counter[str]())
         most = sorted(kinds.items(), key=lambda item: -item[1])[:4]
         named = ", ".join(f"{what} {number(count)}" for what, count in most)
         said = sentence.format(share=share(cases.count, tally.used), kinds=named)
         shown = tally.shown.get(code)
         yield finding(
-            code, cases.count, cases.first, f"{rows(cases.count, verb)} {said}", **({"shown": shown} if shown else {})
+            code,
+            cases.count,
+            cases.first,
+            f"{rows(cases.count, verb)} {said}",
+            details={"shown": shown} if shown else None,
         )
 
 
@@ -75,9 +80,11 @@ def _labels(tally: Tally, settings: DoctorSettings) -> Iterator[Finding]:
     counts = {"good": good, "bad": rated - good}
     word, most = max(counts.items(), key=lambda item: item[1])
     if most == rated:
-        yield finding("E-DATA-0063", most, [], f"all {number(rated)} ratings say {word}", **counts)
+        yield finding("E-DATA-0063", most, [], f"all {number(rated)} ratings say {word}", details=counts)
     elif most > settings.label_share * rated:
-        yield finding("W-DATA-0111", most, [], f"{share(most, rated)} of {number(rated)} ratings say {word}", **counts)
+        yield finding(
+            "W-DATA-0111", most, [], f"{share(most, rated)} of {number(rated)} ratings say {word}", details=counts
+        )
 
 
 def _length_bias(tally: Tally, settings: DoctorSettings) -> Iterator[Finding]:

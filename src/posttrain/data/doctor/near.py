@@ -92,7 +92,7 @@ class _Sketches:
 def _pairs(code: str, found: list[tuple[int, int]], of: Tally, to: Tally, sentence: str) -> Finding:
     first = [of.origin(row) for row, _ in found[:NUM_FIRST]]
     pairs = [f"{of.origin(row)} ~ {to.origin(other)}" for row, other in found[:NUM_FIRST]]
-    return finding(code, len(found), first, sentence, pairs=pairs)
+    return finding(code, len(found), first, sentence, details={"pairs": pairs})
 
 
 def _partly(tally: Tally, settings: DoctorSettings) -> Finding | None:

@@ -83,7 +83,7 @@ def is_refusal(answer: str) -> bool:
     start = answer[:BEGINNING]
     if len(answer) < 16 and answer.strip().lower() in BOILERPLATE:
         return True
-    if not any([word in start for word in REFUSAL_WORDS]):
+    if not any(word in start for word in REFUSAL_WORDS):
         return False
     return REFUSAL.search(start.lower().replace("’", "'")) is not None
 

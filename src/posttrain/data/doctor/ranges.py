@@ -104,14 +104,13 @@ def _let_parent_decide() -> None:
 
 def tally_range(part: Range, orders: Orders) -> Tally:
     counting = Counting(orders.data, orders.settings, orders.max_errors, orders.key_limit)
-    name, row, wrong = str(part.path), 0, []
-    for line, start, length, raw in _lines(part):
+    name, wrong = str(part.path), []
+    for row, (line, start, length, raw) in enumerate(_lines(part)):
         value = _decoded(raw)
         if isinstance(value, dict):
             counting.row(value, Origin(name, row, line))
         else:
             wrong.append((line, start, length))
-        row += 1
     if wrong:
         _read_carefully(part.path, wrong, counting)
     return counting.tally

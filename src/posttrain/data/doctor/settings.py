@@ -15,8 +15,8 @@ SHARES = ("near_similarity", "repeated_answer_share", "label_share", "longer_sha
 @dataclass(frozen=True)
 class DoctorSettings:
     """`near_*`: near duplicates are rows whose sets of `near_words` words in a row are alike by `near_similarity`
-    (Jaccard, estimated by MinHash with `near_permutations`), of texts cut to `near_characters`; of more than `near_rows`
-    rows a sample drawn by `seed` is looked at (0 leaves it out). `repeated_answer_*`: an answer of so many characters,
+    (Jaccard, estimated by MinHash with `near_permutations`), of texts cut to `near_characters`. Of more than
+    `near_rows` rows a sample drawn by `seed` is looked at; 0 leaves it out. `repeated_answer_*`: an answer of so many characters,
     in so many rows and such a share of them. `longer_share`: of pairs whose chosen answer is the longer one;
     `label_share`: of ratings that say the same; `other_language_share`: the rest beside the main language; shares are
     judged from `min_rows` on. `language_words`: how many words have to speak for a language. `parallel_bytes`: JSONL
@@ -52,7 +52,7 @@ class DoctorSettings:
 
 def parse_settings(overrides: Iterable[str]) -> DoctorSettings:
     """The settings with `name=value` overrides. Raises ConfigError for an unknown name, suggesting one."""
-    known = {field.name: type(field.default) for field in dataclasses.fields(DoctorSettings)}
+    known: dict[str, type] = {name: type(value) for name, value in vars(DoctorSettings()).items()}
     given: dict[str, float] = {}
     for override in overrides:
         name, equals, text = (part.strip() for part in override.partition("="))
