@@ -30,13 +30,15 @@ RATINGS = [rated(f"Question {i}?", f"Answer {i}.", i % 2 == 0) for i in range(40
 CASES: dict[str, tuple[Any, int, Any]] = {
     "E-DATA-0060": ([pair("Q?", "same", "same"), pair("R?", "a", "b")], 1, [pair("Q?", "same", "other")]),
     "E-DATA-0061": ((plain(9), plain(3, start=6)), 3, (plain(9), plain(3, start=9))),
-    "E-DATA-0062": ([rated("Q?", "A.", True), rated("Q?", "A.", False)], 2, [rated("Q?", "A.", True), rated("Q?", "B.", False)]),
+    "E-DATA-0062": ([rated("Q?", "A.", True), rated("Q?", "A.", False)], 2,
+                    [rated("Q?", "A.", True), rated("Q?", "B.", False)]),
     "E-DATA-0063": ([rated(f"{i}?", f"{i}.", True) for i in range(40)], 40, RATINGS),
     "E-DATA-0064": ([*plain(5), pair("Q?", "a", "b")], 1, plain(5)),
     "W-DATA-0101": ([*plain(5), plain(1)[0]], 1, plain(6)),
     "W-DATA-0102": ([row("Tell.", LONG * 2), row("Tell!", LONG * 2 + "End.")], 1, [row("Tell.", LONG * 2), *plain(5)]),
     "W-DATA-0103": (([row("Tell.", LONG * 2)], [row("Tell!", LONG * 2 + "End.")]), 1, ([row("Tell.", LONG)], plain(3))),
-    "W-DATA-0104": ([row("Why?", "Because."), row("Why?", "Who knows.")], 2, [row("Why?", "Because."), row("How?", "So.")]),
+    "W-DATA-0104": ([row("Why?", "Because."), row("Why?", "Who knows.")], 2,
+                    [row("Why?", "Because."), row("How?", "So.")]),
     "W-DATA-0105": ([pair("Q?", "a", "b"), pair("Q?", "b", "a")], 2, [pair("Q?", "a", "b"), pair("Q?", "b", "c")]),
     "W-DATA-0106": ((plain(3), [row("Name number 1.", "Nobody.")]), 1, (plain(3), [row("Name number 7.", "Nobody.")])),
     "W-DATA-0108": ([row("Do it.", "I'm sorry, but I can't."), row("And?", "As an AI language model, no.")], 2,
@@ -48,7 +50,8 @@ CASES: dict[str, tuple[Any, int, Any]] = {
     "W-DATA-0112": ([row("Hi", "A\x08B")], 1, [row("Hi", "A\tB\r\n")]),
     "W-DATA-0113": ([row("Hi", "if \u202eadmin\u202c")], 1, [row("Hi", "שלום")]),
     "W-DATA-0114": ([row("Key?", f"It is {KEY}.")], 1, [row("Key?", "It begins with AKIA, and sk- for others.")]),
-    "W-DATA-0115": ([row("Mail?", "Write to jane.doe@posteo.de.")], 1, [row("Mail?", "Write to jane@example.com @ noon.")]),
+    "W-DATA-0115": ([row("Mail?", "Write to jane.doe@posteo.de.")], 1,
+                    [row("Mail?", "Write to jane@example.com @ noon.")]),
     "W-DATA-0116": ([row(ENGLISH, GERMAN)], 1, [row(ENGLISH, ENGLISH)]),
     "W-DATA-0117": ([*[row(f"{i}?", f"{ENGLISH} {i}") for i in range(40)], row("x?", GERMAN)], 1,
                     [row(f"{i}?", f"{ENGLISH} {i}") for i in range(40)]),
@@ -119,7 +122,7 @@ def test_bad_rows_are_findings(tmp_path: Path) -> None:
         "E-DATA-0012": f"{path}:1", "E-DATA-0002": f"{path}:2", "E-DATA-0014": f"{path}:3", "E-DATA-0003": f"{path}:5"
     }  # fmt: skip
     assert finding(report, "E-DATA-0012").fix == 'did you mean "user"?'
-    assert report.bad_rows[0]["message"].startswith(f'{path}:1:26  "messages[0].role" is "usr"')
+    assert report.bad_rows[0]["message"].startswith(f'{path}:1:24  "messages[0].role" is "usr"')
     skipping = examine(path, data=DataSettings(on_bad_row="skip"))
     assert (skipping.errors, skipping.warnings) == (0, 4)
 

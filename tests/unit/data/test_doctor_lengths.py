@@ -13,8 +13,9 @@ TOKENIZER = chatml_tokenizer()
 
 def test_characters() -> None:
     about = check([{"text": "a" * n} for n in range(1, 102)]).lengths.to_dict()
-    assert about == {"unit": "characters", "rows": 101, "shortest": 1, "median": 51, "percentile_95": 96, "longest": 101,
-                     "total": 5151}  # fmt: skip
+    assert about == {
+        "unit": "characters", "rows": 101, "shortest": 1, "median": 51, "percentile_95": 96, "longest": 101, "total": 5151
+    }  # fmt: skip
 
 
 def test_tokens_and_what_is_cut_are_those_of_training() -> None:
@@ -38,7 +39,7 @@ def test_an_answer_that_is_lost_whole() -> None:
     rows = [row("one two three four five six seven eight " * 9, "Yes."), *plain(3)]
     report = check(rows, data=DataSettings(max_length=40), tokenizer=TOKENIZER)
     assert report.lengths.to_dict()["emptied"] == 1
-    assert "1 row loses all of its answer" in finding(report, "W-DATA-0107").sentence
+    assert "1 row loses the whole answer" in finding(report, "W-DATA-0107").sentence
 
 
 def test_nothing_is_cut() -> None:
@@ -60,8 +61,10 @@ def test_columns_are_renamed_here_too() -> None:
     assert report.lengths.to_dict()["rows"] == 1
 
 
-def test_rows_that_the_model_cannot_use_are_findings() -> None:
+def test_a_model_that_cannot_use_them_is_a_finding() -> None:
     report = check(plain(3), tokenizer=plain_tokenizer())  # it has no chat template
     found = next(found for found in report.findings if found.severity == "error")
-    assert (found.code, found.count) == ("E-DATA-0020", 3)
+    assert (
+        found.sentence == "tokens were not counted: the data are conversations, but the tokenizer has no chat template"
+    )
     assert report.lengths.to_dict()["rows"] == 0

@@ -6,7 +6,7 @@ Of pairs each answer counts as a row of its own, as it does in training.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,11 +19,14 @@ from posttrain.data.report import Cases, DataReport, number
 from posttrain.data.settings import DataSettings
 from posttrain.data.sources import read_rows, source_name
 from posttrain.data.tokens import is_tokenized
-from posttrain.errors import DataError
-from posttrain.types import Content, Example, Origin
+from posttrain.errors import DataError, UserError
+from posttrain.types import Content, Example, Origin, Tokenized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+ORIGIN = "_origin"
 
 
 @dataclass(frozen=True)
@@ -61,33 +64,49 @@ class Lengths:
 
 def in_tokens(sources: list[Any], tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> Lengths:
     """A second pass over the rows, through what training does with them."""
-    plain = replace(settings, max_length=None, on_bad_row="skip", packing=False, format="auto", column_map={},
-                    text_field="text", formatting_func=None, assistant_only=None, cache=None)  # fmt: skip
+    counting = _Counting(settings)
     report = DataReport("data")
-    lengths: list[int] = []
-    supervised = lost = emptied = 0
-    cut = Cases()
-    limit = settings.max_length
-    for source in sources:
-        # Generators lose the origins of rows, so they travel in a column.
-        trainable = _Trainable(source, RowReader(settings))
-        pipeline = Pipeline(tokenizer, replace(plain, columns=("_origin",)), report)
-        for tokenized in pipeline.run(trainable, source_name(source)):
-            lengths.append(tokenized.num_tokens)
-            branch = tokenized.branches[0]
-            supervised += tokenized.num_supervised
-            if limit is not None and len(branch.ids) > limit:
-                kept = (
-                    branch.supervised[:limit]
-                    if settings.truncation_mode == "keep_start"
-                    else branch.supervised[-limit:]
-                )
-                left = int(kept[1:].sum())
-                lost += tokenized.num_supervised - left
-                emptied += left == 0
-                cut.add(tokenized.columns.get("_origin", tokenized.origin))
-    return Lengths("tokens", np.array(lengths, dtype=np.int64), limit, supervised, lost, cut, emptied,
-                   tuple(_unusable(report)))  # fmt: skip
+    pipeline = Pipeline(tokenizer, _as_trained(settings), report)
+    problems: list[Finding] = []
+    try:
+        for source in sources:
+            for tokenized in pipeline.run(_Trainable(source, RowReader(settings)), source_name(source)):
+                counting.add(tokenized)
+    except UserError as error:  # no chat template, say: it is the model's fault and not the rows'
+        sentence = f"tokens were not counted: {error.message}"
+        problems = [Finding(error.code, "error", 0, (), sentence, error.hint or "try another model")]
+    return counting.lengths((*problems, *_unusable(report)))
+
+
+def _as_trained(settings: DataSettings) -> DataSettings:
+    """`_Trainable` has renamed columns and told formats already; where a row came from travels in a column."""
+    return DataSettings(assistant_only=None, on_bad_row="skip", chat_template=settings.chat_template, columns=(ORIGIN,))
+
+
+class _Counting:
+    """Tokens of whole rows, and what a limit would leave of them."""
+
+    def __init__(self, settings: DataSettings):
+        self.limit, self.mode = settings.max_length, settings.truncation_mode
+        self.values: list[int] = []
+        self.supervised = self.lost = self.emptied = 0
+        self.cut = Cases()
+
+    def add(self, tokenized: Tokenized) -> None:
+        self.values.append(tokenized.num_tokens)
+        self.supervised += tokenized.num_supervised
+        supervised, limit = tokenized.branches[0].supervised, self.limit
+        if limit is None or len(supervised) <= limit:
+            return
+        kept = supervised[:limit] if self.mode == "keep_start" else supervised[-limit:]
+        left = int(kept[1:].sum())  # nothing comes before the first that could predict it
+        self.lost += tokenized.num_supervised - left
+        self.emptied += left == 0
+        self.cut.add(tokenized.columns.get(ORIGIN, tokenized.origin))
+
+    def lengths(self, unusable: tuple[Finding, ...]) -> Lengths:
+        values = np.array(self.values, dtype=np.int64)
+        return Lengths("tokens", values, self.limit, self.supervised, self.lost, self.cut, self.emptied, unusable)
 
 
 def _unusable(report: DataReport) -> Iterator[Finding]:
@@ -109,7 +128,7 @@ def judge_lengths(lengths: Lengths) -> Iterator[Finding]:
         f"{number(lengths.lost)} trained tokens ({share(lengths.lost, lengths.supervised)}) are cut off"
     )
     if lengths.emptied:
-        sentence += f", and {rows(lengths.emptied, 'lose')} all of their answer"
+        sentence += f", and {rows(lengths.emptied, 'lose')} the whole answer"
     longest = int(lengths.values.max())
     fix = f"--max-length {longest} would cut nothing; or shorten the rows, or split them"
     yield finding("W-DATA-0107", lengths.cut.count, list(lengths.cut.first), sentence, fix)
@@ -124,7 +143,7 @@ class _Trainable:
     def __iter__(self) -> Iterator[Row]:
         for origin, row in read_rows(self.source, reject=_ignore):
             if is_tokenized(row):
-                yield {**row, "_origin": origin}
+                yield {**row, ORIGIN: origin}
                 continue
             try:
                 _, example = self.reader.example(row, origin)
@@ -135,7 +154,7 @@ class _Trainable:
 
 
 def _row(example: Example, completion: Content, origin: Origin) -> Row:
-    row: Row = {"_origin": origin}
+    row: Row = {ORIGIN: origin}
     if example.tools:
         row["tools"] = example.tools
     if example.template_kwargs:

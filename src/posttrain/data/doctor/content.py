@@ -17,14 +17,15 @@ from posttrain.data.tokens import is_tokenized
 from posttrain.errors import UserError
 from posttrain.types import Content, Example, Message, Origin
 
-TURN, PART = "\x1e", "\x1f"
-"""What ends a turn, and what parts a role from its words, in canonical text: characters that stand in no text."""
+TURN, PART = "\r\t\r", "\t\r\t"
+"""What ends a turn, and what parts a role from its words, in canonical text: white space that stands in no text."""
 
 
 @dataclass(slots=True)
 class Said:
     """`prompt` and `answers` in canonical form, for comparing; `asked` (the last user turn) and `spoken` (the last turn
-    of each answer) as written. `rest` is what else makes a row another row: tools and the label."""
+    of each answer) as written; `length` counts the characters of all texts. `rest` is what else makes a row another
+    row: tools."""
 
     format: str
     method: str
@@ -32,6 +33,7 @@ class Said:
     answers: tuple[str, ...]
     asked: str
     spoken: tuple[str, ...]
+    length: int
     label: bool | None = None
     rest: str = ""
 
@@ -62,7 +64,7 @@ class RowReader:
     def read(self, row: Row, origin: Origin) -> Said:
         if is_tokenized(row):
             ids = str(row["input_ids"]) + str(row.get("labels"))
-            return Said("read as tokens: column `input_ids`", "sft", "", (ids,), "", ())
+            return Said("read as tokens: column `input_ids`", "sft", "", (ids,), "", (), len(row["input_ids"]))
         described, example = self.example(row, origin)
         return said(example, described)
 
@@ -80,6 +82,7 @@ def said(example: Example, described: str) -> Said:
         answers=tuple(map(_canonical, answers)),
         asked=_last(prompt, "user"),
         spoken=tuple(_last(answer, "assistant") for answer in answers),
+        length=sum([_length(content) for content in (prompt, *answers)]),
         label=label,
         rest=rest,
     )
@@ -105,6 +108,12 @@ def _turn(message: Message) -> str:
         others: dict[str, Any] = {key: message[key] for key in sorted(message) if key not in ("role", "content")}
         text = f"{text}{PART}{json.dumps(others, ensure_ascii=False, default=str)}"
     return f"{message['role']}{PART}{text}{TURN}"
+
+
+def _length(content: Content | None) -> int:
+    if not isinstance(content, list):
+        return len(content or "")
+    return sum([len(message.get("content") or "") for message in content])
 
 
 def _last(content: Content | None, role: str) -> str:

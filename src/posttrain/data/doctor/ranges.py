@@ -151,11 +151,14 @@ def _decoded(raw: bytes) -> Any:
 def _read_carefully(path: Path, wrong: list[tuple[int, int, int]], counting: Counting) -> None:
     with tempfile.TemporaryDirectory(prefix="posttrain-") as folder:
         copy = Path(folder) / "lines.jsonl"
+        lines = [line for line, _, _ in wrong]
         with open(path, "rb") as source, open(copy, "wb") as target:
+            if lines[0] > 1:  # a byte order mark is one in the first line only
+                lines.insert(0, 0)
+                target.write(b"\n")
             for _, start, length in wrong:
                 source.seek(start)
                 _copy(source, target, length)
-        lines = [line for line, _, _ in wrong]
 
         def named(error: DataError, origin: Origin) -> None:
             assert origin.line is not None

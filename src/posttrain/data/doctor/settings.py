@@ -16,8 +16,8 @@ SHARES = ("near_similarity", "repeated_answer_share", "label_share", "longer_sha
 class DoctorSettings:
     """`near_*`: near duplicates are rows whose sets of `near_words` words in a row are alike by `near_similarity`
     (Jaccard, estimated by MinHash with `near_permutations`), of texts cut to `near_characters`. Of more than
-    `near_rows` rows a sample drawn by `seed` is looked at; 0 leaves it out. `repeated_answer_*`: an answer of so many characters,
-    in so many rows and such a share of them. `longer_share`: of pairs whose chosen answer is the longer one;
+    `near_rows` rows a sample drawn by `seed` is looked at; 0 leaves it out. `repeated_answer_*`: an answer of so many
+    characters, in so many rows and such a share of them. `longer_share`: of pairs whose chosen answer is the longer;
     `label_share`: of ratings that say the same; `other_language_share`: the rest beside the main language; shares are
     judged from `min_rows` on. `language_words`: how many words have to speak for a language. `parallel_bytes`: JSONL
     files from this size on are read by several processes."""

@@ -169,7 +169,7 @@ class Counting:
         numbers = tally.numbers
         numbers["line"].append(origin.line if origin.line is not None else -1)
         numbers["label"].append(NO_LABEL if said.label is None else said.label)
-        numbers["length"].append(len(content))
+        numbers["length"].append(said.length)
         spoken = said.spoken
         numbers["answer_length"].append(len(spoken[0]) if spoken else 0)
         numbers["rejected_length"].append(len(spoken[1]) if len(spoken) > 1 else -1)
@@ -180,10 +180,9 @@ class Counting:
 
     def _marks(self, said: Said, content: str, origin: Origin) -> None:
         tally = self.tally
-        words = content.replace(TURN, "").replace(PART, "")  # ours, not the row's
-        if CONTROL.search(words):
+        if CONTROL.search(content):
             tally.mark("W-DATA-0112", origin)
-        if not words.isascii() and BIDI.search(words):
+        if not content.isascii() and BIDI.search(content):
             tally.mark("W-DATA-0113", origin)
         if found := list(secrets(content)):
             tally.mark("W-DATA-0114", origin, found)
