@@ -7,6 +7,7 @@ out. Codes are never reused; a new complaint gets the next free number.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from itertools import islice
@@ -50,7 +51,11 @@ REASONS: dict[str, str] = {
     "E-DATA-0043": "message left out by the template",
     "E-DATA-0044": "two beginning-of-sequence tokens",
     "E-DATA-0045": "no process for chat templates",
+    "E-DATA-0050": "two columns of one name",
 }
+
+MAX_SEARCHED = 16 * 2**20
+"""Bytes of a file in which the column of a value is looked for: the file is read up to the row."""
 
 Row = dict[str, Any]
 Reject = Callable[[DataError, Origin], None]
@@ -80,6 +85,17 @@ def bad_row(
     return DataError("\n".join(lines), hint=hint, code=code)
 
 
+def broken_promise(error: Exception, row: Row, origin: Origin) -> DataError:
+    """What no check foresaw is still a complaint about the row."""
+    what = f"is not what its format promises ({type(error).__name__}: {error})"
+    hint = "compare it with a row that works; format=... names the format by hand"
+    return bad_row("E-DATA-0026", origin, what, row=row, hint=hint)
+
+
+UNFORESEEN = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""What a row that nobody thought of may raise."""
+
+
 def kind(value: object) -> str:
     """What `value` is, in words: `a number`, `an object`, `null`."""
     names = {type(None): "null", str: "text", dict: "an object", list: "a list", bool: "a boolean"}
@@ -98,16 +114,25 @@ def excerpt(value: object, around: object = None, width: int = 110) -> str:
     return ("…" if start > 0 else "") + text[start : start + width] + ("…" if start + width < len(text) else "")
 
 
+def _is_large(path: str) -> bool:
+    try:
+        return os.path.getsize(path) > MAX_SEARCHED
+    except OSError:
+        return True
+
+
 def locate(origin: Origin, seen: object, field: str | None = None) -> str:
     """`file:line:column` of the value `seen` where the row's text still holds it (after its key, if `field` ends in
     one), else what the origin knows."""
     if origin.line is None or not isinstance(seen, str) or not seen:
         return str(origin)
+    if _is_large(origin.source):
+        return str(origin)
     num_lines = 1000 if origin.source.endswith(".json") else 1  # an object of a JSON array may run over many lines
     try:
-        with open(origin.source, encoding="utf-8-sig", newline="\n") as file:
+        with open(origin.source, encoding="utf-8-sig", errors="replace", newline="\n") as file:
             text = "".join(islice(file, origin.line - 1, origin.line - 1 + num_lines))
-    except (OSError, UnicodeDecodeError):
+    except OSError:
         return str(origin)
     value = json.dumps(seen, ensure_ascii=False)
     key = json.dumps((field or "").rpartition(".")[2], ensure_ascii=False)

@@ -12,7 +12,8 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from posttrain.data.chat import Chat
-from posttrain.data.codes import Row, bad_row, excerpt, kind
+from posttrain.data.codes import UNFORESEEN, Row, bad_row, broken_promise, excerpt, kind
+from posttrain.data.columns import rename_columns
 from posttrain.data.encode import Encoded, Encoder
 from posttrain.data.formats import choose, detect, formats
 from posttrain.data.remarks import remark_on_bos, remark_on_text
@@ -79,14 +80,13 @@ class Pipeline:
             return self._read(row, origin)
         except UserError:
             raise
-        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        except UNFORESEEN as error:
             if self.settings.formatting_func is not None:
                 raise
-            what = f"is not what its format promises ({type(error).__name__}: {error})"
-            hint = "compare it with a row that works; format=... names the format by hand"
-            raise bad_row("E-DATA-0026", origin, what, row=row, hint=hint) from error
+            raise broken_promise(error, row, origin) from error
 
     def _read(self, row: Row, origin: Origin) -> Rendered | Tokenized:
+        row = rename_columns(row, self.settings.column_map, origin)
         if is_tokenized(row):
             if self.settings.formatting_func is not None:
                 raise ConfigError(f"{origin}: the row is tokenised already, so formatting_func has nothing to format")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from posttrain.data.columns import check_names
 from posttrain.data.packing import STRATEGIES
 from posttrain.errors import ConfigError
 
@@ -21,11 +22,13 @@ CHOICES: dict[str, tuple[str, ...]] = {
 class DataSettings:
     """`format="auto"` asks each row; `completion_only=None` trains the completion where a row has one, and
     `assistant_only=None` the assistant's turns where a row is a whole conversation; `chat_template`
-    is a name, a file or a template, None for the tokenizer's own; `columns` are kept beside the tokens; `cache` is the
+    is a name, a file or a template, None for the tokenizer's own; `column_map` renames columns (old to new) before the
+    format is told; `columns` are kept beside the tokens; `cache` is the
     folder where tokens of files are kept."""
 
     format: str = "auto"
     text_field: str = "text"
+    column_map: Mapping[str, str] = field(default_factory=dict)
     formatting_func: Callable[[dict[str, Any]], str] | None = None
     completion_only: bool | None = None
     assistant_only: bool | None = False
@@ -44,6 +47,7 @@ class DataSettings:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}", hint=f"known: {', '.join(known)}")
+        check_names(self.column_map)
         if self.max_length is not None and self.max_length < 1:
             raise ConfigError(f"max_length is {self.max_length}", hint="give a positive number of tokens, or None")
         if self.packing and self.max_length is None:

@@ -75,6 +75,9 @@ class DatasetSection(_Section):
     val_path: str | None = Field(None, description="Held-out data of the same kind.")
     format: str = Field("auto", description="auto, or the name of a format.")
     text_field: str = "text"
+    columns: dict[str, str] | None = Field(
+        None, description="Columns to rename, old to new, e.g. {question: prompt, answer: completion}."
+    )
     chat_template: str | None = Field(
         None, description="auto, a name (chatml, ...), a .jinja file, or a tokenizer whose template to take."
     )

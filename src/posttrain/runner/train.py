@@ -81,6 +81,7 @@ def _training_arguments(config: RunConfig, root: Path, source: Path, quiet: bool
     options: dict[str, Any] = {
         "max_length": config.model.max_seq_length,
         "dataset_text_field": data.text_field,
+        "dataset_columns": data.columns,
         "dataset_num_proc": data.num_proc,
         "on_bad_row": data.on_bad_row,
         "dataset_streaming": data.streaming,
@@ -106,6 +107,7 @@ TAKEN = {
     "max_length": "model.max_seq_length",
     "max_seq_length": "model.max_seq_length",
     "dataset_text_field": "dataset.text_field",
+    "dataset_columns": "dataset.columns",
     "dataset_num_proc": "dataset.num_proc",
     "dataset_format": "dataset.format",
     "on_bad_row": "dataset.on_bad_row",

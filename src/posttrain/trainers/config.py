@@ -47,6 +47,7 @@ class SFTConfig(TrainingArguments):
         *TrainingArguments._VALID_DICT_FIELDS,
         "model_init_kwargs",
         "dataset_kwargs",
+        "dataset_columns",
     ]
 
     learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate; LoRA wants about 2e-4."})
@@ -71,6 +72,10 @@ class SFTConfig(TrainingArguments):
         },
     )
     dataset_text_field: str = field(default="text", metadata={"help": "Column that holds plain text."})
+    dataset_columns: dict[str, str] | str | None = field(
+        default=None,
+        metadata={"help": 'Columns to rename, old to new: {"question": "prompt", "answer": "completion"}.'},
+    )
     dataset_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Only `skip_prepare_dataset`: the rows are tokenized (input_ids, labels)."}
     )

@@ -310,6 +310,7 @@ def _data_settings(args: SFTConfig, formatting_func: Callable[[dict[str, Any]], 
     return DataSettings(
         format=args.dataset_format,
         text_field=args.dataset_text_field,
+        column_map=_as_dict(args.dataset_columns),
         formatting_func=formatting_func,
         completion_only=args.completion_only_loss,
         assistant_only=args.assistant_only_loss,

@@ -83,10 +83,10 @@ def test_sharegpt_tool_calls_join_the_assistants_turn() -> None:
 
 
 def test_messages() -> None:
-    row = {"messages": [USER, {**ASSISTANT, "name": None}], "label": True}
+    row = {"messages": [USER, {**ASSISTANT, "name": None}], "label": "good"}
     example = parse(row)
     assert example.completions == ([USER, ASSISTANT],)
-    assert example.columns == {"label": True}
+    assert example.columns == {"label": "good"}
     assert describe(row) == "read as messages: column `messages` with keys `role`, `content`"
     assert parse({"conversations": [USER, ASSISTANT]}).completions == ([USER, ASSISTANT],)
     assert parse({"messages": [{"role": "human", "content": "Hi"}, ASSISTANT]}).completions == ([USER, ASSISTANT],)
@@ -141,7 +141,7 @@ def test_unknown_columns_are_named_with_a_way_out() -> None:
     found = error({"question": "1+1?", "answer": "2", "id": None})
     assert found.code == "E-DATA-0010"
     assert "columns `answer`, `question` are of no known format (null: `id`)" in found.message
-    assert (found.hint or "").startswith("rename question → prompt, answer → completion, or pass a formatting_func")
+    assert (found.hint or "").startswith("rename question → prompt, answer → completion (--map question=prompt,answer")
     assert "alpaca (`instruction`, `input`, `output`)" in (found.hint or "")
     with pytest.raises(DataError, match=r"text \(`body`\)"):
         parse({"text": "a"}, text_field="body")

@@ -252,10 +252,14 @@ def test_real_files(shared_data: Path) -> None:
     with pytest.raises(DataError, match="leaves tool calls out"):
         prepare(shared_data / "glaive_toolcall_en_demo.json", tokenizer, DataSettings())
 
-    kto = prepare(shared_data / "kto_en_demo.json", tokenizer, DataSettings())
-    assert kto.report.used == 300
+    with pytest.raises(DataError, match="train them with KTO"):
+        prepare(shared_data / "kto_en_demo.json", tokenizer, DataSettings())
+    everything = prepare(shared_data / "kto_en_demo.json", tokenizer, DataSettings(format="messages"))
+    assert everything.report.used == 300
     with pytest.raises(DataError, match="train them with DPO"):
         prepare(shared_data / "dpo_en_demo.json", tokenizer, DataSettings())
+    mapped = DataSettings(column_map={"question": "prompt", "answer": "completion"}, max_length=2000)
+    assert prepare(shared_data / "gsm8k_train.jsonl", tokenizer, mapped).report.used == 7473
     lines = (json.loads(line) for line in (shared_data / "gsm8k_train.jsonl").open())
     rows = [{"prompt": r["question"], "completion": " " + r["answer"]} for r, _ in zip(lines, range(500), strict=False)]
     assert run(rows).report.boundary_moved.count == 0

@@ -1,7 +1,8 @@
 """The formats rows come in. Each is told by the shape of a row, explains itself, and becomes an `Example`.
 
 A new format is one file with `SHAPE`, `matches`, `parse` and `describe`, and one line in the table. The table is in
-order of precedence: as in TRL, a row that has both messages and text is a conversation.
+order of precedence: as in TRL, a row that has both messages and text is a conversation. `FORMATS` are those that
+supervised training reads; `OTHER_METHODS` are told as well, so that they are refused by name, and read by the doctor.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import difflib
 from typing import Protocol
 
 from posttrain.data.codes import Row, bad_row
-from posttrain.data.formats import alpaca, messages, prompt_completion, sharegpt
+from posttrain.data.formats import alpaca, messages, preference, prompt_completion, rated, sharegpt
 from posttrain.data.formats.text import TextFormat
 from posttrain.errors import ConfigError, DataError
 from posttrain.types import Example, Origin
@@ -34,11 +35,13 @@ FORMATS: dict[str, Format] = {
     "alpaca": alpaca,
 }
 
-OTHER_METHODS: tuple[tuple[set[str], str], ...] = (
-    ({"chosen", "rejected"}, "preference pairs: train them with DPO, ORPO or a reward model"),
-    ({"image"}, "images, which cannot be trained on for now"),
-    ({"images"}, "images, which cannot be trained on for now"),
-)
+OTHER_METHODS: dict[str, Format] = {"preference": preference, "rated": rated}
+REFUSED = {
+    "preference": ("preference pairs: train them with DPO, ORPO or a reward model", None),
+    "rated": ("ratings: train them with KTO", "to train on all answers alike, name the format: {format}"),
+}
+"""What is said of another method's rows, and the way out."""
+IMAGES = ("image", "images")
 LIKELY = {
     "question": "prompt",
     "query": "prompt",
@@ -57,6 +60,11 @@ def formats(text_field: str = "text") -> dict[str, Format]:
     return {**FORMATS, "text": TextFormat(text_field)}
 
 
+def all_formats(text_field: str = "text") -> dict[str, Format]:
+    """Those of every method, for whoever looks at data and does not train on them."""
+    return {**OTHER_METHODS, **formats(text_field)}
+
+
 def choose(name: str, known: dict[str, Format]) -> Format | None:
     """The format called `name`; None for "auto", which asks each row."""
     if name == "auto":
@@ -70,13 +78,24 @@ def choose(name: str, known: dict[str, Format]) -> Format | None:
 
 def detect(row: Row, origin: Origin, known: dict[str, Format]) -> Format:
     """The first format whose shape `row` has."""
-    for columns, what in OTHER_METHODS:
-        if all(row.get(column) is not None for column in columns):
-            raise bad_row("E-DATA-0017", origin, f"has columns {_names(columns)}: {what}", row=row)
+    for name, other in OTHER_METHODS.items():
+        if name not in known and other.matches(row):
+            raise _another_method(name, row, origin, known)
+    if columns := {column for column in IMAGES if row.get(column) is not None}:
+        what = f"has columns {_names(columns)}: images, which cannot be trained on for now"
+        raise bad_row("E-DATA-0017", origin, what, row=row)
     found = next((fmt for fmt in known.values() if fmt.matches(row)), None)
     if found is None:
         raise _unknown(row, origin, known)
     return found
+
+
+def _another_method(name: str, row: Row, origin: Origin, known: dict[str, Format]) -> DataError:
+    what, hint = REFUSED[name]
+    columns = {"preference": {"chosen", "rejected"}, "rated": {"label"}}[name]
+    if hint is not None:
+        hint = hint.format(format=next(own for own, fmt in known.items() if fmt.matches(row)))
+    return bad_row("E-DATA-0017", origin, f"has columns {_names(columns)}: {what}", row=row, hint=hint)
 
 
 def _unknown(row: Row, origin: Origin, known: dict[str, Format]) -> DataError:
@@ -87,7 +106,8 @@ def _unknown(row: Row, origin: Origin, known: dict[str, Format]) -> DataError:
     if columns == ["prompt"] and not nulls:
         hint = "a prompt alone is data for GRPO, RLOO or PPO; supervised training wants a completion beside it"
     elif renames:
-        hint = f"rename {', '.join(renames)}, or pass a formatting_func; {hint}"
+        names = ",".join(f"{column}={LIKELY[column]}" for column in columns if column in LIKELY)
+        hint = f"rename {', '.join(renames)} (--map {names}, or dataset.columns), or pass a formatting_func; {hint}"
     what = f"columns {_names(columns)} are of no known format" + (f" (null: {_names(nulls)})" if nulls else "")
     return bad_row("E-DATA-0010", origin, what, row=row, hint=hint)
 

@@ -30,15 +30,29 @@ def describe(row: Row) -> str:
 
 
 def parse(row: Row, origin: Origin) -> Example:
-    messages: list[Message] = []
+    messages = read_system(row, origin)
+    messages += read_turns(row.get(COLUMN), COLUMN, row, origin)
+    check_answers(messages, COLUMN if not row.get("system") else "messages", row, origin)
+    return wrap_tools(build(row, origin, None, messages, {COLUMN, "system"}))
+
+
+def read_system(row: Row, origin: Origin) -> list[Message]:
+    """The message in column `system`, where there is one."""
     if not isinstance(row.get("system"), str | None):
         raise bad_row("E-DATA-0011", origin, f"is {kind(row['system'])}, not text", field="system", row=row)
-    if row.get("system"):
-        messages.append({"role": "system", "content": row["system"]})
-    for i, turn in enumerate(row[COLUMN] if isinstance(row.get(COLUMN), list) else [row.get(COLUMN)]):
-        _append(messages, turn, f"{COLUMN}[{i}]", row, origin)
-    check_answers(messages, COLUMN if not row.get("system") else "messages", row, origin)
-    example = build(row, origin, None, messages, {COLUMN, "system"})
+    return [{"role": "system", "content": row["system"]}] if row.get("system") else []
+
+
+def read_turns(turns: Any, field: str, row: Row, origin: Origin) -> list[Message]:
+    """The `from`/`value` messages in column `field` of `row`, as messages."""
+    messages: list[Message] = []
+    for i, turn in enumerate(turns if isinstance(turns, list) else [turns]):
+        _append(messages, turn, f"{field}[{i}]", row, origin)
+    return messages
+
+
+def wrap_tools(example: Example) -> Example:
+    """`example` with bare tools in the form that templates are written for."""
     if example.tools:
         example.tools[:] = [_wrap(tool) for tool in example.tools]
     return example

@@ -1,0 +1,47 @@
+"""Columns under the names that formats look for: `{"question": "prompt", "answer": "completion"}`, old name to new."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from posttrain.data.codes import Row, bad_row
+from posttrain.errors import ConfigError
+from posttrain.types import Origin
+
+
+def rename_columns(row: Row, names: Mapping[str, str], origin: Origin) -> Row:
+    """`row` with its columns renamed; those that it has not are passed over, for a mixture's parts may differ."""
+    if not names:
+        return row
+    renamed = {names.get(column, column): value for column, value in row.items()}
+    if len(renamed) < len(row):
+        twice = sorted(new for old, new in names.items() if new in row and old in row and new not in names)
+        what = f"has a column {', '.join(f'`{name}`' for name in twice)} already, which another is to be renamed to"
+        raise bad_row("E-DATA-0050", origin, what, row=row, hint="rename that one as well, or leave it out of the map")
+    return renamed
+
+
+def check_names(names: Mapping[str, str]) -> None:
+    """Raises ConfigError for a map that is none, or that gives two columns one name."""
+    wrong = [name for pair in names.items() for name in pair if not isinstance(name, str) or not name]
+    if wrong:
+        raise ConfigError(f"columns are renamed from text to text, saw {wrong[0]!r}", hint="e.g. question: prompt")
+    targets = list(names.values())
+    twice = sorted({name for name in targets if targets.count(name) > 1})
+    if twice:
+        raise ConfigError(f"two columns are to be renamed to {twice[0]!r}", hint="a row has one column of a name")
+
+
+def parse_names(texts: Iterable[str]) -> dict[str, str]:
+    """`question=prompt,answer=completion` as a map. Raises ConfigError for anything else."""
+    names: dict[str, str] = {}
+    for pair in (pair for text in texts for pair in text.split(",") if pair.strip()):
+        old, equals, new = (part.strip() for part in pair.partition("="))
+        if not (old and equals and new):
+            raise ConfigError(f"--map {pair.strip()!r} is not of the form column=name",
+                              hint="e.g. --map question=prompt,answer=completion")  # fmt: skip
+        if old in names:
+            raise ConfigError(f"--map names {old!r} twice")
+        names[old] = new
+    check_names(names)
+    return names

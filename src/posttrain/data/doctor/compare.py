@@ -1,0 +1,115 @@
+"""Rows compared by their hashes: duplicates, contradictions, and what the validation data have in common with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from posttrain.data.doctor.findings import Finding, finding, rows, share
+from posttrain.data.doctor.settings import DoctorSettings
+from posttrain.data.doctor.tally import NO_LABEL, Tally
+from posttrain.data.report import number
+
+NUM_FIRST = 5
+ODD = np.uint64(0xC2B2AE3D27D4EB4F), np.uint64(0x165667B19E3779F9)
+"""Odd constants, so that hashes in another order make another sum."""
+
+
+def within(tally: Tally, settings: DoctorSettings) -> Iterator[Finding]:
+    """What the rows of one data set say about one another."""
+    yield from _duplicates(tally)
+    yield from _contradictions(tally)
+    yield from _turned_round(tally)
+    yield from _repeated(tally, settings)
+
+
+def across(train: Tally, validation: Tally) -> Iterator[Finding]:
+    """What training data give away of the validation data."""
+    same = np.isin(validation.array("row"), train.array("row"))
+    if same.any():
+        part = share(same.sum(), len(same))
+        sentence = f"{rows(int(same.sum()))} of the validation data ({part}) trained on as well: its loss will flatter"
+        yield _about("E-DATA-0061", validation, same, sentence)
+    prompts = validation.array("prompt")
+    leaked = np.isin(prompts, train.array("prompt")) & (prompts != 0) & ~same
+    if leaked.any():
+        sentence = (
+            f"{rows(int(leaked.sum()))} of the validation data with a prompt that is trained on, answered otherwise"
+        )
+        yield _about("W-DATA-0106", validation, leaked, sentence)
+
+
+def repeats(hashes: np.ndarray) -> np.ndarray:
+    """Of each entry, whether it stood before."""
+    order = np.argsort(hashes, kind="stable")
+    ordered = hashes[order]
+    again = np.zeros(len(hashes), dtype=bool)
+    again[order[1:]] = ordered[1:] == ordered[:-1]
+    return again
+
+
+def _duplicates(tally: Tally) -> Iterator[Finding]:
+    again = repeats(tally.array("row"))
+    if again.any():
+        sentence = f"{rows(int(again.sum()), 'say')} the same as an earlier one ({share(again.sum(), len(again))})"
+        yield _about("W-DATA-0101", tally, again, sentence)
+
+
+def _contradictions(tally: Tally) -> Iterator[Finding]:
+    """Of prompts with one answer each. Several pairs to a prompt are usual; ratings contradict by their label."""
+    prompt, answer, label = tally.array("prompt"), tally.array("answer"), tally.array("label")
+    both = prompt * ODD[0] + answer
+    rated = label != NO_LABEL
+    opposite = rated & _differ(both, label.astype(np.uint64), rated)
+    if opposite.any():
+        sentence = f"{rows(int(opposite.sum()))} rate the same answer to the same prompt both good and bad"
+        yield _about("E-DATA-0062", tally, opposite, sentence)
+    plain = ~rated & (prompt != 0) & (tally.array("rejected") == 0)
+    other = _differ(prompt, answer, plain)
+    if other.any():
+        num_prompts = len(np.unique(prompt[other]))
+        prompts = "one prompt" if num_prompts == 1 else f"{number(num_prompts)} prompts"
+        sentence = f"{rows(int(other.sum()))} answer {prompts} in different ways"
+        yield _about("W-DATA-0104", tally, other, sentence, {"prompts": num_prompts})
+
+
+def _differ(key: np.ndarray, value: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """Of each asked-for entry, whether another one has the same key and another value."""
+    chosen = np.flatnonzero(asked)
+    order = chosen[np.lexsort((value[chosen], key[chosen]))]
+    keys, values = key[order], value[order]
+    parted = keys[1:][(keys[1:] == keys[:-1]) & (values[1:] != values[:-1])]
+    return asked & np.isin(key, parted)
+
+
+def _turned_round(tally: Tally) -> Iterator[Finding]:
+    prompt, chosen, rejected = (tally.array(name) for name in ("prompt", "answer", "rejected"))
+    pairs = (rejected != 0) & (chosen != rejected)
+    if not pairs.any():
+        return
+    forth = prompt * ODD[0] + chosen * ODD[1] + rejected
+    back = prompt * ODD[0] + rejected * ODD[1] + chosen
+    turned = pairs & np.isin(back, forth[pairs])
+    if turned.any():
+        sentence = f"{rows(int(turned.sum()))} prefer an answer that another row rejects for the same other one"
+        yield _about("W-DATA-0105", tally, turned, sentence)
+
+
+def _repeated(tally: Tally, settings: DoctorSettings) -> Iterator[Finding]:
+    answers = tally.array("answer")
+    if len(answers) < settings.min_rows:
+        return
+    long_enough = tally.array("answer_length") >= settings.repeated_answer_characters
+    values, counts = np.unique(answers[long_enough], return_counts=True)
+    least = max(settings.repeated_answer_rows, settings.repeated_answer_share * len(answers))
+    often = np.isin(answers, values[counts >= least]) & long_enough
+    if often.any():
+        most = int(counts.max())
+        sentence = f"one answer stands in {rows(most)} ({share(most, len(answers))})"
+        yield _about("W-DATA-0109", tally, often, sentence)
+
+
+def _about(code: str, tally: Tally, which: np.ndarray, sentence: str, details: dict[str, int] | None = None) -> Finding:
+    first = [tally.origin(int(index)) for index in np.flatnonzero(which)[:NUM_FIRST]]
+    return finding(code, int(which.sum()), first, sentence, details=details)

@@ -1,0 +1,127 @@
+"""What a row says, whatever its format: the prompt, the answers, and the words of both that a person would read.
+
+The answer of a whole conversation is its last assistant turn; all before it is the prompt.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from posttrain.data.codes import UNFORESEEN, Row, bad_row, broken_promise
+from posttrain.data.columns import rename_columns
+from posttrain.data.formats import all_formats, choose, detect
+from posttrain.data.settings import DataSettings
+from posttrain.data.tokens import is_tokenized
+from posttrain.errors import UserError
+from posttrain.types import Content, Example, Message, Origin
+
+TURN, PART = "\r\t\r", "\t\r\t"
+"""What ends a turn, and what parts a role from its words, in canonical text: white space that stands in no text."""
+
+
+@dataclass(slots=True)
+class Said:
+    """`prompt` and `answers` in canonical form, for comparing; `asked` (the last user turn) and `spoken` (the last turn
+    of each answer) as written; `length` counts the characters of all texts. `rest` is what else makes a row another
+    row: tools."""
+
+    format: str
+    method: str
+    prompt: str
+    answers: tuple[str, ...]
+    asked: str
+    spoken: tuple[str, ...]
+    length: int
+    label: bool | None = None
+    rest: str = ""
+
+
+class RowReader:
+    """Rows of any format that any method trains on, as what they say."""
+
+    def __init__(self, settings: DataSettings):
+        self.names = settings.column_map
+        self.formats = all_formats(settings.text_field)
+        self.format = choose(settings.format, self.formats)
+        self.format_name = settings.format
+
+    def example(self, row: Row, origin: Origin) -> tuple[str, Example]:
+        """The format in words, and the example. Raises DataError for a row that cannot be used."""
+        try:
+            row = rename_columns(row, self.names, origin)
+            found = self.format or detect(row, origin, self.formats)
+            if not found.matches(row):
+                what = f"is not of format {self.format_name!r} (columns {', '.join(row)})"
+                raise bad_row("E-DATA-0010", origin, what, row=row, hint="--format auto tells by the shape of each row")
+            return found.describe(row), found.parse(row, origin)
+        except UserError:
+            raise
+        except UNFORESEEN as error:
+            raise broken_promise(error, row, origin) from error
+
+    def read(self, row: Row, origin: Origin) -> Said:
+        if is_tokenized(row):
+            ids = str(row["input_ids"]) + str(row.get("labels"))
+            return Said("read as tokens: column `input_ids`", "sft", "", (ids,), "", (), len(row["input_ids"]))
+        described, example = self.example(row, origin)
+        return said(example, described)
+
+
+def said(example: Example, described: str) -> Said:
+    prompt, answers = example.prompt, example.completions
+    if prompt is None and isinstance(answers[0], list):
+        prompt, answers = _split(answers[0])
+    label = example.columns.get("label") if described.endswith("rated by `label`") else None
+    rest = "" if not example.tools else json.dumps(example.tools, default=str)
+    return Said(
+        format=described,
+        method="preference" if len(answers) > 1 else "rated" if label is not None else "sft",
+        prompt=_canonical(prompt),
+        answers=tuple(map(_canonical, answers)),
+        asked=_last(prompt, "user"),
+        spoken=tuple(_last(answer, "assistant") for answer in answers),
+        length=sum([_length(content) for content in (prompt, *answers)]),
+        label=label,
+        rest=rest,
+    )
+
+
+def _split(messages: list[Message]) -> tuple[Content | None, tuple[Content, ...]]:
+    """A conversation as all before its last assistant turn, and from there on."""
+    for index in range(len(messages) - 1, -1, -1):
+        if messages[index]["role"] == "assistant":
+            return messages[:index], (messages[index:],)
+    return messages, ([],)
+
+
+def _canonical(content: Content | None) -> str:
+    if not isinstance(content, list):
+        return content or ""
+    return "".join([_turn(message) for message in content])
+
+
+def _turn(message: Message) -> str:
+    text = message.get("content") or ""
+    if len(message) > 2:  # reasoning, tool calls, flags
+        others: dict[str, Any] = {key: message[key] for key in sorted(message) if key not in ("role", "content")}
+        text = f"{text}{PART}{json.dumps(others, ensure_ascii=False, default=str)}"
+    return f"{message['role']}{PART}{text}{TURN}"
+
+
+def _length(content: Content | None) -> int:
+    if not isinstance(content, list):
+        return len(content or "")
+    return sum([len(message.get("content") or "") for message in content])
+
+
+def _last(content: Content | None, role: str) -> str:
+    """The last thing that `role` says."""
+    if not isinstance(content, list):
+        return content or ""
+    for message in reversed(content):
+        if message["role"] == role:
+            text = message.get("content")
+            return text if isinstance(text, str) else ""
+    return ""

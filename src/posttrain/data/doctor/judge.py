@@ -1,0 +1,119 @@
+"""From a tally to findings: what was marked in single rows, and the shares that only the whole can show."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from posttrain.data.codes import REASONS
+from posttrain.data.doctor.findings import Finding, finding, rows, share
+from posttrain.data.doctor.settings import DoctorSettings
+from posttrain.data.doctor.tally import NO_LABEL, Tally
+from posttrain.data.report import number
+
+MARKS = {
+    "E-DATA-0060": ("reject", "the very answer that is chosen: there is nothing to learn from that"),
+    "W-DATA-0108": ("are", "answered by a refusal or by words that stand for none ({share})"),
+    "W-DATA-0112": ("hold", "control characters"),
+    "W-DATA-0113": ("hold", "characters that change the direction of writing unseen"),
+    "W-DATA-0114": ("hold", "what looks like a secret ({kinds})"),
+    "W-DATA-0115": ("hold", "what looks like personal data ({kinds})"),
+    "W-DATA-0116": ("seem", "to answer in another language than the question's ({kinds}), by frequent words"),
+}
+
+
+def judge(tally: Tally, settings: DoctorSettings, on_bad_row: str) -> Iterator[Finding]:
+    yield from _bad_rows(tally, on_bad_row)
+    yield from _formats(tally)
+    yield from _marks(tally)
+    yield from _labels(tally, settings)
+    yield from _length_bias(tally, settings)
+    yield from _languages(tally, settings)
+
+
+def _bad_rows(tally: Tally, on_bad_row: str) -> Iterator[Finding]:
+    """What makes rows unusable, under its own code. Where such rows are to be skipped it is no more than a warning."""
+    severity = "warning" if on_bad_row == "skip" else "error"
+    for code, cases in sorted(tally.bad.items()):
+        seen = next((bad for bad in tally.bad_rows if bad.code == code), None)
+        reason = REASONS.get(code, "unusable")
+        fix = (seen.hint if seen else None) or "posttrain data check FILE --fix OUT drops them"
+        sentence = f"{rows(cases.count)} cannot be used: {reason}"
+        yield Finding(code, severity, cases.count, tuple(map(str, cases.first)), sentence, fix)
+
+
+def _formats(tally: Tally) -> Iterator[Finding]:
+    if len(tally.methods) > 1:
+        rarest = min(tally.methods.values(), key=lambda cases: cases.count)
+        names = {"sft": "supervised training", "preference": "preference training", "rated": "KTO"}
+        parts = ", ".join(f"{number(cases.count)} for {names[name]}" for name, cases in tally.methods.items())
+        yield finding("E-DATA-0064", rarest.count, rarest.first, f"rows are for several methods: {parts}")
+    elif len(tally.formats) > 1:
+        parts = "; ".join(f"{number(count)} {name}" for name, count in tally.formats.most_common(4))
+        count = tally.used - tally.formats.most_common(1)[0][1]
+        yield finding("W-DATA-0118", count, [], f"rows have several formats: {parts}")
+
+
+def _marks(tally: Tally) -> Iterator[Finding]:
+    for code, (verb, sentence) in MARKS.items():
+        if code not in tally.marks:
+            continue
+        cases, kinds = tally.marks[code], tally.kinds.get(code, Counter[str]())
+        most = sorted(kinds.items(), key=lambda item: -item[1])[:4]
+        named = ", ".join(f"{what} {number(count)}" for what, count in most)
+        said = sentence.format(share=share(cases.count, tally.used), kinds=named)
+        shown = tally.shown.get(code)
+        yield finding(
+            code,
+            cases.count,
+            cases.first,
+            f"{rows(cases.count, verb)} {said}",
+            details={"shown": shown} if shown else None,
+        )
+
+
+def _labels(tally: Tally, settings: DoctorSettings) -> Iterator[Finding]:
+    labels = tally.array("label")
+    rated, good = int((labels != NO_LABEL).sum()), int((labels == 1).sum())
+    if rated < settings.min_rows:
+        return
+    counts = {"good": good, "bad": rated - good}
+    word, most = max(counts.items(), key=lambda item: item[1])
+    if most == rated:
+        yield finding("E-DATA-0063", most, [], f"all {number(rated)} ratings say {word}", details=counts)
+    elif most > settings.label_share * rated:
+        yield finding(
+            "W-DATA-0111", most, [], f"{share(most, rated)} of {number(rated)} ratings say {word}", details=counts
+        )
+
+
+def _length_bias(tally: Tally, settings: DoctorSettings) -> Iterator[Finding]:
+    chosen, rejected = tally.array("answer_length"), tally.array("rejected_length")
+    parted = (rejected >= 0) & (chosen != rejected)
+    pairs = int(parted.sum())
+    if pairs < settings.min_rows:
+        return
+    longer = int((chosen > rejected)[parted].sum())
+    if longer > settings.longer_share * pairs:
+        means = [float(lengths[parted].mean()) for lengths in (chosen, rejected)]
+        sentence = (
+            f"in {share(longer, pairs)} of {number(pairs)} pairs the chosen answer is the longer one (on average "
+            f"{means[0]:.0f} characters against {means[1]:.0f}): a model may learn length instead of quality"
+        )
+        yield finding("W-DATA-0110", longer, [], sentence)
+
+
+def _languages(tally: Tally, settings: DoctorSettings) -> Iterator[Finding]:
+    total = sum(cases.count for cases in tally.languages.values())
+    if total < settings.min_rows or len(tally.languages) < 2:
+        return
+    main = max(tally.languages, key=lambda name: tally.languages[name].count)
+    others = {name: cases for name, cases in tally.languages.items() if name != main}
+    count = sum(cases.count for cases in others.values())
+    if count <= settings.other_language_share * total:
+        parts = ", ".join(f"{name} {number(cases.count)}" for name, cases in sorted(others.items()))
+        first = next(iter(others.values())).first
+        sentence = (
+            f"{rows(count, 'seem')} to be in another language than {main} ({parts}), by script and frequent words"
+        )
+        yield finding("W-DATA-0117", count, first, sentence)

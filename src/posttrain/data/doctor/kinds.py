@@ -1,0 +1,49 @@
+"""The table of findings: a code that stays, how grave it is, a short reason, and what to do about it.
+
+Rows that cannot be used keep the code of their complaint (`posttrain.data.codes`). An error makes a run pointless or
+its numbers untrue; a warning may be meant; information is a guess, or a thing that was not looked at.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Kind:
+    severity: str
+    reason: str
+    fix: str
+
+
+FIX = "posttrain data check FILE --fix OUT drops them"
+KINDS: dict[str, Kind] = {
+    "E-DATA-0060": Kind("error", "chosen equals rejected", FIX),
+    "E-DATA-0061": Kind("error", "rows of the validation data", "take them out of one of the two, or split anew"),
+    "E-DATA-0062": Kind("error", "rated both good and bad", "keep one rating of each answer"),
+    "E-DATA-0063": Kind("error", "all ratings alike", "KTO needs good and bad answers; to train on all, use SFT"),
+    "E-DATA-0064": Kind("error", "data for several methods", "put them into a file each"),
+    "W-DATA-0101": Kind("warning", "exact duplicates", FIX),
+    "W-DATA-0102": Kind("warning", "near duplicates", "look at the pairs; drop what says the same twice"),
+    "W-DATA-0103": Kind("warning", "nearly rows of the validation data", "take them out of one of the two"),
+    "W-DATA-0104": Kind(
+        "warning", "same prompt, another answer", "decide which answer is right, or keep all on purpose"
+    ),
+    "W-DATA-0105": Kind("warning", "pairs that say the opposite", "decide which of the two answers is the better one"),
+    "W-DATA-0106": Kind("warning", "prompts of the validation data", "split by prompt, so that no prompt is in both"),
+    "W-DATA-0107": Kind("warning", "longer than max_length", "raise --max-length, shorten the rows or split them"),
+    "W-DATA-0108": Kind("warning", "refusals and boilerplate", "drop what the model is not to learn"),
+    "W-DATA-0109": Kind("warning", "one answer again and again", "keep as many as the model is to give"),
+    "W-DATA-0110": Kind(
+        "warning", "chosen is the longer one", "add pairs whose better answer is short, or expect length"
+    ),
+    "W-DATA-0111": Kind("warning", "ratings out of balance", "weigh them: desirable_weight, undesirable_weight"),
+    "W-DATA-0112": Kind("warning", "control characters", "posttrain data check FILE --fix OUT takes them out"),
+    "W-DATA-0113": Kind("warning", "bidirectional control characters", "see whether the text reads as it is written"),
+    "W-DATA-0114": Kind("warning", "hints of secrets", "revoke them if they are real, and take them out"),
+    "W-DATA-0115": Kind("warning", "hints of personal data", "take them out, or make sure that you may train on them"),
+    "W-DATA-0116": Kind("info", "answer in another language than the prompt", "fine for translation, else drop them"),
+    "W-DATA-0117": Kind("info", "rows in another language", "fine if it is meant"),
+    "W-DATA-0118": Kind("warning", "several formats", "fine if it is meant; --format NAME refuses all others"),
+    "W-DATA-0119": Kind("info", "not looked for", "see the sentence"),
+}

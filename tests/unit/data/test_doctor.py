@@ -1,0 +1,175 @@
+"""Every finding: a few rows that have it, named by code, count and place, and the same without it that have not."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from posttrain.data.codes import REASONS
+from posttrain.data.doctor.kinds import KINDS
+from posttrain.data.settings import DataSettings
+from posttrain.errors import DataError
+from tests.doctor_files import codes, examine, finding, pair, plain, rated, row, write
+
+ROOT = Path(__file__).resolve().parents[3]
+GERMAN = "Das ist nicht der Weg, den wir mit dem Auto auf dieser Straße nehmen, und auch nicht die andere."
+ENGLISH = "This is not the way that you would take with the car, and it is not what we can do for them."
+LONG = "The quick brown fox jumps over the lazy dog while seven wizards brew a potion of jade and amber by the river. "
+KEY = "AKIA" + "ABCDEFGHIJKLMNOP"
+
+PAIRS = [
+    pair(f"Question {i}?", f"A good answer {i}." + " More of it." * (i % 2), f"A bad answer {i}, too.")
+    for i in range(40)
+]
+RATINGS = [rated(f"Question {i}?", f"Answer {i}.", i % 2 == 0) for i in range(40)]
+
+# Of each code: rows that have it, how many, and the nearest rows that do not. Validation rows come second in a pair.
+CASES: dict[str, tuple[Any, int, Any]] = {
+    "E-DATA-0060": ([pair("Q?", "same", "same"), pair("R?", "a", "b")], 1, [pair("Q?", "same", "other")]),
+    "E-DATA-0061": ((plain(9), plain(3, start=6)), 3, (plain(9), plain(3, start=9))),
+    "E-DATA-0062": ([rated("Q?", "A.", True), rated("Q?", "A.", False)], 2,
+                    [rated("Q?", "A.", True), rated("Q?", "B.", False)]),
+    "E-DATA-0063": ([rated(f"{i}?", f"{i}.", True) for i in range(40)], 40, RATINGS),
+    "E-DATA-0064": ([*plain(5), pair("Q?", "a", "b")], 1, plain(5)),
+    "W-DATA-0101": ([*plain(5), plain(1)[0]], 1, plain(6)),
+    "W-DATA-0102": ([row("Tell.", LONG * 2), row("Tell!", LONG * 2 + "End.")], 1, [row("Tell.", LONG * 2), *plain(5)]),
+    "W-DATA-0103": (([row("Tell.", LONG * 2)], [row("Tell!", LONG * 2 + "End.")]), 1, ([row("Tell.", LONG)], plain(3))),
+    "W-DATA-0104": ([row("Why?", "Because."), row("Why?", "Who knows.")], 2,
+                    [row("Why?", "Because."), row("How?", "So.")]),
+    "W-DATA-0105": ([pair("Q?", "a", "b"), pair("Q?", "b", "a")], 2, [pair("Q?", "a", "b"), pair("Q?", "b", "c")]),
+    "W-DATA-0106": ((plain(3), [row("Name number 1.", "Nobody.")]), 1, (plain(3), [row("Name number 7.", "Nobody.")])),
+    "W-DATA-0108": ([row("Do it.", "I'm sorry, but I can't."), row("And?", "As an AI language model, no.")], 2,
+                    [row("What is GPT?", "A large model; people are sorry for what it cannot do.")]),
+    "W-DATA-0109": ([*plain(40), *[row(f"Q {i}?", "Have you tried turning it off?") for i in range(8)]], 8,
+                    [*plain(40), *[row(f"Q {i}?", "yes") for i in range(8)]]),
+    "W-DATA-0110": ([pair(f"Q {i}?", f"{i} and much more of it", f"{i}") for i in range(40)], 40, PAIRS),
+    "W-DATA-0111": ([*[rated(f"{i}?", f"{i}.", True) for i in range(40)], rated("no?", "no", False)], 40, RATINGS),
+    "W-DATA-0112": ([row("Hi", "A\x08B")], 1, [row("Hi", "A\tB\r\n")]),
+    "W-DATA-0113": ([row("Hi", "if \u202eadmin\u202c")], 1, [row("Hi", "שלום")]),
+    "W-DATA-0114": ([row("Key?", f"It is {KEY}.")], 1, [row("Key?", "It begins with AKIA, and sk- for others.")]),
+    "W-DATA-0115": ([row("Mail?", "Write to jane.doe@posteo.de.")], 1,
+                    [row("Mail?", "Write to jane@example.com @ noon.")]),
+    "W-DATA-0116": ([row(ENGLISH, GERMAN)], 1, [row(ENGLISH, ENGLISH)]),
+    "W-DATA-0117": ([*[row(f"{i}?", f"{ENGLISH} {i}") for i in range(40)], row("x?", GERMAN)], 1,
+                    [row(f"{i}?", f"{ENGLISH} {i}") for i in range(40)]),
+    "W-DATA-0118": ([*plain(3), {"text": "Plain."}], 1, plain(3)),
+}  # fmt: skip
+ELSEWHERE = {"W-DATA-0107", "W-DATA-0119"}
+"""Tested in test_doctor_lengths.py and test_doctor_near.py."""
+
+
+def parted(given: Any) -> tuple[Any, Any]:
+    return given if isinstance(given, tuple) else (given, None)
+
+
+@pytest.mark.parametrize("code", CASES)
+def test_the_finding(code: str, tmp_path: Path) -> None:
+    having, count, _ = CASES[code]
+    rows, val = parted(having)
+    report = examine(write(tmp_path / "a.jsonl", rows), write(tmp_path / "b.jsonl", val) if val else None)
+    found = finding(report, code)
+    assert (found.count, found.severity) == (count, KINDS[code].severity)
+    assert found.fix
+    assert all(re.fullmatch(r".*[ab]\.jsonl:\d+", where) for where in found.first)
+
+
+@pytest.mark.parametrize("code", CASES)
+def test_rows_without_it(code: str) -> None:
+    rows, val = parted(CASES[code][2])
+    assert code not in codes(rows, val)
+
+
+def test_every_code_has_a_case_and_stands_in_the_guide() -> None:
+    assert set(KINDS) == set(CASES) | ELSEWHERE
+    assert not set(KINDS) & set(REASONS), "codes are never used twice"
+    guide = (ROOT / "docs" / "data.md").read_text("utf-8")
+    assert [code for code in (*KINDS, *REASONS) if code not in guide] == []
+
+
+def test_nothing_wrong() -> None:
+    report = examine(plain(50))
+    assert report.findings == []
+    assert (report.rows, report.usable, report.errors, report.warnings) == (50, 50, 0, 0)
+    assert report.formats == {"read as messages: column `messages` with keys `role`, `content`": 50}
+
+
+def test_what_is_found_is_named_by_line(tmp_path: Path) -> None:
+    rows = [*plain(4), plain(2)[1], row("Hi", "A\x00B")]
+    report = examine(write(tmp_path / "t.jsonl", rows))
+    assert finding(report, "W-DATA-0101").first == (f"{tmp_path}/t.jsonl:5",)
+    assert finding(report, "W-DATA-0112").first == (f"{tmp_path}/t.jsonl:6",)
+
+
+def test_several_files_are_one_data_set(tmp_path: Path) -> None:
+    paths = [write(tmp_path / "a.jsonl", plain(3)), write(tmp_path / "b.jsonl", plain(2, start=2))]
+    report = examine(paths)
+    assert report.rows == 5
+    assert finding(report, "W-DATA-0101").first == (f"{tmp_path}/b.jsonl:1",)
+
+
+BROKEN = '{"messages": [{"role": "usr", "content": "Hi"}]}\nnot json\n{"text": ""}\n{"text": "ok"}\n{"text": "\xff"}\n'
+
+
+def test_bad_rows_are_findings(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(BROKEN.encode("latin-1"))
+    report = examine(path)
+    assert (report.rows, report.usable, report.errors) == (5, 1, 4)
+    assert {f.code: f.first[0] for f in report.findings} == {
+        "E-DATA-0012": f"{path}:1", "E-DATA-0002": f"{path}:2", "E-DATA-0014": f"{path}:3", "E-DATA-0003": f"{path}:5"
+    }  # fmt: skip
+    assert finding(report, "E-DATA-0012").fix == 'did you mean "user"?'
+    assert report.bad_rows[0]["message"].startswith(f'{path}:1:24  "messages[0].role" is "usr"')
+    skipping = examine(path, data=DataSettings(on_bad_row="skip"))
+    assert (skipping.errors, skipping.warnings) == (0, 4)
+
+
+def test_an_array_that_breaks_off_is_checked_as_far_as_it_goes(tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    path.write_text('[{"text": "a"}, {"text": "b"}, {"text": ', "utf-8")
+    report = examine(path)
+    assert report.usable == 2
+    assert finding(report, "E-DATA-0002").severity == "error"
+
+
+def test_an_empty_file_is_an_error_and_a_missing_one_is_raised(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").touch()
+    assert codes(tmp_path / "t.jsonl") == ["E-DATA-0006"]
+    with pytest.raises(DataError, match="no such file"):
+        examine(tmp_path / "u.jsonl")
+
+
+def test_validation_rows_that_cannot_be_used_are_said() -> None:
+    assert "E-DATA-0010" in codes(plain(3), [{"x": 1}])
+
+
+def test_thresholds_are_settings() -> None:
+    rows = [pair(f"Q {i}?", f"{i} and more" if i % 10 < 6 else f"{i}", f"{i}, yes") for i in range(40)]
+    assert "W-DATA-0110" not in codes(rows)
+    assert "W-DATA-0110" in codes(rows, longer_share=0.5)
+    assert "W-DATA-0109" in codes(
+        [*plain(40), *[row(f"Q {i}?", "yes") for i in range(8)]], repeated_answer_characters=1
+    )
+
+
+def test_columns_are_renamed_first() -> None:
+    rows = [{"question": f"{i}?", "answer": f"{i}."} for i in range(3)]
+    assert codes(rows) == ["E-DATA-0010"]
+    report = examine(rows, data=DataSettings(column_map={"question": "prompt", "answer": "completion"}))
+    assert (report.usable, report.findings) == (3, [])
+
+
+def test_tokens_are_rows_too() -> None:
+    report = examine([{"input_ids": [1, 2]}, {"input_ids": [1, 2]}])
+    assert (report.usable, [f.code for f in report.findings]) == (2, ["W-DATA-0101"])
+
+
+def test_the_report_as_json(tmp_path: Path) -> None:
+    document = examine(write(tmp_path / "t.jsonl", [*plain(3), plain(1)[0]])).to_dict()
+    assert document["schema_version"] == 1
+    assert document["findings"][0]["code"] == "W-DATA-0101"
+    assert document["lengths"]["unit"] == "characters"
+    assert (document["errors"], document["warnings"], document["usable"]) == (0, 1, 4)

@@ -1,0 +1,88 @@
+"""The repaired copy: each rule, its count, and that nothing but the copy is ever written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from posttrain.data.doctor import repair as module
+from posttrain.data.doctor.repair import repair
+from posttrain.data.settings import DataSettings
+from posttrain.errors import ConfigError
+from tests.doctor_files import codes, pair, plain, row, write
+
+
+def repaired(tmp_path: Path, rows: list[Any], **data: Any) -> tuple[list[Any], dict[str, int]]:
+    out = tmp_path / "out.jsonl"
+    counts = repair([write(tmp_path / "in.jsonl", rows)], out, DataSettings(**data))
+    changed = {rule: count for rule, count in counts.items() if count and rule != "written"}
+    lines = out.read_text("utf-8").splitlines()
+    assert len(lines) == counts["written"]
+    return [json.loads(line) for line in lines], changed
+
+
+def test_nothing_to_do_changes_nothing(tmp_path: Path) -> None:
+    assert repaired(tmp_path, plain(5)) == (plain(5), {})
+    assert (tmp_path / "out.jsonl").read_text() == (tmp_path / "in.jsonl").read_text()
+
+
+def test_each_rule(tmp_path: Path) -> None:
+    human = {"messages": [{"role": "human", "content": "Hi"}, {"role": "assistant", "content": "Hello"}], "id": 7}
+    rows = [*plain(2), plain(1)[0], {"x": 1}, row("Hi", "A\x08B"), human]
+    out, changed = repaired(tmp_path, rows)
+    assert out == [*plain(2), row("Hi", "AB"), {**row("Hi", "Hello"), "id": 7}]
+    assert changed == {
+        "dropped_unusable": 1, "dropped_duplicates": 1, "stripped_control_characters": 1, "renamed_roles": 1
+    }  # fmt: skip
+    assert codes(tmp_path / "out.jsonl") == ["W-DATA-0104"]  # two answers to one prompt: that is not for us to decide
+
+
+def test_equal_pairs_and_columns(tmp_path: Path) -> None:
+    assert repaired(tmp_path, [pair("Q?", "a", "a"), pair("Q?", "a", "b")])[1] == {"dropped_equal_pairs": 1}
+    (tmp_path / "out.jsonl").unlink()
+    rows = [{"question": "1?", "answer": "1."}]
+    out, changed = repaired(tmp_path, rows, column_map={"question": "prompt", "answer": "completion"})
+    assert (out, changed) == ([{"prompt": "1?", "completion": "1."}], {"renamed_columns": 1})
+
+
+def test_what_becomes_a_duplicate_by_repair_is_dropped_too(tmp_path: Path) -> None:
+    assert repaired(tmp_path, [row("Hi", "AB"), row("Hi", "A\x08B")])[1] == {"dropped_duplicates": 1}
+
+
+def test_as_an_array_and_with_half_of_a_surrogate_pair(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"text": "half \\ud800 of one"}\n{"text": "whole ☃"}\n', "utf-8")
+    repair([source], tmp_path / "out.json", DataSettings())
+    text = (tmp_path / "out.json").read_text("utf-8")
+    assert [one["text"] for one in json.loads(text)] == ["half \ud800 of one", "whole ☃"]
+    assert "☃" in text
+
+
+def test_bad_lines_and_broken_ends(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(b'{"text": "a"}\nnope\n{"text": "\xff"}\n{"text": "b"}\n{"te')
+    counts = repair([source], tmp_path / "out.jsonl", DataSettings())
+    assert (counts["written"], counts["dropped_unusable"]) == (2, 3)
+
+
+@pytest.mark.parametrize("name", ["in.jsonl", "there.jsonl", "out.csv", "none/out.jsonl"])
+def test_where_a_copy_is_not_written(tmp_path: Path, name: str) -> None:
+    source = write(tmp_path / "in.jsonl", plain(2))
+    (tmp_path / "there.jsonl").write_text("mine")
+    with pytest.raises(ConfigError, match="--fix"):
+        repair([source], tmp_path / name, DataSettings())
+    assert (tmp_path / "there.jsonl").read_text() == "mine"
+    assert source.read_text().count("\n") == 2
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_copy_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write(tmp_path / "in.jsonl", plain(9))
+    written = iter(range(5))
+    monkeypatch.setattr(module, "_line", lambda row: str(next(written)))
+    with pytest.raises((StopIteration, RuntimeError)):
+        repair([source], tmp_path / "out.jsonl", DataSettings())
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
