@@ -52,6 +52,9 @@ REASONS: dict[str, str] = {
     "E-DATA-0044": "two beginning-of-sequence tokens",
     "E-DATA-0045": "no process for chat templates",
     "E-DATA-0050": "two columns of one name",
+    "E-DATA-0051": "rows that make no table",
+    "E-DATA-0052": "not to be written in that format",
+    "E-DATA-0053": "not to be split",
 }
 
 MAX_SEARCHED = 16 * 2**20

@@ -82,7 +82,7 @@ def test_where_a_copy_is_not_written(tmp_path: Path, name: str) -> None:
 def test_a_copy_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write(tmp_path / "in.jsonl", plain(9))
     written = iter(range(5))
-    monkeypatch.setattr(module, "_line", lambda row: str(next(written)))
+    monkeypatch.setattr("posttrain.data.writing._line", lambda row: str(next(written)))
     with pytest.raises((StopIteration, RuntimeError)):
         repair([source], tmp_path / "out.jsonl", DataSettings())
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]

@@ -6,9 +6,7 @@ characters are taken out of all texts; columns and roles get the names that form
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +19,7 @@ from posttrain.data.doctor.content import RowReader, Said
 from posttrain.data.doctor.patterns import CONTROL
 from posttrain.data.settings import DataSettings
 from posttrain.data.sources import read_rows
+from posttrain.data.writing import write_rows
 from posttrain.errors import ConfigError, DataError
 from posttrain.types import Origin
 
@@ -39,13 +38,7 @@ def repair(sources: list[Any], out: Path, data: DataSettings) -> dict[str, int]:
     """Write the repaired rows of `sources` to `out`; how many rows were written and what each rule changed."""
     check_target(sources, out)
     counts: Counter[str] = Counter()
-    with _replacing(out) as write:
-        rows = _repaired(sources, data, counts)
-        if out.suffix.lower() == ".json":
-            _write_array(write, rows)
-        else:
-            for row in rows:
-                write(_line(row) + "\n")
+    write_rows(out, _repaired(sources, data, counts))
     return {"written": counts["written"], **{rule: counts[rule] for rule in RULES}}
 
 
@@ -131,52 +124,3 @@ def _renamed(value: Any) -> Any:
         spelt = value["role"].strip().lower()
         return {**value, "role": ALIASES.get(spelt, spelt)}
     return value
-
-
-def _write_array(write: Callable[[str], Any], rows: Iterator[Row]) -> None:
-    before = "[\n"
-    for row in rows:
-        write(before + _line(row))
-        before = ",\n"
-    write("\n]\n" if before != "[\n" else "[]\n")
-
-
-def _line(row: Row) -> str:
-    """Characters as they are, but for half of a surrogate pair, which no UTF-8 can hold."""
-    text = json.dumps(row, ensure_ascii=False, allow_nan=False, default=str)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return json.dumps(row, allow_nan=False, default=str)
-    return text
-
-
-class _replacing:
-    """A file that is whole under its name or not there: written beside it, synced, renamed."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self) -> Callable[[str], Any]:
-        handle, self.temporary = tempfile.mkstemp(prefix=f".{self.path.name}-", dir=self.path.parent)
-        self.file = os.fdopen(handle, "w", encoding="utf-8", newline="\n")
-        return self.file.write
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        try:
-            if kind is None:
-                self.file.flush()
-                os.fsync(self.file.fileno())
-            self.file.close()
-            if kind is None:
-                os.chmod(self.temporary, 0o666 & ~_umask())
-                os.replace(self.temporary, self.path)
-        finally:
-            if os.path.exists(self.temporary):
-                os.unlink(self.temporary)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,0 +1,111 @@
+"""`posttrain data convert`, `split`, `dedup` and `stats`: a file of examples made into others, and measured."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from posttrain.commands import EXIT_CODES
+
+
+def add(verbs: Any, common: argparse.ArgumentParser) -> None:
+    reading = argparse.ArgumentParser(add_help=False, parents=[common])
+    reading.add_argument("file", help="a file of examples, a folder of them, or a name on the hub")
+    reading.add_argument("--format", default="auto", help="name of the rows' format (default: each row is asked)")
+    reading.add_argument("--text-field", default="text", metavar="NAME", help="column of plain text")
+    reading.add_argument("--policy", choices=("error", "skip"), default="error", help="what to do with unusable rows")
+    writing = argparse.ArgumentParser(add_help=False, parents=[reading])
+    writing.add_argument("-o", "--out", type=Path, required=True, help="where to write")
+    writing.add_argument("--force", action="store_true", help="write over what is there")
+
+    convert = verbs.add_parser("convert", parents=[writing], help="write the rows in another format", epilog=EXIT_CODES)
+    convert.add_argument(
+        "--to", required=True, metavar="FORMAT", help="messages, prompt-completion, sharegpt or alpaca"
+    )
+    convert.set_defaults(command=_convert)
+
+    split = verbs.add_parser("split", parents=[writing], help="hold a part out", epilog=EXIT_CODES)
+    split.add_argument("--val", type=float, default=0.1, metavar="SHARE", help="share of the rows (default: 0.1)")
+    split.add_argument("--seed", type=int, default=0)
+    split.add_argument("--by-group", metavar="COLUMN", help="rows of one value stay together (default: of one prompt)")
+    split.set_defaults(command=_split)
+
+    dedup = verbs.add_parser("dedup", parents=[writing], help="leave out rows that say the same", epilog=EXIT_CODES)
+    dedup.add_argument("--key", choices=("row", "prompt"), default="row", help="what must be the same")
+    dedup.set_defaults(command=_dedup)
+
+    stats = verbs.add_parser("stats", parents=[reading], help="formats, turns and lengths", epilog=EXIT_CODES)
+    stats.add_argument("--model", metavar="M", help="count tokens as this model's tokenizer makes them")
+    stats.set_defaults(command=_stats)
+
+
+def _settings(options: argparse.Namespace) -> Any:
+    from posttrain.data.settings import DataSettings
+
+    return DataSettings(
+        format=options.format, text_field=options.text_field, on_bad_row=options.policy, assistant_only=None
+    )
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from posttrain.data.change import convert
+    from posttrain.data.writing import check_new_file
+
+    check_new_file(options.out, options.force)
+    return _say(options, convert(options.file, options.to, options.out, _settings(options)), options.out)
+
+
+def _split(options: argparse.Namespace) -> int:
+    from posttrain.data.change import split
+    from posttrain.data.writing import check_new_file
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name in ("train.jsonl", "val.jsonl"):
+        check_new_file(options.out / name, options.force)
+    counts = split(options.file, options.val, options.seed, options.out, _settings(options), options.by_group)
+    return _say(options, counts, options.out)
+
+
+def _dedup(options: argparse.Namespace) -> int:
+    from posttrain.data.change import dedup
+    from posttrain.data.writing import check_new_file
+
+    check_new_file(options.out, options.force)
+    return _say(options, dedup(options.file, options.out, _settings(options), options.key == "prompt"), options.out)
+
+
+def _say(options: argparse.Namespace, counts: dict[str, int], out: Path) -> int:
+    if options.json:
+        print(json.dumps({**counts, "out": str(out)}))
+    else:
+        print(
+            f"✔ {out}: {', '.join(f'{count} {name}' for name, count in counts.items() if count or name == 'written')}"
+        )
+    return 0
+
+
+def _stats(options: argparse.Namespace) -> int:
+    from posttrain.data.change import stats
+
+    tokenizer = None
+    if options.model:
+        from posttrain.models.load import load_tokenizer
+
+        tokenizer = load_tokenizer(options.model)
+    found = stats(options.file, _settings(options), tokenizer)
+    if options.json:
+        print(json.dumps(found))
+        return 0
+    print(f"{options.file}: {found['rows']} rows" + (f", {found['skipped']} skipped" if found["skipped"] else ""))
+    for name, rows in found["formats"].items():
+        print(f"  {rows} {name}")
+    unit = "tokens" if tokenizer else "characters"
+    for name, values in found[unit].items():
+        if isinstance(values, dict) and values:
+            print(f"  {unit} of a {name}: " + ", ".join(f"{key} {value}" for key, value in values.items()))
+    widest = max((rows for *_, rows in found["histogram"]), default=1)
+    for low, high, rows in found["histogram"]:
+        print(f"  {low:>7}-{high:<7} {'#' * round(40 * rows / widest):<40} {rows}")
+    return 0
