@@ -69,10 +69,10 @@ def test_a_ranking_keeps_system_and_tools() -> None:
         ({"prompt": [USER], "chosen": "a", "rejected": "b"}, "E-DATA-0016", "is a list but `chosen` is text"),
         ({"prompt": "else", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "E-DATA-0016", "begin with"),
         ({"chosen": [GOOD], "rejected": [BAD]}, "E-DATA-0016", "there is no prompt"),
-        ({"prompt": [USER], "chosen": [{"role": "assistant", "content": ""}], "rejected": [BAD]}, "E-DATA-0013", "empty"),
+        ({"prompt": [USER], "chosen": [{**GOOD, "content": ""}], "rejected": [BAD]}, "E-DATA-0013", "empty"),
         ({"prompt": [USER], "chosen": [], "rejected": [BAD]}, "E-DATA-0011", "is an empty list"),
         ({"conversations": [HUMAN], "chosen": {"from": "gpt"}, "rejected": GPT}, "E-DATA-0011", "lacks"),
-        ({"conversations": [HUMAN], "chosen": 3, "rejected": GPT}, "E-DATA-0011", "lacks"),
+        ({"conversations": [HUMAN], "chosen": 3, "rejected": GPT}, "E-DATA-0011", "not a message"),
         ({"conversations": [{"from": "humn", "value": ""}], "chosen": GPT, "rejected": GPT}, "E-DATA-0012", "humn"),
     ],
 )  # fmt: skip
