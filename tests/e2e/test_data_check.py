@@ -95,8 +95,8 @@ def test_fix(clean: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert check("train.jsonl", "--fix", "out.jsonl", "--report", "r.json", "--strict") == 0
     said = capsys.readouterr().out
     assert (
-        "✔ fixed    out.jsonl 4 rows written: 1 unusable rows left out; 1 exact duplicates left out; "
-        "1 rows freed of control characters" in said
+        "✔ fixed    out.jsonl 4 rows written: unusable rows left out: 1; exact duplicates left out: 1; "
+        "rows freed of control characters: 1" in said
     )
     assert "✔ again    0 errors, 0 warnings in the copy" in said
     report = json.loads(Path("r.json").read_text())
@@ -167,7 +167,8 @@ def test_pairs_and_thresholds(clean: Path, capsys: pytest.CaptureFixture[str]) -
 REAL = [
     ("alpaca_en_demo.json", 999, "read as Alpaca: columns `instruction`, `input`, `output`, as a conversation", ()),
     ("glaive_toolcall_en_demo.json", 300, "read as ShareGPT: column `conversations` with keys `from`, `value`", ()),
-    ("dpo_en_demo.json", 300, "read as preference pairs: columns `conversations`, `chosen`, `rejected`, as messages", ()),
+    ("dpo_en_demo.json", 300,
+     "read as preference pairs: columns `conversations`, `chosen`, `rejected`, as messages", ()),
     ("kto_en_demo.json", 300, "read as messages: column `messages` with keys `role`, `content`, rated by `label`", ()),
     ("gsm8k_train.jsonl", 7473, "read as prompt-completion: columns `prompt`, `completion`, both text",
      ("--map", "question=prompt,answer=completion")),
