@@ -134,12 +134,13 @@ def _tokenizer(options: argparse.Namespace) -> Any:
 
 
 def _print(found: CheckReport, options: argparse.Namespace) -> None:
+    from posttrain.data.doctor.findings import rows
     from posttrain.data.report import number
 
     names = ", ".join(Path(name).name or name for name in found.sources)
     unusable = found.rows - found.usable
     usable = f": {number(found.usable)} usable, {number(unusable)} not" if unusable else ""
-    print(f"{'✔' if found.rows and not unusable else '!'} data     {names} {number(found.rows)} rows{usable}")
+    print(f"{'✔' if found.rows and not unusable else '!'} data     {names} {rows(found.rows)}{usable}")
     for described, count in list(found.formats.items())[:3]:
         print(f"           {described}" + (f" ({number(count)})" if len(found.formats) > 1 else ""))
     if found.usable:
@@ -151,7 +152,7 @@ def _print(found: CheckReport, options: argparse.Namespace) -> None:
         print(f"✔ labels   {number(found.labels['good'])} good, {number(found.labels['bad'])} bad")
     if found.validation:
         about = found.validation
-        print(f"✔ val      {Path(about['source']).name} {number(about['rows'])} rows: {number(about['usable'])} usable")
+        print(f"✔ val      {Path(about['source']).name} {rows(about['rows'])}: {number(about['usable'])} usable")
     for item in found.findings:
         _print_finding(item, found, options)
     counts = f"{_several(found.errors, 'error')}, {_several(found.warnings, 'warning')}"
@@ -179,11 +180,12 @@ def _named(fix: str, options: argparse.Namespace) -> str:
 
 
 def _print_fix(counts: dict[str, Any], found: CheckReport) -> None:
+    from posttrain.data.doctor.findings import rows
     from posttrain.data.doctor.repair import RULES
     from posttrain.data.report import number
 
-    changed = "; ".join(f"{number(counts[rule])} {what}" for rule, what in RULES.items() if counts[rule])
-    written = f"{counts['path']} {number(counts['written'])} rows written"
+    changed = "; ".join(f"{what}: {number(counts[rule])}" for rule, what in RULES.items() if counts[rule])
+    written = f"{counts['path']} {rows(counts['written'])} written"
     print(f"✔ fixed    {written}: {changed or 'nothing had to be changed'}")
     if counts["written"]:
         print(f"{'!' if found.errors else '✔'} again    {_several(found.errors, 'error')}, "
@@ -198,7 +200,10 @@ def _write_report(path: Path, document: dict[str, Any]) -> None:
     """Beside it and renamed, so that a report is whole or not there."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+        text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
+        temporary.write_text(
+            text + "\n", "utf-8", errors="backslashreplace"
+        )  # half of a surrogate pair, as JSON says it
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -52,7 +52,7 @@ class Reading:
         self.skipped = 0
         for origin, row in self.rows():
             try:
-                yield reader.example(row, origin)[1]
+                yield reader.example(row, origin)
             except DataError as error:
                 self._reject(error, origin)
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from posttrain.data.codes import REASONS
+from posttrain.data.doctor.check import check
 from posttrain.data.doctor.kinds import KINDS
 from posttrain.data.settings import DataSettings
 from posttrain.errors import DataError
 from tests.doctor_files import codes, examine, finding, pair, plain, rated, row, write
+from tests.tiny_tokenizers import chatml_tokenizer
 
 ROOT = Path(__file__).resolve().parents[3]
 GERMAN = "Das ist nicht der Weg, den wir mit dem Auto auf dieser Straße nehmen, und auch nicht die andere."
@@ -173,3 +178,38 @@ def test_the_report_as_json(tmp_path: Path) -> None:
     assert document["findings"][0]["code"] == "W-DATA-0101"
     assert document["lengths"]["unit"] == "characters"
     assert (document["errors"], document["warnings"], document["usable"]) == (0, 1, 4)
+
+
+def test_a_stream_is_read_twice_for_tokens() -> None:
+    tokenizer = chatml_tokenizer()
+    assert check(iter(plain(3)), tokenizer=tokenizer).lengths.to_dict()["rows"] == 3
+
+
+def test_origins_of_files_that_come_again(tmp_path: Path) -> None:
+    folder = tmp_path / "both"
+    folder.mkdir()
+    first, second = write(folder / "a.jsonl", plain(3)), write(folder / "b.jsonl", plain(3, start=3))
+    report = examine([second, folder])
+    assert report.rows == 9
+    assert finding(report, "W-DATA-0101").first == tuple(f"{second}:{line}" for line in (1, 2, 3))
+    assert finding(examine([first, folder]), "W-DATA-0101").first == tuple(f"{first}:{line}" for line in (1, 2, 3))
+
+
+COLUMNS = (
+    "messages", "conversations", "prompt", "completion", "chosen", "rejected", "label", "text", "instruction", "output",
+    "input_ids", "tools", "system",
+)  # fmt: skip
+SCALARS = st.none() | st.booleans() | st.integers(-2, 2) | st.text(max_size=6)
+TURNS = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "human", 3]), "content": SCALARS}
+) | st.fixed_dictionaries({"from": st.sampled_from(["human", "gpt", "function_call"]), "value": SCALARS})
+VALUES = SCALARS | TURNS | st.lists(TURNS | SCALARS, max_size=3)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.dictionaries(st.sampled_from(COLUMNS), VALUES, max_size=4), min_size=1, max_size=5))
+def test_no_row_is_a_crash(rows: list[dict[str, Any]]) -> None:
+    report = examine(rows)
+    assert report.rows == len(rows)
+    assert report.usable + sum(f.count for f in report.findings if f.code in REASONS) == len(rows)
+    json.dumps(report.to_dict(), allow_nan=False)

@@ -13,10 +13,8 @@ TOKENIZER = chatml_tokenizer()
 
 def test_characters() -> None:
     about = check([{"text": "a" * n} for n in range(1, 102)]).lengths.to_dict()
-    assert about == {
-        "unit": "characters", "rows": 101, "shortest": 1, "median": 51, "percentile_95": 96, "longest": 101,
-        "total": 5151,
-    }  # fmt: skip
+    assert [about[name] for name in ("shortest", "median", "percentile_95", "longest")] == [1, 51, 96, 101]
+    assert (about["unit"], about["rows"], about["total"]) == ("characters", 101, 5151)
 
 
 def test_tokens_and_what_is_cut_are_those_of_training() -> None:

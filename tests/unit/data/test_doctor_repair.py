@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from posttrain.data.doctor import repair as module
 from posttrain.data.doctor.repair import repair
 from posttrain.data.settings import DataSettings
 from posttrain.errors import ConfigError

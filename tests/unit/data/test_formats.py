@@ -141,7 +141,9 @@ def test_unknown_columns_are_named_with_a_way_out() -> None:
     found = error({"question": "1+1?", "answer": "2", "id": None})
     assert found.code == "E-DATA-0010"
     assert "columns `answer`, `question` are of no known format (null: `id`)" in found.message
-    assert (found.hint or "").startswith("rename question → prompt, answer → completion (--map question=prompt,answer")
+    assert (found.hint or "").startswith(
+        "rename question → prompt, answer → completion (--map question=prompt,answer=completion, or dataset.columns)"
+    )
     assert "alpaca (`instruction`, `input`, `output`)" in (found.hint or "")
     with pytest.raises(DataError, match=r"text \(`body`\)"):
         parse({"text": "a"}, text_field="body")

@@ -146,7 +146,7 @@ class _Trainable:
                 yield {**row, ORIGIN: origin}
                 continue
             try:
-                _, example = self.reader.example(row, origin)
+                example = self.reader.example(row, origin)
             except DataError:
                 continue  # counted in the first pass
             for completion in example.completions:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from posttrain.data.codes import REASONS
 from posttrain.data.doctor import compare, near, ranges
 from posttrain.data.doctor.census import Lengths, in_tokens, judge_lengths
-from posttrain.data.doctor.findings import Finding
+from posttrain.data.doctor.findings import Finding, rows
 from posttrain.data.doctor.judge import judge
 from posttrain.data.doctor.settings import DoctorSettings
 from posttrain.data.doctor.tally import MASK, Counting, Tally
@@ -76,6 +76,8 @@ def check(
     started = time.monotonic()
     data, settings = data or DataSettings(), settings or DoctorSettings()
     several = list(sources) if _is_list_of_paths(sources) else [sources]
+    if tokenizer is not None:  # which makes it two passes
+        several = [list(source) if isinstance(source, Iterator) else source for source in several]
     tally = Tally()
     for source in several:
         for part in _tallies(source, data, settings, max_errors, processes, progress):
@@ -117,7 +119,7 @@ def _is_list_of_paths(sources: Any) -> bool:
 def _validation_faults(tally: Tally, on_bad_row: str) -> Iterator[Finding]:
     severity = "warning" if on_bad_row == "skip" else "error"
     for code, cases in tally.bad.items():
-        sentence = f"{cases.count} rows of the validation data cannot be used: {REASONS.get(code, 'unusable')}"
+        sentence = f"{rows(cases.count)} of the validation data cannot be used: {REASONS.get(code, 'unusable')}"
         fix = "posttrain data check VALIDATION says more"
         yield Finding(code, severity, cases.count, tuple(map(str, cases.first)), sentence, fix)
 

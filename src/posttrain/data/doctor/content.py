@@ -47,26 +47,35 @@ class RowReader:
         self.format = choose(settings.format, self.formats)
         self.format_name = settings.format
 
-    def example(self, row: Row, origin: Origin) -> tuple[str, Example]:
-        """The format in words, and the example. Raises DataError for a row that cannot be used."""
+    def read(self, row: Row, origin: Origin) -> Said:
+        """Raises DataError for a row that cannot be used."""
         try:
-            row = rename_columns(row, self.names, origin)
-            found = self.format or detect(row, origin, self.formats)
-            if not found.matches(row):
-                what = f"is not of format {self.format_name!r} (columns {', '.join(row)})"
-                raise bad_row("E-DATA-0010", origin, what, row=row, hint="--format auto tells by the shape of each row")
-            return found.describe(row), found.parse(row, origin)
+            return _tokens(row, origin) if is_tokenized(row) else said(*self._example(row, origin))
         except UserError:
             raise
         except UNFORESEEN as error:
             raise broken_promise(error, row, origin) from error
 
-    def read(self, row: Row, origin: Origin) -> Said:
-        if is_tokenized(row):
-            ids = str(row["input_ids"]) + str(row.get("labels"))
-            return Said("read as tokens: column `input_ids`", "sft", "", (ids,), "", (), len(row["input_ids"]))
-        described, example = self.example(row, origin)
-        return said(example, described)
+    def example(self, row: Row, origin: Origin) -> Example:
+        """The same as training would get it."""
+        self.read(row, origin)
+        return self._example(row, origin)[0]
+
+    def _example(self, row: Row, origin: Origin) -> tuple[Example, str]:
+        """With its format, in words."""
+        row = rename_columns(row, self.names, origin)
+        found = self.format or detect(row, origin, self.formats)
+        if not found.matches(row):
+            what = f"is not of format {self.format_name!r} (columns {', '.join(row)})"
+            raise bad_row("E-DATA-0010", origin, what, row=row, hint="--format auto tells by the shape of each row")
+        return found.parse(row, origin), found.describe(row)
+
+
+def _tokens(row: Row, origin: Origin) -> Said:
+    ids = row["input_ids"]
+    if not isinstance(ids, list | tuple) or not all(isinstance(token, int) for token in ids):
+        raise bad_row("E-DATA-0025", origin, "is not a list of whole numbers", field="input_ids", row=row)
+    return Said("read as tokens: column `input_ids`", "sft", "", (f"{ids}{row.get('labels')}",), "", (), len(ids))
 
 
 def said(example: Example, described: str) -> Said:

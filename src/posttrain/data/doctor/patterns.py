@@ -29,7 +29,8 @@ SECRETS: tuple[tuple[str, str, re.Pattern[str]], ...] = (
 EMAIL = re.compile(r"[A-Za-z0-9._%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.)+[A-Za-z]{2,24}\b")
 EXAMPLE = re.compile(r"@(.*\.)?(example\.(com|org|net)|.*\.(example|test|invalid|localhost))$", re.IGNORECASE)
 """Reserved for examples (RFC 2606)."""
-DIGITS = re.compile(r"\d\d\d\d")
+DIGITS = re.compile(r"\d\d[\d ()./-]{5,}\d\d")
+"""No number of a person or an account is shorter."""
 PHONE = re.compile(
     r"(?<![\w+])(\+\d{1,3}[ ()./-]{0,2}\d(?:[ ()./-]{0,2}\d){7,12}|\(?\d{3}\)?[ .-]\d{3}[.-]\d{4})(?![\w-])"
 )

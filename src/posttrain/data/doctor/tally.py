@@ -85,7 +85,9 @@ class Tally:
 
     def add(self, other: Tally, settings: DoctorSettings, max_errors: int) -> None:
         """`other` is of the rows that come after these."""
-        self.files += [(name, start + self.used) for name, start in other.files if not self._continues(name)]
+        for name, start in other.files:
+            if not self._continues(name):
+                self.files.append((name, start + self.used))
         self.sample += [(key, index + self.used, text) for key, index, text in other.sample]
         prune(self.sample, settings.near_rows)
         self.rows += other.rows
