@@ -252,8 +252,10 @@ def test_real_files(shared_data: Path) -> None:
     with pytest.raises(DataError, match="leaves tool calls out"):
         prepare(shared_data / "glaive_toolcall_en_demo.json", tokenizer, DataSettings())
 
-    kto = prepare(shared_data / "kto_en_demo.json", tokenizer, DataSettings())
+    kto = prepare(shared_data / "kto_en_demo.json", tokenizer, DataSettings(format="messages"))
     assert kto.report.used == 300
+    with pytest.raises(DataError, match="train them with KTO"):
+        prepare(shared_data / "kto_en_demo.json", tokenizer, DataSettings())
     with pytest.raises(DataError, match="train them with DPO"):
         prepare(shared_data / "dpo_en_demo.json", tokenizer, DataSettings())
     lines = (json.loads(line) for line in (shared_data / "gsm8k_train.jsonl").open())
