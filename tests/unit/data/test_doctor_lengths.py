@@ -38,7 +38,7 @@ def test_an_answer_that_is_lost_whole() -> None:
     rows = [row("one two three four five six seven eight " * 9, "Yes."), *plain(3)]
     report = check(rows, data=DataSettings(max_length=40), tokenizer=TOKENIZER)
     assert report.lengths.to_dict()["emptied"] == 1
-    assert "and 1 lose the whole answer" in finding(report, "W-DATA-0107").sentence
+    assert "with them the whole answer of 1" in finding(report, "W-DATA-0107").sentence
 
 
 def test_nothing_is_cut() -> None:

@@ -128,7 +128,7 @@ def judge_lengths(lengths: Lengths) -> Iterator[Finding]:
         f"{number(lengths.limit or 0)} tokens: {number(lengths.lost)} trained tokens ({lost}) are cut off"
     )
     if lengths.emptied:
-        sentence += f", and {number(lengths.emptied)} lose the whole answer"
+        sentence += f", with them the whole answer of {number(lengths.emptied)}"
     longest = int(lengths.values.max())
     fix = f"--max-length {longest} would cut nothing; or shorten the rows, or split them"
     first = list(dict.fromkeys(map(str, lengths.cut.first)))

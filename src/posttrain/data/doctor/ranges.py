@@ -26,7 +26,7 @@ from posttrain.data.settings import DataSettings
 from posttrain.errors import DataError, UserError
 from posttrain.types import Origin
 
-BLOCK = 8 * 2**20
+BLOCK = 4 * 2**20
 LONGEST_LINE = 2**20
 """Longer ones take the careful way."""
 BLANK = b" \t\r\n\v\f"
