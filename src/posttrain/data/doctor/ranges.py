@@ -168,9 +168,14 @@ def _read_carefully(path: Path, wrong: list[tuple[int, int, int]], counting: Cou
             counting.reject(DataError(message, hint=hint, code=error.code),
                             replace(origin, source=str(path), line=line))  # fmt: skip
 
-        for origin, row in read_json_lines(copy, named):
-            assert origin.line is not None
-            counting.row(row, Origin(str(path), origin.row, lines[origin.line - 1]))
+        last = 0
+        try:
+            for origin, row in read_json_lines(copy, named):
+                assert origin.line is not None
+                last = origin.line
+                counting.row(row, Origin(str(path), origin.row, lines[last - 1]))
+        except (DataError, RecursionError) as error:
+            counting.stopped(error, Origin(str(path), 0, lines[min(last, len(lines) - 1)]))
 
 
 def _copy(source: Any, target: Any, length: int) -> None:
