@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from posttrain.data.codes import REASONS
 from posttrain.data.doctor.check import check
 from posttrain.data.doctor.kinds import KINDS
+from posttrain.data.doctor.settings import DoctorSettings
 from posttrain.data.settings import DataSettings
 from posttrain.errors import DataError
 from tests.doctor_files import codes, examine, finding, pair, plain, rated, row, write
@@ -213,3 +214,13 @@ def test_no_row_is_a_crash(rows: list[dict[str, Any]]) -> None:
     assert report.rows == len(rows)
     assert report.usable + sum(f.count for f in report.findings if f.code in REASONS) == len(rows)
     json.dumps(report.to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_line_nested_too_deeply_is_a_finding(tmp_path: Path, processes: int) -> None:
+    path = tmp_path / "t.jsonl"
+    deep = "[" * 200_000 + "]" * 200_000
+    path.write_text(f'{{"text": "a"}}\n{{"text": {deep}}}\n{{"text": "b"}}\n')
+    report = check(path, settings=DoctorSettings(parallel_bytes=1), processes=processes)
+    assert finding(report, "E-DATA-0002").count == 1
+    assert report.usable in (1, 2)

@@ -102,7 +102,7 @@ class _Counting:
         left = int(kept[1:].sum())  # nothing comes before the first that could predict it
         self.lost += tokenized.num_supervised - left
         self.emptied += left == 0
-        self.cut.add(tokenized.columns.get(ORIGIN, tokenized.origin))
+        self.cut.add(tokenized.columns.get(ORIGIN, tokenized.origin))  # once for each answer of a pair
 
     def lengths(self, unusable: tuple[Finding, ...]) -> Lengths:
         values = np.array(self.values, dtype=np.int64)
@@ -122,16 +122,17 @@ def judge_lengths(lengths: Lengths) -> Iterator[Finding]:
     yield from lengths.unusable
     if lengths.cut is None or not lengths.cut.count:
         return
-    part = share(lengths.cut.count, len(lengths.values))
+    total, lost = len(lengths.values), share(lengths.lost, lengths.supervised)
     sentence = (
-        f"{rows(lengths.cut.count, 'are')} longer than {lengths.limit} tokens ({part}): "
-        f"{number(lengths.lost)} trained tokens ({share(lengths.lost, lengths.supervised)}) are cut off"
+        f"{number(lengths.cut.count)} of {number(total)} sequences ({share(lengths.cut.count, total)}) are longer than "
+        f"{number(lengths.limit or 0)} tokens: {number(lengths.lost)} trained tokens ({lost}) are cut off"
     )
     if lengths.emptied:
-        sentence += f", and {rows(lengths.emptied, 'lose')} the whole answer"
+        sentence += f", with them the whole answer of {number(lengths.emptied)}"
     longest = int(lengths.values.max())
     fix = f"--max-length {longest} would cut nothing; or shorten the rows, or split them"
-    yield finding("W-DATA-0107", lengths.cut.count, list(lengths.cut.first), sentence, fix)
+    first = list(dict.fromkeys(map(str, lengths.cut.first)))
+    yield finding("W-DATA-0107", lengths.cut.count, first, sentence, fix)
 
 
 class _Trainable:

@@ -149,8 +149,9 @@ def _tally(source: Any, data: DataSettings, settings: DoctorSettings, max_errors
         for origin, row in read_rows(source, reject=counting.reject):
             counting.row(row, origin)
             bar.update()
-    except DataError as error:
-        if counting.tally.rows == 0 and error.code == "E-DATA-0001":  # no such file: nothing was looked at
+    except (DataError, RecursionError) as error:
+        unseen = isinstance(error, DataError) and error.code == "E-DATA-0001" and counting.tally.rows == 0
+        if unseen:  # no such file, say
             raise
         counting.stopped(error, Origin(name, counting.tally.rows))
     finally:

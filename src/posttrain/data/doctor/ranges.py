@@ -26,7 +26,7 @@ from posttrain.data.settings import DataSettings
 from posttrain.errors import DataError, UserError
 from posttrain.types import Origin
 
-BLOCK = 8 * 2**20
+BLOCK = 4 * 2**20
 LONGEST_LINE = 2**20
 """Longer ones take the careful way."""
 BLANK = b" \t\r\n\v\f"
@@ -168,9 +168,14 @@ def _read_carefully(path: Path, wrong: list[tuple[int, int, int]], counting: Cou
             counting.reject(DataError(message, hint=hint, code=error.code),
                             replace(origin, source=str(path), line=line))  # fmt: skip
 
-        for origin, row in read_json_lines(copy, named):
-            assert origin.line is not None
-            counting.row(row, Origin(str(path), origin.row, lines[origin.line - 1]))
+        last = 0
+        try:
+            for origin, row in read_json_lines(copy, named):
+                assert origin.line is not None
+                last = origin.line
+                counting.row(row, Origin(str(path), origin.row, lines[last - 1]))
+        except (DataError, RecursionError) as error:
+            counting.stopped(error, Origin(str(path), 0, lines[min(last, len(lines) - 1)]))
 
 
 def _copy(source: Any, target: Any, length: int) -> None:

@@ -138,8 +138,11 @@ class Counting:
         self.tally.rows += 1
         self._bad(error, origin)
 
-    def stopped(self, error: DataError, origin: Origin) -> None:
+    def stopped(self, error: DataError | RecursionError, origin: Origin) -> None:
         """A fault that no row can be read after."""
+        if isinstance(error, RecursionError):
+            message = f"{origin}  not valid JSON: nested too deeply to be read; nothing after it was looked at"
+            error = DataError(message, hint="write such a value as text", code="E-DATA-0002")
         self._bad(error, origin)
 
     def _located(self, row: Row, origin: Origin) -> DataError:
