@@ -108,6 +108,11 @@ def test_a_bad_first_row_can_be_skipped(project: Path) -> None:
     done = posttrain(project, "train", "run.yaml", "--set", "dataset.on_bad_row=skip", "--set", "training.max_steps=1")
     assert done.returncode == 0, done.stderr
     assert "8 rows: 7 used, 1 skipped (broken JSON)" in done.stderr
+    report = json.loads((project / "outputs" / "data_report.json").read_text())["train"]
+    assert (report["rows"], report["used"]) == (8, 7)
+    ((code, why),) = report["left_out"]
+    assert code == "E-DATA-0002"
+    assert "train.jsonl:1:1  not valid JSON" in why
 
 
 def test_a_signal_saves_and_resuming_gives_the_undisturbed_result(project: Path) -> None:

@@ -232,6 +232,8 @@ def _restored(value: Any, present: Any, name: str) -> Any:
         return Cases(value["count"], list(_origins(value["first"])))
     if isinstance(present, Counter):
         return Counter(value)
+    if name == "left_out":
+        return [(code, why) for code, why in value]
     if name == "skipped":
         return {reason: Cases(cases["count"], list(_origins(cases["first"]))) for reason, cases in value.items()}
     return value

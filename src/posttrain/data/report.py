@@ -12,6 +12,7 @@ from posttrain.errors import DataError
 from posttrain.types import Origin
 
 NUM_FIRST = 5
+NUM_LISTED = 10_000
 REMARKS = {
     "given_otherwise": "hold turns before which the model, in use, is given another text than in training (a "
     "generation prompt or earlier turns that the template writes otherwise): see one with `posttrain data tokens`",
@@ -39,13 +40,14 @@ class Cases:
 @dataclass
 class DataReport:
     """`tokens` and `supervised` are of what is used; the `lost` ones were cut off by `max_length`. `untrained` rows are
-    in a pack (as in TRL) though all that was to be trained of them was cut off; `endless` conversations
-    end without a token to stop at; `boundary_moved` are rows whose prompt alone has other tokens than in front of its
-    completion, or in which a turn begins or ends within a token. `given_otherwise` are rows in which the model is given
-    another text, in use, than stands before a turn of its own; `thought_lost` and `tools_left_out`, whose thoughts or
-    tools the template leaves out; `special_in_text`, whose user or tool text holds special tokens; `without_bos`, that
-    begin without the token which the tokenizer puts before plain text. `written_as_text` counts the rows that hold each
-    marker of a named template that is no token of the tokenizer."""
+    in a pack (as in TRL) though all that was to be trained of them was cut off; `endless` conversations end without a
+    token to stop at; `left_out` says why of every row that is not used (of the first 10,000); `boundary_moved` are rows
+    whose prompt alone has other tokens than in front of its completion, or in which a turn begins or ends within a
+    token. `given_otherwise` are rows in which the model is given another text, in use, than stands before a turn of its
+    own; `thought_lost` and `tools_left_out`, whose thoughts or tools the template leaves out; `special_in_text`, whose
+    user or tool text holds special tokens; `without_bos`, that begin without the token which the tokenizer puts before
+    plain text. `written_as_text` counts the rows that hold each marker of a named template that is no token of the
+    tokenizer."""
 
     source: str
     rows: int = 0
@@ -68,13 +70,16 @@ class DataReport:
     special_in_text: Cases = field(default_factory=Cases)
     without_bos: Cases = field(default_factory=Cases)
     written_as_text: Counter[str] = field(default_factory=Counter)
+    left_out: list[tuple[str, str]] = field(default_factory=list)
     first_error: DataError | None = None
 
     def skip(self, error: DataError, origin: Origin) -> None:
         self.first_error = self.first_error or error
-        self.drop(error.code, origin)
+        self.drop(error.code, origin, error.message)
 
-    def drop(self, code: str, origin: Origin) -> None:
+    def drop(self, code: str, origin: Origin, why: str | None = None) -> None:
+        if len(self.left_out) < NUM_LISTED:
+            self.left_out.append((code, why or f"{origin}  {REASONS.get(code, code)}"))
         self.skipped.setdefault(REASONS.get(code, code), Cases()).add(origin)
 
     @property

@@ -52,6 +52,7 @@ def train(config: RunConfig, source: Path, resume: str = "never", quiet: bool = 
     )
     if quiet:
         trainer.remove_callback(PrinterCallback)
+    trainer.write_data_reports()
     result = trainer.run.train(checkpoint)
     trainer.save_model(str(path))
     trainer.save_state()

@@ -15,6 +15,8 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
+from posttrain.checkpoint import write_json
+from posttrain.data.report import DataReport
 from posttrain.errors import ConfigError, Interrupted
 from posttrain.events import Events, default_callbacks
 from posttrain.run import Run, TrainResult
@@ -41,6 +43,7 @@ class PackedTrainer:
 
     run: Run
     args: TrainingArguments
+    data_reports: dict[str, DataReport]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -58,6 +61,7 @@ class PackedTrainer:
         for name, value in refused.items():
             if value is not None:
                 raise ConfigError(f"train({name}=...) is not honoured")
+        self.write_data_reports()
         try:
             return self.run.train(resume_from_checkpoint)
         except Interrupted as stopped:  # a SystemExit: Python ends with its status and prints nothing of its own
@@ -65,6 +69,18 @@ class PackedTrainer:
             if stopped.checkpoint:
                 print("Continue: trainer.train(resume_from_checkpoint=True)", file=sys.stderr)
             raise
+
+    def write_data_reports(self) -> None:
+        """`data_report.json` in `output_dir`: what became of the rows, and of each that is not used why."""
+        reports = {name: report.to_dict() for name, report in self.data_reports.items()}
+        if not reports:
+            return
+        folder = Path(self.args.output_dir)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "data_report.json", {"schema_version": 1, **reports})
+        except OSError as error:  # the run will say so itself, if it has to write there
+            logger.warning("data_report.json is not written: %s", error.strerror or error)
 
     @property
     def state(self) -> TrainerState:
