@@ -16,7 +16,7 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
-from posttrain.errors import Interrupted, NonFiniteError
+from posttrain.errors import DataError, Interrupted, NonFiniteError
 from posttrain.events import Events
 from posttrain.meter import Meter
 from posttrain.objectives.base import Objective
@@ -62,6 +62,7 @@ class Loop:
     position: int = 0
     meter: Meter = field(default_factory=Meter)
     total_loss: float = 0.0
+    samples: int = 0
     last_loss: float | None = None
     grad_norm: float = 0.0
     learning_rate: float = 0.0
@@ -93,7 +94,17 @@ class Loop:
             self.publish()
         self.events.step_begin()
         self.meter.start_step()
-        micro = self.source.micro_batches(step)
+        try:
+            micro = self.source.micro_batches(step)
+        except DataError as error:  # a stream came upon a bad row
+            self.meter.discard_step()
+            if self.events.state.global_step:
+                restore_rng(rng)
+                self._save()
+                error.add_note(
+                    f"Everything up to step {self.events.state.global_step} is saved: {self.last_checkpoint}"
+                )
+            raise
         counts = total_counts(micro)
         loss = torch.zeros((), device=self.parameters[0].device)
         for batch in micro:
@@ -132,6 +143,7 @@ class Loop:
         flops = sum(self.flops(batch) for batch in micro)
         self.meter.end_step(loss, tokens, counts["tokens"], flops)
         self.total_loss += loss
+        self.samples += len({sample for batch in micro for sample in batch.sample_S})
         self.last_loss = loss
         state.global_step += 1
         self.position += 1

@@ -65,7 +65,7 @@ class Run:
     args: TrainingArguments
     objective: Objective
     events: Events
-    train_samples: Sequence[Sample] | Callable[[], Iterator[Sample]]
+    train_samples: Sequence[Sample] | Callable[[int], Iterator[Sample]]
     eval_sets: Mapping[str, Sequence[Sample]]
     token_budget: int | None = None
     predict: Callable[[Session, Sequence[Sample], str], dict[str, float]] | None = None
@@ -147,6 +147,8 @@ class Run:
         if not session.trained:
             raise ConfigError("no parameter is trained", hint="leave something unfrozen, or give peft_config")
         optimizer, scheduler = self.optimizers
+        if optimizer is not None:
+            _check_holds(optimizer, session.trained)
         with session.precision.exported():  # the optimiser finds the masters in the model
             self.optimizer = optimizer or make_optimizer(args, self.model, session.trained, self.optimizer_choice)
         self.scheduler = scheduler or make_scheduler(args, self.optimizer, max_steps)
@@ -185,8 +187,7 @@ class Run:
     def _finish(self, session: Session, loop: Loop, started: float, first_step: int) -> TrainResult:
         args, state = self.args, self.events.state
         steps = state.global_step - first_step
-        samples = steps * args.per_device_train_batch_size * args.gradient_accumulation_steps
-        metrics = speed_metrics("train", started, num_samples=samples, num_steps=steps)
+        metrics = speed_metrics("train", started, num_samples=loop.samples, num_steps=steps)
         train_loss = loop.total_loss / max(1, state.global_step)
         metrics |= {"total_flos": state.total_flos, "train_loss": train_loss}
         metrics = self.events.log(metrics)
@@ -268,6 +269,10 @@ class Run:
         if name not in metrics:
             raise ConfigError(f"metric_for_best_model={name!r} is not among the metrics: {', '.join(sorted(metrics))}")
         value, best = metrics[name], state.best_metric
+        if not math.isfinite(value):
+            logger.warning("%s is %s at step %d: that is never the best", name, value, state.global_step)
+            self.events.control.should_save &= args.save_strategy != SaveStrategy.BEST
+            return
         better = best is None or (value > best if args.greater_is_better else value < best)
         if better:
             state.best_metric, state.best_global_step = value, state.global_step
@@ -329,12 +334,22 @@ class Run:
         session.precision.publish()
         self.run_id = saved["run_id"]
         self.events.load_state(str(folder / "trainer_state.json"))
-        best = self.events.state.best_model_checkpoint
-        if best and not Path(best).is_dir():
-            self.events.state.best_model_checkpoint = None
+        self._find_best_again()
         loop.load_resume_state(saved["loop"])
         loop.last_checkpoint = str(folder)
         return saved["rng"]
+
+    def _find_best_again(self) -> None:
+        """The best checkpoint lies in `output_dir`, wherever that has been moved to since."""
+        state = self.events.state
+        if state.best_model_checkpoint is None or Path(state.best_model_checkpoint).is_dir():
+            return
+        moved = Path(self.args.output_dir) / Path(state.best_model_checkpoint).name
+        if not moved.is_dir():
+            logger.warning("the best checkpoint so far, %s, is gone; the next best one counts from here",
+                           state.best_model_checkpoint)  # fmt: skip
+            state.best_metric = None
+        state.best_model_checkpoint = str(moved) if moved.is_dir() else None
 
     def _identity(self, session: Session) -> dict[str, Any]:
         """What must be the same for a resumed run to be the same run."""
@@ -349,6 +364,8 @@ class Run:
             "compute dtype": "bfloat16" if args.bf16 else "float32",
             "number of trained parameters": sum(parameter.numel() for parameter in session.trained.values()),
             "optimizer": type(self.optimizer).__name__,
+            "loss": repr(self.objective),
+            "adapter": _adapter_settings(self.model),
             **({} if self.optimizers[0] or self.optimizer_choice else self._schedule()),
         }
 
@@ -397,10 +414,32 @@ def _evaluating(session: Session) -> Iterator[None]:
         model.train(training)
 
 
+def _adapter_settings(model: Any) -> dict[str, Any] | None:
+    """What makes the same adapter weights another model."""
+    configs = getattr(model, "peft_config", None)
+    if not isinstance(configs, dict):
+        return None
+    names = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora")
+    return {key: {name: str(getattr(config, name, None)) for name in names} for key, config in configs.items()}
+
+
+def _check_holds(optimizer: Any, trained: Mapping[str, Any]) -> None:
+    """An optimiser made before the adapter was, say, holds nothing that is trained, and nothing would be learned."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [name for name, parameter in trained.items() if id(parameter) not in held]
+    if len(missing) == len(trained):
+        raise ConfigError("optimizers: the optimiser holds none of the parameters that are trained",
+                          hint="make it from trainer.model, or give optimizer_cls_and_kwargs")  # fmt: skip
+    if missing:
+        logger.warning("optimizers: %d trained parameters are not in the optimiser, %s first", len(missing), missing[0])
+
+
 def _lengths(samples: Sequence[Sample]) -> tuple[int, ...]:
     return tuple(sum(part.num_tokens for part in sample) for sample in samples)
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     plain = (str, int, float, bool, type(None))
-    return {name: value if isinstance(value, plain) else str(value) for name, value in values.items()}
+    finite = {name: value for name, value in values.items() if not isinstance(value, float) or math.isfinite(value)}
+    return {name: finite[name] if isinstance(finite.get(name), plain) and name in finite else str(values[name])
+            for name in values}  # fmt: skip

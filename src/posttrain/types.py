@@ -40,7 +40,8 @@ class Example:
     """One prompt and its completions, as written: text, or chat messages.
 
     `prompt` is None where the format has none (plain text, a whole conversation); the single completion then is the
-    text or the conversation. Supervised data has one completion, a preference pair two, a prompt for sampling none.
+    text or the conversation; `is_ended` says that its end was written by a template. Supervised data has one
+    completion, a preference pair two, a prompt for sampling none.
     """
 
     prompt: Content | None
@@ -49,6 +50,7 @@ class Example:
     tools: list[Any] | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     columns: Mapping[str, Any] = field(default_factory=dict)
+    is_ended: bool = False
 
     @property
     def is_conversational(self) -> bool:

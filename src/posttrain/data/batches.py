@@ -98,15 +98,17 @@ class StaticSource:
 
 @dataclass
 class StreamSource:
-    """Samples that come one after another from `restart()`, an iterator made anew whenever it is exhausted. To resume
-    at step n it reads past what the first n steps used. The whole run counts as one epoch, as in transformers."""
+    """Samples that come one after another from `restart(pass)`, an iterator made anew whenever it is exhausted; passes
+    count from 0. To resume at step n it reads past what the first n steps used. The whole run counts as one epoch, so
+    what is due every epoch is due at its end."""
 
-    restart: Callable[[], Iterator[Sample]]
+    restart: Callable[[int], Iterator[Sample]]
     step_size: int
     token_budget: int
     max_steps: int
     _stream: Iterator[Sample] | None = None
     _next_step: int = 0
+    _pass: int = -1
 
     @property
     def steps_per_epoch(self) -> int:
@@ -116,14 +118,17 @@ class StreamSource:
         while self._next_step < step:
             self._take()
         if self._next_step > step:  # an earlier run's stream is further on; begin again
-            self._stream, self._next_step = None, 0
+            self._stream, self._next_step, self._pass = None, 0, -1
             return self.micro_batches(step)
         return plan(self._take(), self.token_budget)
 
     def _take(self) -> list[Sample]:
         """The samples of one step; the last of a pass over the data may be fewer."""
         fresh = self._stream is None
-        stream = self._stream = self._stream or self.restart()
+        if self._stream is None:
+            self._pass += 1
+            self._stream = self.restart(self._pass)
+        stream = self._stream
         samples = list(islice(stream, self.step_size))
         if not samples:
             if fresh:

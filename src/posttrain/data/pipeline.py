@@ -166,7 +166,12 @@ def _formatted(function: Callable[[Row], object], row: Row, origin: Origin) -> E
         raise bad_row("E-DATA-0019", origin, f"formatting_func returned {kind(text)}", row=row, hint=hint)
     if not text.strip():
         raise bad_row("E-DATA-0014", origin, "formatting_func returned an empty text", row=row)
-    return Example(None, (text,), origin, columns=row)
+    return Example(None, (text,), origin, columns=row, is_ended=any(map(_is_chat, row.values())))
+
+
+def _is_chat(value: Any) -> bool:
+    """Messages: what a function makes of them has been through a template, which ends them (as TRL takes it)."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and "role" in value[0]
 
 
 def _limit(example: Tokenized, settings: DataSettings) -> Tokenized:

@@ -97,7 +97,7 @@ def _render_text(example: Example, tokenizer: PreTrainedTokenizerBase, supervisi
         raise ConfigError("the tokenizer has no end-of-sequence token", hint='name one: eos_token="..."')
     supervision.of_assistant(example)
     prompt, completion = str(example.prompt or ""), str(example.completions[0])
-    full = prompt + (completion if completion.endswith(eos) else completion + eos)
+    full = prompt + (completion if example.is_ended or completion.endswith(eos) else completion + eos)
     return Rendered(example, full, prompt if supervision.of_completion(example) else None)
 
 

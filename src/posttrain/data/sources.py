@@ -96,7 +96,10 @@ def _read_dataset(dataset: Any, name: str) -> Rows:
             f"{name}: a data set with a transform (`with_transform`) cannot be prepared ahead of training",
             hint="apply the transform with `dataset.map` first",
         )
-    for index, row in enumerate(dataset.with_format(None)):
+    plain = dataset.with_format(None)
+    if hasattr(dataset, "set_epoch"):  # a stream's order belongs to its pass; the copy has forgotten which it is
+        plain.set_epoch(dataset.epoch)
+    for index, row in enumerate(plain):
         yield Origin(name, index), clean_arrow_row(row)
 
 

@@ -44,7 +44,7 @@ def packed_attention(
     head_dim)`."""
     if layout is None:
         if softcap is not None:
-            raise ValueError("scaled-dot-product attention cannot cap its scores; load the model with 'eager'")
+            return _plainly_capped(query, key, value, attention_mask, dropout, scaling, softcap), None
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -75,6 +75,25 @@ def _mask(query: torch.Tensor, window: int | None) -> dict[str, Any]:
     return {"attn_mask": (distance >= 0) & (distance < window)}
 
 
+def _plainly_capped(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    scale: float | None,
+    softcap: float,
+) -> torch.Tensor:
+    """For generation and plain forwards of models that cap their scores; no mask means that a single token is asked
+    for, or that all come at once."""
+    attend = _capped(softcap)
+    if mask is None and query.shape[2] == 1:
+        mask = torch.ones(1, key.shape[2], dtype=torch.bool, device=query.device)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    output = attend(query, key, value, dropout, scale, query.shape[1] != key.shape[1], mask is None, mask)
+    return output.transpose(1, 2).contiguous()
+
+
 def _capped(softcap: float) -> Callable[..., torch.Tensor]:
     """Attention whose scores pass through `cap * tanh(score / cap)` (Gemma 2), which SDPA does not know."""
 
@@ -93,7 +112,8 @@ def _capped(softcap: float) -> Callable[..., torch.Tensor]:
         scores = softcap * torch.tanh(query @ key.mT * scale / softcap)
         if is_causal or attn_mask is None:
             attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        weights = scores.masked_fill(~attn_mask, -torch.inf).softmax(-1, dtype=torch.float32).to(query.dtype)
+        scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)  # a padded row sees nothing at all
+        weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
         return torch.nn.functional.dropout(weights, dropout_p) @ value
 
     return attend

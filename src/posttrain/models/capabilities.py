@@ -35,7 +35,7 @@ def head_shape(model: PreTrainedModel) -> HeadShape:
 
 
 def _final_softcap(config: Any) -> float | None:
-    return getattr(config, "final_logit_softcapping", None)
+    return getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
 
 
 def refuse_unsupported(model: PreTrainedModel, router_aux_loss_coef: float | None) -> None:

@@ -42,9 +42,12 @@ def flops_counter(base: Any) -> Callable[[Batch], float]:
 def _attention_width(base: Any) -> int:
     """Query heads x head size, summed over attention layers."""
     config = base.config.get_text_config()
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:  # a model without attention
+        return 0
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
     kinds = getattr(config, "layer_types", None) or ["attention"] * config.num_hidden_layers
-    return sum("attention" in kind for kind in kinds) * config.num_attention_heads * size
+    return sum("attention" in kind for kind in kinds) * heads * size
 
 
 def measure_limit(base: Any, dtype: torch.dtype, tokens: int = 1024, seconds: float = 1.0) -> float:

@@ -29,7 +29,7 @@ def load_model(name: str, options: dict[str, Any] | None = None, *, dtype: str =
     path = resolve(name)
     try:  # weights that are pickled can run code when they are read, so they are not
         return AutoModelForCausalLM.from_pretrained(path, dtype=wanted, **{"use_safetensors": True, **options})
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise _no_model(name, error) from error
 
 

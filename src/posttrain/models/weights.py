@@ -24,10 +24,12 @@ def save_weights(model: Any, folder: Path) -> None:
 def load_weights(model: Any, folder: Path) -> None:
     """Put a checkpoint's weights into the parameters of `model`, in place. Every trained parameter must be there."""
     if isinstance(model, PeftModel):
-        result = set_peft_model_state_dict(model, load_file(_existing(folder, ADAPTER)))
+        name = model.active_adapter
+        path = _existing(folder if name == "default" else folder / name, ADAPTER)  # as PEFT lays them
+        result = set_peft_model_state_dict(model, load_file(path), adapter_name=name)
         missing = [name for name, p in model.named_parameters() if p.requires_grad and name in result.missing_keys]
         if missing:
-            raise CheckpointError(f"{folder / ADAPTER} has no value for {missing[0]}")
+            raise CheckpointError(f"{path} has no value for {missing[0]}")
         return
     stored = _read_shards(folder)
     for name, parameter in model.named_parameters():

@@ -35,7 +35,11 @@ NEVER_CALLED = {
     "create_optimizer_and_scheduler": "pass optimizers=(optimizer, scheduler)",
     "evaluation_loop": "pass compute_metrics instead",
     "log": "use a TrainerCallback with on_log",
+    "_prepare_dataset": "give formatting_func, or rows that are prepared",
+    "get_batch_samples": "give the data in the order you want, with train_sampling_strategy='sequential'",
+    "_save_checkpoint": "use a TrainerCallback with on_save",
 }
+READ_ONCE = ("train_dataset", "eval_dataset", "data_collator", "compute_metrics")
 
 
 class PackedTrainer:
@@ -49,9 +53,16 @@ class PackedTrainer:
         super().__init_subclass__(**kwargs)
         if cls.__module__.startswith("posttrain."):
             return
+        theirs = [one for one in cls.__mro__ if not one.__module__.startswith(("posttrain.", "builtins", "typing"))]
         for name, instead in NEVER_CALLED.items():
-            if name in cls.__dict__:
+            if any(name in one.__dict__ for one in theirs):
                 raise ConfigError(f"{cls.__name__}.{name} would never be called by posttrain's loop: {instead}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in NEVER_CALLED or (name in READ_ONCE and "run" in self.__dict__):
+            instead = NEVER_CALLED.get(name, "give it to the trainer when it is made")
+            raise ConfigError(f"trainer.{name} = ... is not honoured: {instead}")
+        super().__setattr__(name, value)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **refused: Any) -> TrainResult:
         """Train, from the beginning or from a checkpoint (True: the newest valid one in `output_dir`).
@@ -81,6 +92,11 @@ class PackedTrainer:
             write_json(folder / "data_report.json", {"schema_version": 1, **reports})
         except OSError as error:  # the run will say so itself, if it has to write there
             logger.warning("data_report.json is not written: %s", error.strerror or error)
+
+    @property
+    def accelerator(self) -> Any:
+        """What scripts ask of it: `print`, `is_main_process`, `process_index`, `num_processes`, `device`."""
+        return self.args.distributed_state
 
     @property
     def state(self) -> TrainerState:
@@ -162,6 +178,8 @@ def make_events(args: TrainingArguments, callbacks: list[Any] | None, model: Any
     """Transformers' default callbacks for these settings, then the user's; its log level as `args.log_level` says."""
     if args.log_level != "passive":
         transformers_logging.set_verbosity(args.get_process_log_level())
+    if not isinstance(callbacks, list | tuple | None):
+        raise ConfigError(f"callbacks must be a list of callbacks, got {type(callbacks).__name__}")
     try:
         defaults = default_callbacks(args)
     except (RuntimeError, ValueError, ImportError, KeyError) as error:

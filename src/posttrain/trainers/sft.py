@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import (
     EvalPrediction,
@@ -116,7 +117,7 @@ class SFTTrainer(PackedTrainer):
         """Loss and metrics over `eval_dataset` (default: the trainer's own; a string names one of several)."""
         if ignore_keys is not None:
             raise ConfigError("evaluate(ignore_keys=...) is not honoured: compute_metrics receives logits only")
-        if isinstance(eval_dataset, str):
+        if isinstance(eval_dataset, str) and eval_dataset in self.run.eval_sets:
             sets: Mapping[str, Sequence[Sample]] = {"": self.run.eval_sets[eval_dataset]}
         else:
             sets = self.run.eval_sets if eval_dataset is None else self._eval_sets(eval_dataset)
@@ -149,17 +150,24 @@ class SFTTrainer(PackedTrainer):
 
     # --- data -------------------------------------------------------------------------------------------------------
 
-    def _train_samples(self, dataset: Any) -> Sequence[Sample] | Callable[[], Iterator[Sample]]:
+    def _train_samples(self, dataset: Any) -> Sequence[Sample] | Callable[[int], Iterator[Sample]]:
         if dataset is None:
             raise ConfigError("train_dataset is required")
         self._check_prepared(dataset)
         if _is_stream(dataset) or self.args.dataset_streaming:
             self._check_stream(dataset)
-            return lambda: self._stream(dataset)
+            return lambda number: self._stream(dataset, number)
         return self._prepared(dataset, "train", self._settings)
 
     def _check_ids(self, samples: Sequence[Sample]) -> None:
-        """A tokenizer may know more tokens than the model (Gemma 3's does), as long as the rows have none of them."""
+        """A tokenizer may know more tokens than the model (Gemma 3's does), as long as the rows have none of them; and
+        positions that are learned (GPT-2's) come to an end."""
+        longest = max((part.num_tokens for sample in samples for part in sample), default=0)
+        for name, module in self._model.named_modules():
+            learned = name.endswith(("wpe", "embed_positions", "position_embeddings"))
+            if learned and isinstance(module, nn.Embedding) and longest > module.num_embeddings:
+                places = module.num_embeddings
+                raise ConfigError(f"a row has {longest} tokens, the model {places} places", hint=f"max_length={places}")
         rows = self._model.get_input_embeddings().weight.shape[0]
         for part in (part for sample in samples for part in sample):
             highest = max((int(branch.ids.max()) for branch in part.branches if len(branch.ids)), default=0)
@@ -169,10 +177,13 @@ class SFTTrainer(PackedTrainer):
                     hint="model.resize_token_embeddings(len(tokenizer)), or the tokenizer that belongs to the model",
                 )
 
-    def _stream(self, dataset: Any) -> Iterator[Sample]:
-        """One pass over it; `data_reports` counts along."""
+    def _stream(self, dataset: Any, number: int) -> Iterator[Sample]:
+        """Pass `number` over it, in an order of its own where it is shuffled; `data_reports` counts along."""
+        if hasattr(dataset, "set_epoch"):
+            dataset.set_epoch(number)
+        settings = dataclasses.replace(self._settings, shuffle_seed=self._settings.shuffle_seed + number)
         report = self.data_reports["train"] = DataReport(source_name(dataset, "train"))
-        return stream(dataset, self._tokenizer, self._settings, "train", report)
+        return stream(dataset, self._tokenizer, settings, "train", report)
 
     def _check_stream(self, dataset: Any) -> None:
         """The first rows, now: a stream is read when training begins, which is late to learn of a wrong format."""
@@ -210,7 +221,8 @@ class SFTTrainer(PackedTrainer):
         prepared = prepare(dataset, self._tokenizer, settings, name)
         self._check_ids(prepared.samples)
         self.data_reports[name] = prepared.report
-        logger.info("data     %s", prepared.report.summary())
+        lost = prepared.report.num_skipped or prepared.report.truncated.count
+        logger.log(logging.WARNING if lost else logging.INFO, "data     %s", prepared.report.summary())
         for note in prepared.report.notes():
             logger.info("         %s", note)
         return prepared.samples
@@ -236,8 +248,12 @@ def _config(model: Any, args: TrainingArguments | None, older: dict[str, Any]) -
     if not isinstance(args, TrainingArguments):
         raise ConfigError(f"args must be an SFTConfig or a TrainingArguments, got {type(args).__name__}")
     if not isinstance(args, SFTConfig):
-        given = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.init}
-        args = SFTConfig(**given)
+        known = {f.name for f in dataclasses.fields(SFTConfig)}
+        fields = [f for f in dataclasses.fields(args) if f.init]
+        for field in fields:
+            if field.name not in known and getattr(args, field.name) != field.default:
+                raise ConfigError(f"args.{field.name} of {type(args).__name__} is no setting of SFTConfig")
+        args = SFTConfig(**{f.name: getattr(args, f.name) for f in fields if f.name in known})
     return dataclasses.replace(args, **moved) if moved else args
 
 
@@ -262,6 +278,10 @@ def _open_model(
         tokenizer = tokenizer or load_tokenizer(name, options)
     elif args.model_init_kwargs is not None:
         raise ConfigError("model_init_kwargs is not honoured: the model is loaded already")
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if base.get_output_embeddings() is None or not hasattr(base, "generation_config"):
+        raise ConfigError(f"{type(base).__name__} is no causal language model: it has no head that says the next token",
+                          hint="AutoModelForCausalLM loads one")  # fmt: skip
     if tokenizer is None and not model.config._name_or_path:
         raise ConfigError("processing_class is needed: the model does not say where its tokenizer lies",
                           hint="pass the tokenizer as processing_class")  # fmt: skip

@@ -87,6 +87,6 @@ def modern_config(given: dict[str, Any]) -> dict[str, Any]:
 
 def say_read_as(old: str, rewritten: dict[str, Any]) -> None:
     if rewritten:
-        logger.info("read %s as %s", old, ", ".join(f"{name}={value!r}" for name, value in rewritten.items()))
+        logger.warning("read %s as %s", old, ", ".join(f"{name}={value!r}" for name, value in rewritten.items()))
     else:
         logger.info("%s is not needed any more", old)

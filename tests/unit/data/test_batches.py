@@ -93,7 +93,7 @@ class Stream:
     def __init__(self, count: int = 10) -> None:
         self.samples, self.passes, self.taken = random_samples([4] * count), 0, 0
 
-    def __call__(self) -> Iterator[Sample]:
+    def __call__(self, number: int = 0) -> Iterator[Sample]:
         self.passes += 1
         for sample in self.samples:
             self.taken += 1
@@ -138,7 +138,7 @@ def test_a_stream_is_read_no_further_than_needed() -> None:
 
 
 def test_an_empty_stream_is_an_error_and_not_an_endless_loop() -> None:
-    source = StreamSource(lambda: iter(()), step_size=4, token_budget=100, max_steps=8)
+    source = StreamSource(lambda number: iter(()), step_size=4, token_budget=100, max_steps=8)
     with pytest.raises(DataError, match="the training stream has no usable rows") as caught:
         source.micro_batches(0)
     assert caught.value.code == "E-DATA-0031"

@@ -92,9 +92,15 @@ def test_without_a_layout_it_is_transformers_sdpa() -> None:
     torch.testing.assert_close(output, dense(*tensors, None, None), rtol=1e-5, atol=1e-5)
 
 
-def test_capped_scores_without_a_layout_are_refused() -> None:
-    with pytest.raises(ValueError, match="cannot cap its scores; load the model with 'eager'"):
-        packed_attention(nn.Module(), *inputs(2), None, scaling=SCALE, softcap=30.0)
+def test_capped_scores_without_a_layout() -> None:
+    """Generation and plain forwards: all tokens at once, under a mask, and one token after those in the cache."""
+    query, key, value = inputs(2, torch.float32)
+    expected = dense(query, key, value, None, 3.0)
+    at_once, _ = packed_attention(nn.Module(), query, key, value, None, scaling=SCALE, softcap=3.0)
+    masked, _ = packed_attention(nn.Module(), query, key, value, allowed(None)[None, None], scaling=SCALE, softcap=3.0)
+    torch.testing.assert_close(masked, expected, rtol=1e-5, atol=1e-5)
+    last, _ = packed_attention(nn.Module(), query[:, :, -1:], key, value, None, scaling=SCALE, softcap=3.0)
+    torch.testing.assert_close(last, at_once[:, -1:], rtol=1e-5, atol=1e-5)
 
 
 def test_registered_under_its_own_name() -> None:
