@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,3 +23,14 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no shared/data folder beside the checkout")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_libraries_have_it() -> Iterator[None]:
+    """The command line sets our logger up for a process of its own; a test that runs it must not do so for the next."""
+    yield
+    logger = logging.getLogger("posttrain")
+    logger.propagate = True
+    logger.setLevel(logging.NOTSET)
+    for handler in [handler for handler in logger.handlers if type(handler) is logging.StreamHandler]:
+        logger.removeHandler(handler)
