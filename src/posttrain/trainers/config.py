@@ -153,9 +153,6 @@ class SFTConfig(TrainingArguments):
         if self.padding_free and not self.packing and self.max_length is not None:
             # TRL refuses this pair; here both can be had, and nothing is padded in any case.
             self.padding_free = False
-        if self.loss_type != "nll" and self.label_smoothing_factor:
-            raise ConfigError(f"label_smoothing_factor={self.label_smoothing_factor} is not honoured with "
-                              f"loss_type={self.loss_type!r}: smoothing belongs to nll")  # fmt: skip
         if set(self.dataset_kwargs or {}) - {"skip_prepare_dataset"}:
             raise ConfigError(
                 f"dataset_kwargs={self.dataset_kwargs} is not honoured: only skip_prepare_dataset is known"
