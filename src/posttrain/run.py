@@ -364,7 +364,8 @@ class Run:
             "compute dtype": "bfloat16" if args.bf16 else "float32",
             "number of trained parameters": sum(parameter.numel() for parameter in session.trained.values()),
             "optimizer": type(self.optimizer).__name__,
-            "loss": repr(self.objective),
+            "loss_type": getattr(args, "loss_type", None),
+            "label_smoothing_factor": args.label_smoothing_factor,
             "adapter": _adapter_settings(self.model),
             **({} if self.optimizers[0] or self.optimizer_choice else self._schedule()),
         }

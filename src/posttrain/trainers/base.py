@@ -15,7 +15,6 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from posttrain.checkpoint import write_json
 from posttrain.data.report import DataReport
 from posttrain.errors import ConfigError, Interrupted
 from posttrain.events import Events, default_callbacks
@@ -89,7 +88,9 @@ class PackedTrainer:
         folder = Path(self.args.output_dir)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / "data_report.json", {"schema_version": 1, **reports})
+            made = folder / ".data_report.json.partial"
+            made.write_text(json.dumps({"schema_version": 1, **reports}, indent=1), encoding="utf-8")
+            made.rename(folder / "data_report.json")
         except OSError as error:  # the run will say so itself, if it has to write there
             logger.warning("data_report.json is not written: %s", error.strerror or error)
 
