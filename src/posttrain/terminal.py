@@ -75,8 +75,8 @@ PATIENCE = 4.0
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt, so that files half written are put away. Training has its own,
-    gentler way.
+    """SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt, so that half-written files are put away. Training has its
+    own, gentler way.
 
     Not all code lets an exception through: C++ that imports Python modules (torch does) aborts the process, and a broad
     `except` swallows it. So while a module is being imported, when nothing is half written, the process ends at once;
