@@ -10,8 +10,8 @@ supervised token, `target_R` those tokens, `sequence_R` the sequence each belong
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -96,10 +96,15 @@ Sample = tuple[Tokenized, ...]
 @dataclass(frozen=True)
 class Layout:
     """How sequences lie in a packed batch: segment i is `[starts[i], starts[i] + lengths[i])`. Plain integers, known
-    from the data alone, so that no kernel has to ask the device for them."""
+    from the data alone, so that no kernel has to ask the device for them.
+
+    A segment with a parent continues it: its tokens see all of the parent's and then their own, and count positions on
+    from there. So a prompt stands once in front of all its answers. A parent comes before its children and has none
+    itself; `parents` holds its index, -1 for none, and is empty where nobody has one."""
 
     starts: tuple[int, ...]
     lengths: tuple[int, ...]
+    parents: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -107,13 +112,34 @@ class Layout:
 
     @property
     def max_length(self) -> int:
-        return max(self.lengths, default=0)
+        """Of what a token can see, its parent's tokens included."""
+        return max(self.context_lengths, default=0)
+
+    @property
+    def is_shared(self) -> bool:
+        return any(parent >= 0 for parent in self.parents)
+
+    @property
+    def context_lengths(self) -> tuple[int, ...]:
+        """Of each segment, how many tokens its last one sees."""
+        if not self.parents:
+            return self.lengths
+        return tuple(n + (self.lengths[p] if p >= 0 else 0) for n, p in zip(self.lengths, self.parents, strict=True))
+
+    def segments(self) -> Iterator[tuple[slice, slice | None]]:
+        """The tokens of each segment, and those of its parent."""
+        own = [slice(start, start + n) for start, n in zip(self.starts, self.lengths, strict=True)]
+        for index, tokens in enumerate(own):
+            parent = self.parents[index] if self.parents else -1
+            yield tokens, own[parent] if parent >= 0 else None
 
 
 @dataclass(frozen=True)
 class Batch:
     """Sequences laid end to end. `sample_S` is the index of each sequence's sample within its optimiser step,
-    `origins_S` where it came from; `counts` are the numbers that losses are divided by, per unit."""
+    `origins_S` where it came from; `counts` are the numbers that losses are divided by, per unit. A sequence is a
+    segment, or with shared prompts a segment and its parent. `pairs_P2` are the sequences that are compared: the chosen
+    one, the rejected one. `columns` are named by their shape: `ref_logp_R`, `label_S`, `margin_P`."""
 
     input_ids_T: torch.Tensor
     position_ids_T: torch.Tensor
@@ -125,6 +151,7 @@ class Batch:
     origins_S: tuple[Origin, ...]
     counts: Mapping[str, int]
     columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    pairs_P2: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -132,7 +159,7 @@ class Batch:
 
     @property
     def num_sequences(self) -> int:
-        return len(self.layout.starts)
+        return len(self.sample_S)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -146,8 +173,13 @@ class Batch:
             origins_S=self.origins_S,
             counts=self.counts,
             columns=columns,
+            pairs_P2=None if self.pairs_P2 is None else self.pairs_P2.to(device, non_blocking=True),
             **moved,
         )
+
+    def with_columns(self, **columns: torch.Tensor) -> Batch:
+        """The same batch with more columns."""
+        return replace(self, columns={**self.columns, **columns})
 
     def tensors(self) -> dict[str, torch.Tensor]:
         names = ("input_ids_T", "position_ids_T", "rows_R", "target_R", "sequence_R")
@@ -156,19 +188,25 @@ class Batch:
 
 @dataclass(frozen=True)
 class Needs:
-    """What an objective wants of the forward pass beside `logp_R`. `entropy` comes without gradient."""
+    """What an objective wants of the forward pass beside `logp_R`. `entropy`, `mean_logit` and `log_collision` come
+    without gradient."""
 
     entropy: bool = False
     uniform_logp: bool = False
+    mean_logit: bool = False
+    log_collision: bool = False
 
 
 @dataclass(frozen=True)
 class Outputs:
     """What the model says of a batch's supervised rows, all fp32 of shape `(R,)`: the log-probability of each target,
-    whether it was the likeliest token, and where asked the entropy (nats) and the mean log-probability over the
-    vocabulary (what label smoothing pulls towards)."""
+    whether it was the likeliest token, and where asked the entropy (nats), the mean log-probability over the vocabulary
+    (what label smoothing pulls towards), the mean logit, and the log of the sum of squared probabilities (of two draws
+    being the same)."""
 
     logp_R: torch.Tensor
     is_top1_R: torch.Tensor
     entropy_R: torch.Tensor | None = None
     uniform_logp_R: torch.Tensor | None = None
+    mean_logit_R: torch.Tensor | None = None
+    log_collision_R: torch.Tensor | None = None

@@ -4,49 +4,70 @@ Sequences go longest first into the emptiest of as many micro-batches as are nee
 for it is the largest that counts, and take the least time when processes wait for one another; the sum over an
 optimiser step does not depend on the cut. If that does not fit, first-fit decreasing, which wastes less space, is used.
 
-Shape suffixes: `T` packed tokens, `R` supervised rows, `S` sequences.
+A prompt with several answers (a preference pair, a group) stands in front of them once: a segment whose children they
+are. Its last token then predicts the first of each.
+
+Shape suffixes: `T` packed tokens, `R` supervised rows, `S` sequences, `P` pairs.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
 
-from posttrain.types import Batch, Branch, Layout, Origin, Sample
+from posttrain.types import Batch, Layout, Sample, Tokenized
 
 
 @dataclass(frozen=True)
-class _Sequence:
-    """One branch with its prefix, and which sample it belongs to."""
+class Packing:
+    """What an objective asks of its batches. `shared`: a prompt stands in front of its branches once. With `group_size`
+    every so many samples are a batch, whatever the token budget: for losses that are no sum over samples. `columns` are
+    carried along by name."""
 
-    prefix: np.ndarray
-    branch: Branch
+    shared: bool = True
+    group_size: int | None = None
+    columns: tuple[str, ...] = ()
+
+
+PLAIN = Packing()
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """What must not be parted: a prompt and its branches, and which sample they belong to."""
+
+    tokenized: Tokenized
     sample: int
-    origin: Origin
 
     @property
-    def length(self) -> int:
-        return len(self.prefix) + len(self.branch.ids)
+    def lengths(self) -> list[int]:
+        return [len(self.tokenized.prefix) + len(branch.ids) for branch in self.tokenized.branches]
+
+    def is_shared(self, allowed: bool) -> bool:
+        return allowed and len(self.tokenized.prefix) > 0 and len(self.tokenized.branches) > 1
+
+    def size(self, allowed: bool) -> int:
+        return self.tokenized.num_tokens if self.is_shared(allowed) else sum(self.lengths)
 
 
-def plan(samples: Sequence[Sample], token_budget: int) -> list[Batch]:
+def plan(samples: Sequence[Sample], token_budget: int, packing: Packing = PLAIN) -> list[Batch]:
     """All sequences of `samples`, each in one batch. One that is longer than the budget has a batch of its own. The
-    plan depends on nothing but the arguments; sequences of a batch, and batches, come in the samples' order."""
-    sequences = list(_sequences(samples))
-    groups = _groups([sequence.length for sequence in sequences], token_budget)
-    return [_batch([sequences[i] for i in group]) for group in groups]
+    plan depends on nothing but the arguments; sequences of a batch, and batches, come in the samples' order.
 
-
-def _sequences(samples: Sequence[Sample]) -> Iterator[_Sequence]:
-    for index, sample in enumerate(samples):
-        for part in sample:
-            for branch in part.branches:
-                yield _Sequence(part.prefix, branch, index, part.origin)
+    A prompt with several branches stays together with them.
+    """
+    shared, group_size = packing.shared, packing.group_size
+    units = [_Unit(part, index) for index, sample in enumerate(samples) for part in sample]
+    if group_size is not None:
+        return [_batch(list(group), packing) for _, group in groupby(units, lambda unit: unit.sample // group_size)]
+    groups = _groups([unit.size(shared) for unit in units], token_budget)
+    return [_batch([units[i] for i in group], packing) for group in groups]
 
 
 def _groups(lengths: list[int], budget: int) -> list[list[int]]:
@@ -85,24 +106,100 @@ def _first_fit(sizes: list[int], order: list[int], budget: int) -> list[list[int
     return groups
 
 
-def _batch(sequences: list[_Sequence]) -> Batch:
-    lengths = np.array([sequence.length for sequence in sequences], dtype=np.int64)
-    starts = np.cumsum(lengths) - lengths
-    ids_T = np.concatenate([part for s in sequences for part in (s.prefix, s.branch.ids)]).astype(np.int64)
-    supervised_T = np.concatenate(
-        [part for s in sequences for part in (np.zeros(len(s.prefix), dtype=bool), s.branch.supervised)]
-    )
-    supervised_T[starts] = False  # nothing comes before a first token that could predict it
-    tokens_R = np.flatnonzero(supervised_T)
-    sequence_T = np.repeat(np.arange(len(sequences)), lengths)
+class _Tape:
+    """Segments laid end to end."""
+
+    def __init__(self) -> None:
+        self.ids: list[np.ndarray] = []
+        self.lengths: list[int] = []
+        self.parents: list[int] = []
+        self.position_starts: list[int] = []
+        self.end = 0
+
+    def add(self, *ids: np.ndarray, parent: int = -1) -> int:
+        """Its index."""
+        length = sum(map(len, ids))
+        self.ids += ids
+        self.lengths.append(length)
+        self.parents.append(parent)
+        self.position_starts.append(0 if parent < 0 else self.lengths[parent])
+        self.end += length
+        return len(self.lengths) - 1
+
+    def starts(self) -> np.ndarray:
+        lengths = np.array(self.lengths, dtype=np.int64)
+        return np.cumsum(lengths) - lengths
+
+    def layout(self) -> Layout:
+        parents = tuple(self.parents) if any(parent >= 0 for parent in self.parents) else ()
+        return Layout(tuple(self.starts().tolist()), tuple(self.lengths), parents)
+
+    def positions(self) -> np.ndarray:
+        shift = np.array(self.position_starts, dtype=np.int64) - self.starts()
+        return np.arange(self.end) + np.repeat(shift, self.lengths)
+
+
+def _batch(units: list[_Unit], packing: Packing) -> Batch:
+    tape = _Tape()
+    rows: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
+    sequences: list[tuple[_Unit, int]] = []  # and the number of the branch
+    for unit in units:
+        prefix, together = unit.tokenized.prefix, unit.is_shared(packing.shared)
+        if together:
+            last, parent = tape.end + len(prefix) - 1, tape.add(prefix)
+        for number, branch in enumerate(unit.tokenized.branches):
+            start = tape.end if together else tape.end + len(prefix)  # of the branch
+            tokens = np.flatnonzero(branch.supervised)
+            if not len(prefix):
+                tokens = tokens[tokens > 0]  # nothing comes before a first token that could predict it
+            predicting = tokens + start - 1
+            if together:
+                tape.add(branch.ids, parent=parent)
+                predicting[tokens == 0] = last
+            else:
+                tape.add(prefix, branch.ids)
+            rows.append(predicting)
+            targets.append(branch.ids[tokens])
+            sequences.append((unit, number))
+    counts = [len(part) for part in rows]
+    pairs = [i for i, (unit, number) in enumerate(sequences) if len(unit.tokenized.branches) == 2 and number == 0]
     return Batch(
-        input_ids_T=torch.from_numpy(ids_T),
-        position_ids_T=torch.from_numpy(np.arange(len(ids_T)) - np.repeat(starts, lengths)),
-        layout=Layout(tuple(starts.tolist()), tuple(lengths.tolist())),
-        rows_R=torch.from_numpy(tokens_R - 1),
-        target_R=torch.from_numpy(ids_T[tokens_R]),
-        sequence_R=torch.from_numpy(sequence_T[tokens_R]),
-        sample_S=tuple(sequence.sample for sequence in sequences),
-        origins_S=tuple(sequence.origin for sequence in sequences),
-        counts={"tokens": len(tokens_R), "sequences": len(sequences)},
+        input_ids_T=_tensor(np.concatenate(tape.ids)),
+        position_ids_T=_tensor(tape.positions()),
+        layout=tape.layout(),
+        rows_R=_tensor(np.concatenate(rows)),
+        target_R=_tensor(np.concatenate(targets)),
+        sequence_R=_tensor(np.repeat(np.arange(len(sequences)), counts)),
+        sample_S=tuple(unit.sample for unit, _ in sequences),
+        origins_S=tuple(unit.tokenized.origin for unit, _ in sequences),
+        counts={
+            "tokens": sum(counts),
+            "sequences": len(sequences),
+            **({"pairs": len(pairs)} if pairs else {}),
+            **({"batches": 1} if packing.group_size else {}),
+        },
+        columns=_columns(units, packing.columns),
+        pairs_P2=torch.tensor([(i, i + 1) for i in pairs]) if pairs else None,
     )
+
+
+def _tensor(values: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(values.astype(np.int64))
+
+
+COLUMNS = {"label": ("label_S", torch.bool), "margin": ("margin_P", torch.float32)}
+"""What an example may carry for its objective: its name there, and in a batch. `ref_logp` is an array a branch."""
+
+
+def _columns(units: list[_Unit], names: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    columns = {}
+    for name in names:
+        values = [unit.tokenized.columns[name] for unit in units]
+        if name == "ref_logp":
+            parts = [part for branches in values for part in branches]
+            columns["ref_logp_R"] = torch.from_numpy(np.concatenate(parts).astype(np.float32))
+        else:
+            column, dtype = COLUMNS[name]
+            columns[column] = torch.tensor(values, dtype=dtype)
+    return columns

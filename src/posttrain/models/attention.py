@@ -53,11 +53,23 @@ def packed_attention(
         return _varlen(query, key, value, layout, scaling, sliding_window), None
     if softcap is None and not dropout and _is_quicker_by_products(query, layout, sliding_window):
         return segment_attention(query, key, value, layout, scaling or query.shape[-1] ** -0.5), None
-    pieces = (torch.split(tensor, list(layout.lengths), dim=2) for tensor in (query, key, value))
+    queries, keys, values = (torch.split(tensor, list(layout.lengths), dim=2) for tensor in (query, key, value))
+    if layout.is_shared:
+        keys, values = _after_parents(keys, layout), _after_parents(values, layout)
     attend = _capped(softcap) if softcap is not None else scaled_dot_product_attention
     options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
-    outputs = [attend(q, k, v, **options, **_mask(q, sliding_window)) for q, k, v in zip(*pieces, strict=True)]
+    outputs = [
+        attend(q, k, v, **options, **_mask(q, k, sliding_window)) for q, k, v in zip(queries, keys, values, strict=True)
+    ]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def _after_parents(pieces: tuple[torch.Tensor, ...], layout: Layout) -> tuple[torch.Tensor, ...]:
+    """Keys or values of each segment, behind those of its parent."""
+    return tuple(
+        torch.cat([pieces[parent], piece], dim=2) if parent >= 0 else piece
+        for piece, parent in zip(pieces, layout.parents, strict=True)
+    )
 
 
 def _is_quicker_by_products(query: torch.Tensor, layout: Layout, window: int | None) -> bool:
@@ -66,13 +78,14 @@ def _is_quicker_by_products(query: torch.Tensor, layout: Layout, window: int | N
     return query.device.type == "cpu" and query.dtype == torch.bfloat16 and layout.max_length <= limit
 
 
-def _mask(query: torch.Tensor, window: int | None) -> dict[str, Any]:
-    """Causal, or a causal band where the segment is longer than the window."""
-    length = query.shape[2]
-    if window is None or length <= window:
+def _mask(query: torch.Tensor, key: torch.Tensor, window: int | None) -> dict[str, Any]:
+    """Causal, or a causal band where the segment is longer than the window. The last query sees the last key."""
+    asked, there = query.shape[2], key.shape[2]
+    if asked == there and (window is None or there <= window):
         return {"is_causal": True}
-    distance = torch.arange(length, device=query.device)[:, None] - torch.arange(length, device=query.device)
-    return {"attn_mask": (distance >= 0) & (distance < window)}
+    position = torch.arange(there, device=query.device)
+    distance = position[there - asked :, None] - position
+    return {"attn_mask": (distance >= 0) & (distance < (window or there))}
 
 
 def _plainly_capped(
@@ -122,17 +135,28 @@ def _capped(softcap: float) -> Callable[..., torch.Tensor]:
 def _varlen(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float | None, window: int | None
 ) -> torch.Tensor:
-    """One FlashAttention call over all segments."""
+    """One FlashAttention call over all segments; the keys of a segment with a parent are gathered behind the parent's,
+    and its queries are the last of them."""
     from torch.nn.attention.varlen import varlen_attn
 
-    bounds = torch.tensor((*layout.starts, layout.num_tokens), dtype=torch.int32).to(query.device, non_blocking=True)
+    device = query.device
+    key_rows, value_rows = _rows(key), _rows(value)
+    bounds = torch.tensor((*layout.starts, layout.num_tokens), dtype=torch.int32).to(device, non_blocking=True)
+    key_bounds = bounds
+    if layout.is_shared:
+        seen = torch.cat(
+            [torch.arange(part.start, part.stop) for pair in layout.segments() for part in pair[::-1] if part]
+        )
+        key_bounds = torch.tensor((0, *layout.context_lengths)).cumsum(0).int().to(device, non_blocking=True)
+        index = seen.to(device, non_blocking=True)
+        key_rows, value_rows = key_rows[index], value_rows[index]
     output = varlen_attn(
         _rows(query),
-        _rows(key),
-        _rows(value),
+        key_rows,
+        value_rows,
         bounds,
-        bounds,
-        layout.max_length,
+        key_bounds,
+        max(layout.lengths),
         layout.max_length,
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),

@@ -102,9 +102,24 @@ class PackedShortConv(torch.nn.Module):
 
 
 def _shifted(signal_1TD: torch.Tensor, back: int, layout: Layout) -> torch.Tensor:
-    """Each token's value `back` tokens earlier in its own segment, zero where there is none."""
+    """Each token's value `back` tokens earlier in its own segment (or, before that, in the parent's), zero where there
+    is none."""
+    if layout.is_shared:
+        return torch.nn.functional.pad(signal_1TD, (0, 0, 0, 1))[:, _earlier(back, layout).to(signal_1TD.device)]
     shifted = torch.nn.functional.pad(signal_1TD, (0, 0, back, 0))[:, : signal_1TD.shape[1]]
     keep_T = torch.ones(signal_1TD.shape[1], dtype=signal_1TD.dtype)
     for start, length in zip(layout.starts, layout.lengths, strict=True):
         keep_T[start : start + min(back, length)] = 0
     return shifted * keep_T.to(signal_1TD.device, non_blocking=True)[None, :, None]
+
+
+def _earlier(back: int, layout: Layout) -> torch.Tensor:
+    """The index of the token `back` earlier; that of a zero behind the last where there is none."""
+    index_T = torch.arange(layout.num_tokens) - back
+    for own, parent in layout.segments():
+        first = index_T[own][:back]
+        before = torch.arange(len(first)) - back  # counted from the segment's beginning
+        reach = 0 if parent is None else parent.stop - parent.start
+        end = 0 if parent is None else parent.stop
+        first.copy_(torch.where(before + reach >= 0, before + end, layout.num_tokens))
+    return index_T

@@ -32,7 +32,10 @@ def flops_counter(base: Any) -> Callable[[Batch], float]:
     attention = _attention_width(base)
 
     def count(batch: Batch) -> float:
-        pairs = sum(n * (n + 1) / 2 for n in batch.layout.lengths)
+        layout = batch.layout
+        pairs = sum(
+            n * (n + 1) / 2 + n * (seen - n) for n, seen in zip(layout.lengths, layout.context_lengths, strict=True)
+        )
         linear = 2 * passes_per_token * batch.num_tokens
         return linear + 2 * head_passes * len(batch.rows_R) + 12 * attention * pairs
 

@@ -25,13 +25,15 @@ logger = logging.getLogger("posttrain")
 
 @dataclass
 class Policy:
-    """`model` as the user knows it, `base` without the PEFT wrapper. `neftune_alpha` adds noise to the embeddings while
-    training (NEFTune, arXiv 2310.05914): uniform, of size `alpha / sqrt(length x D)`, each sequence's own length."""
+    """`model` as the user knows it, `base` without the PEFT wrapper. `shares_prompts`: a prompt may stand in a batch
+    once, before all its answers. `neftune_alpha` adds noise to the embeddings while training (NEFTune, arXiv
+    2310.05914): uniform, of size `alpha / sqrt(length x D)`, each sequence's own length."""
 
     model: Any
     base: Any
     shape: HeadShape
     is_packed: bool = True
+    shares_prompts: bool = True
     neftune_alpha: float | None = None
 
     @property
@@ -43,16 +45,8 @@ class Policy:
         batch = batch.to(self.device)
         hidden_TD = self._packed(batch) if self.is_packed else self._padded(batch)
         head = self.base.get_output_embeddings()
-        logp_R, top1_R, entropy_R, uniform_R = token_logps(
-            hidden_TD[batch.rows_R],
-            head.weight,
-            getattr(head, "bias", None),  # PEFT's wrapper of a tied head with trainable tokens has none
-            batch.target_R,
-            self.shape,
-            entropy=needs.entropy,
-            uniform=needs.uniform_logp,
-        )
-        return Outputs(logp_R, top1_R, entropy_R, uniform_R)
+        bias = getattr(head, "bias", None)  # PEFT's wrapper of a tied head with trainable tokens has none
+        return token_logps(hidden_TD[batch.rows_R], head.weight, bias, batch.target_R, self.shape, needs)
 
     def _packed(self, batch: Batch) -> torch.Tensor:
         # A mask of four dimensions is handed through as it is, so none is built; attention reads `layout` instead.
@@ -120,6 +114,10 @@ def open_policy(model: Any, *, neftune_alpha: float | None = None, router_aux_lo
         raise ConfigError(
             f"{type(base).__name__}: {problem}; its logits are more than its head times its hidden states"
         )
+    policy.shares_prompts = policy.is_packed and _shares_prompts(policy)
+    if policy.is_packed and not policy.shares_prompts:
+        logger.warning("%s does not honour shared prompts; a batch repeats the prompt before each of its answers",
+                       type(base).__name__)  # fmt: skip
     policy.neftune_alpha = neftune_alpha
     return policy
 
@@ -210,3 +208,43 @@ def _keeps_segments_apart(policy: Policy) -> bool:
     gap = (one - other).abs()
     gap[middle] = 0
     return gap.max().item() < 1e-5 and not torch.equal(one[middle], other[middle])
+
+
+def _shares_prompts(policy: Policy) -> bool:
+    """One prompt with two answers says of them what it says when it is repeated."""
+    vocabulary = policy.base.get_output_embeddings().weight.shape[0]
+    ids = [torch.arange(n) * 7919 % vocabulary + salt for n, salt in ((5, 0), (3, 1), (4, 2))]
+    prompt, *answers = (part.clamp(max=vocabulary - 1) for part in ids)
+    shared = torch.cat([prompt, *answers])
+    repeated = torch.cat([prompt, answers[0], prompt, answers[1]])
+    targets = torch.cat(answers)
+    with _own_attention(policy):
+        try:
+            one, other = (
+                policy(_answers(tokens, layout, torch.tensor(rows), targets), Needs()).logp_R
+                for tokens, layout, rows in (
+                    (shared, Layout((0, 5, 8), (5, 3, 4), (-1, 0, 0)), (4, 5, 6, 4, 8, 9, 10)),
+                    (repeated, Layout((0, 8), (8, 9)), (4, 5, 6, 12, 13, 14, 15)),
+                )
+            )
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
+            return False
+    low_precision = policy.base.get_output_embeddings().weight.dtype in (torch.bfloat16, torch.float16)
+    allowed = (0.05 if low_precision else 1e-4) * max(1.0, other.abs().max().item())
+    return (one - other).abs().max().item() <= allowed
+
+
+def _answers(ids_T: torch.Tensor, layout: Layout, rows_R: torch.Tensor, target_R: torch.Tensor) -> Batch:
+    before = [layout.lengths[parent] if parent >= 0 else 0 for parent in layout.parents or (-1,) * len(layout.starts)]
+    positions = [torch.arange(n) + start for n, start in zip(layout.lengths, before, strict=True)]
+    return Batch(
+        input_ids_T=ids_T,
+        position_ids_T=torch.cat(positions),
+        layout=layout,
+        rows_R=rows_R,
+        target_R=target_R,
+        sequence_R=torch.tensor([0] * 3 + [1] * 4),
+        sample_S=(0, 0),
+        origins_S=(Origin("self-check", 0),) * 2,
+        counts={"tokens": 7, "sequences": 2},
+    )

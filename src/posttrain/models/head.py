@@ -1,8 +1,8 @@
 """log p(target) at the supervised rows, in chunks, without ever holding the logits of a whole batch.
 
 One autograd function serves every objective. With logits z = f(h W' + b), where f scales and caps (Gemma 2), it returns
-per row: log p of the target, whether the target was the likeliest token, and on request the entropy (no gradient) and
-the mean of log p over the vocabulary (label smoothing).
+per row: log p of the target, whether the target was the likeliest token, and on request the mean of log p over the
+vocabulary (label smoothing) and, without gradient, the entropy, the mean logit and log sum p^2.
 
 Gradient: d log p_t / dz = onehot_t - p, whatever the objective does with log p, so with a frozen head the gradient with
 respect to the hidden state is made in the forward pass while p is at hand and only scaled in the backward pass: two
@@ -21,9 +21,12 @@ from typing import Any
 
 import torch
 
+from posttrain.types import Needs, Outputs
+
 CHUNK_ROWS = 256  # 256 x 49,152 logits are 25 MB in bf16: large enough for full speed, small enough to stay in memory
 BLOCK_SIZE = {"cpu": 2**20}
 """Logits of a block; on other devices a block is the whole chunk."""
+NOTHING_MORE = Needs()
 
 
 @dataclass(frozen=True)
@@ -55,18 +58,23 @@ def token_logps(
     bias_V: torch.Tensor | None,
     target_R: torch.Tensor,
     shape: HeadShape,
-    *,
-    entropy: bool = False,
-    uniform: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """`(logp_R, is_top1_R, entropy_R or None, uniform_logp_R or None)`, fp32 (`is_top1_R` boolean), natural logarithms.
+    needs: Needs = NOTHING_MORE,
+) -> Outputs:
+    """Of each row fp32 values (`is_top1_R` boolean), natural logarithms; what `needs` does not ask for is None.
 
     `hidden_RD` are the hidden states that predict `target_R`; gradients flow into them, `weight_VD` and `bias_V`.
     """
-    logp_R, top1_R, entropy_R, uniform_R = _TokenLogps.apply(
-        hidden_RD, weight_VD, bias_V, target_R, shape, entropy, uniform
+    logp_R, uniform_R, top1_R, entropy_R, mean_R, collision_R = _TokenLogps.apply(
+        hidden_RD, weight_VD, bias_V, target_R, shape, needs
     )
-    return logp_R, top1_R, entropy_R if entropy else None, uniform_R if uniform else None
+    return Outputs(
+        logp_R,
+        top1_R,
+        entropy_R=entropy_R if needs.entropy else None,
+        uniform_logp_R=uniform_R if needs.uniform_logp else None,
+        mean_logit_R=mean_R if needs.mean_logit else None,
+        log_collision_R=collision_R if needs.log_collision else None,
+    )
 
 
 def _accurate(dtype: torch.dtype) -> torch.dtype:
@@ -113,13 +121,14 @@ class _TokenLogps(torch.autograd.Function):
         bias_V: torch.Tensor | None,
         target_R: torch.Tensor,
         shape: HeadShape,
-        entropy: bool,
-        uniform: bool,
+        needs: Needs,
     ) -> tuple[torch.Tensor, ...]:
-        rows = len(target_R)
+        rows, uniform = len(target_R), needs.uniform_logp
         head_trained = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         early = ctx.needs_input_grad[0] and not head_trained
-        logp_R, entropy_R, uniform_R = (hidden_RD.new_zeros(rows, dtype=_accurate(hidden_RD.dtype)) for _ in range(3))
+        logp_R, uniform_R, entropy_R, mean_R, collision_R = (
+            hidden_RD.new_zeros(rows, dtype=_accurate(hidden_RD.dtype)) for _ in range(5)
+        )
         top1_R = torch.empty(rows, dtype=torch.bool, device=hidden_RD.device)
         slope_RD = torch.empty_like(hidden_RD) if early else None  # d logp / d hidden
         uniform_slope_RD = torch.empty_like(hidden_RD) if early and uniform else None
@@ -136,10 +145,13 @@ class _TokenLogps(torch.autograd.Function):
                 lse_B = top_B - p_BV.amax(1).log()  # the likeliest token's p is at least 1/V: no precision is lost
                 logp_R[at] = chosen_B - lse_B
                 top1_R[at] = chosen_B >= top_B
-                if uniform:
-                    uniform_R[at] = z_BV.mean(1) - lse_B
+                if uniform or needs.mean_logit:
+                    mean_R[at] = z_BV.mean(1)
+                    uniform_R[at] = mean_R[at] - lse_B
+                if needs.log_collision:
+                    collision_R[at] = 2 * torch.linalg.vector_norm(p_BV, dim=1).log()
                 slope = shape.slope(z_BV) if early else 1.0
-                if entropy:
+                if needs.entropy:
                     entropy_R[at] = lse_B - z_BV.mul_(p_BV).sum(1)
                 if slope_RD is None:
                     continue
@@ -158,18 +170,18 @@ class _TokenLogps(torch.autograd.Function):
             ctx.save_for_backward(slope_RD, uniform_slope_RD)
         else:
             ctx.save_for_backward(hidden_RD, weight_VD, bias_V, target_R)
-        ctx.mark_non_differentiable(top1_R, entropy_R)
-        return logp_R, top1_R, entropy_R, uniform_R
+        ctx.mark_non_differentiable(top1_R, entropy_R, mean_R, collision_R)
+        return logp_R, uniform_R, top1_R, entropy_R, mean_R, collision_R
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:
-        grad_logp_R, _, _, grad_uniform_R = grads
+        grad_logp_R, grad_uniform_R = grads[:2]
         if ctx.early:
             slope_RD, uniform_slope_RD = ctx.saved_tensors
             grad_RD = slope_RD * grad_logp_R[:, None].to(slope_RD.dtype)
             if uniform_slope_RD is not None:
                 grad_RD += uniform_slope_RD * grad_uniform_R[:, None].to(slope_RD.dtype)
-            return grad_RD, None, None, None, None, None, None
+            return grad_RD, None, None, None, None, None
         hidden_RD, weight_VD, bias_V, target_R = ctx.saved_tensors
         accurate = _accurate(hidden_RD.dtype)
         grad_hidden_RD = torch.empty_like(hidden_RD) if ctx.needs_input_grad[0] else None
@@ -195,7 +207,7 @@ class _TokenLogps(torch.autograd.Function):
                 grad_weight_VD += low_CV.t() @ hidden_RD[part]
         if grad_weight_VD is not None:
             grad_weight_VD = grad_weight_VD.to(weight_VD.dtype)
-        return grad_hidden_RD, grad_weight_VD, grad_bias_V, None, None, None, None
+        return grad_hidden_RD, grad_weight_VD, grad_bias_V, None, None, None
 
 
 def _logit_gradient(

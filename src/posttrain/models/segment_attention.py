@@ -2,7 +2,8 @@
 
 PyTorch's flash kernel for CPUs is slow in its backward pass; for segments of a few hundred tokens it is quicker to
 write the scores down. Per segment: scores by one batched product (query heads that share a key head are stacked as
-rows), a soft-max, and the probabilities kept in the compute dtype for a backward pass of four products.
+rows), a soft-max, and the probabilities kept in the compute dtype for a backward pass of four products. A segment with
+a parent (an answer to a shared prompt) looks at the parent's keys as well.
 Gradients go straight into one tensor each. Memory grows with the square of a segment's length, so long ones are left to
 SDPA; `MAX_LENGTH` is where the two cross (benchmarks/RESULTS.md).
 
@@ -12,7 +13,6 @@ head size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -44,12 +44,13 @@ class _SegmentAttention(torch.autograd.Function):
         output_THE = query_HTE.new_empty(tokens, heads, value_KTE.shape[-1])
         masks = _Masks(heads // groups, query_HTE)
         weights = []
-        for segment, length in _segments(layout):
-            query_KRE = _stacked(query_HTE[:, segment], groups)
+        for own, parent in layout.segments():
+            query_KRE = _stacked(query_HTE[:, own], groups)
+            key_KNE, value_KNE = _seen(key_KTE, own, parent), _seen(value_KTE, own, parent)
             # mask and scale ride on the product; soft-max computes in fp32 and rounds once
-            score_KRN = torch.baddbmm(masks.of(length), query_KRE, key_KTE[:, segment].mT, alpha=scale)
-            p_KRN = torch.softmax(score_KRN, -1)
-            _unstack(p_KRN @ value_KTE[:, segment], output_THE[segment])
+            mask_1RN = masks.of(own.stop - own.start, key_KNE.shape[1])
+            p_KRN = torch.softmax(torch.baddbmm(mask_1RN, query_KRE, key_KNE.mT, alpha=scale), -1)
+            _unstack(p_KRN @ value_KNE, output_THE[own])
             weights.append(p_KRN)
         ctx.layout, ctx.scale = layout, scale
         ctx.save_for_backward(query_HTE, key_KTE, value_KTE, *weights)
@@ -60,40 +61,61 @@ class _SegmentAttention(torch.autograd.Function):
         grad_THE = grads[0]
         query_HTE, key_KTE, value_KTE, *weights = ctx.saved_tensors
         groups, scale = key_KTE.shape[0], ctx.scale
-        grad_query_THE, grad_key_TKE, grad_value_TKE = (
-            tensor.new_empty(tensor.shape[1], tensor.shape[0], tensor.shape[2])
-            for tensor in (query_HTE, key_KTE, value_KTE)
-        )
-        for (segment, _), p_KRN in zip(_segments(ctx.layout), weights, strict=True):
-            query, key, value = _stacked(query_HTE[:, segment], groups), key_KTE[:, segment], value_KTE[:, segment]
-            grad = _stacked(grad_THE[segment].transpose(0, 1), groups)
-            grad_value_TKE[segment] = (p_KRN.mT @ grad).transpose(0, 1)
-            score_KRN = torch._softmax_backward_data(grad @ value.mT, p_KRN, -1, p_KRN.dtype)
-            _unstack(score_KRN @ key, grad_query_THE[segment])
-            grad_key_TKE[segment] = (score_KRN.mT @ query).transpose(0, 1)
-        grad_query_THE *= scale
-        grad_key_TKE *= scale
-        grads_HTE = (tensor.transpose(0, 1) for tensor in (grad_query_THE, grad_key_TKE, grad_value_TKE))
-        return *grads_HTE, None, None
+        grad_query_THE = query_HTE.new_empty(query_HTE.shape[1], query_HTE.shape[0], query_HTE.shape[2])
+        grad_key, grad_value = _KeyGradient(key_KTE), _KeyGradient(value_KTE)
+        for (own, parent), p_KRN in zip(ctx.layout.segments(), weights, strict=True):
+            query_KRE, grad_KRE = (_stacked(x, groups) for x in (query_HTE[:, own], grad_THE[own].transpose(0, 1)))
+            grad_value.add(p_KRN.mT @ grad_KRE, own, parent)
+            weight_grad_KRN = grad_KRE @ _seen(value_KTE, own, parent).mT
+            score_KRN = torch._softmax_backward_data(weight_grad_KRN, p_KRN, -1, p_KRN.dtype)
+            _unstack(score_KRN @ _seen(key_KTE, own, parent), grad_query_THE[own])
+            grad_key.add(score_KRN.mT @ query_KRE, own, parent)
+        grads_TXE = (grad_query_THE.mul_(scale), grad_key.total().mul_(scale), grad_value.total())
+        return *(grad.transpose(0, 1) for grad in grads_TXE), None, None
+
+
+class _KeyGradient:
+    """The gradient of keys or values. What several children add to a parent's is summed in fp32."""
+
+    def __init__(self, like_KTE: torch.Tensor):
+        groups, tokens, size = like_KTE.shape
+        self._grad_TKE = like_KTE.new_empty(tokens, groups, size)
+        self._shared: dict[int, tuple[slice, torch.Tensor]] = {}
+
+    def add(self, grad_KNE: torch.Tensor, own: slice, parent: slice | None) -> None:
+        """Of a segment's own tokens, behind those of its parent, which came before it."""
+        before = 0 if parent is None else parent.stop - parent.start
+        self._grad_TKE[own] = grad_KNE[:, before:].transpose(0, 1)
+        if parent is not None:
+            if parent.start not in self._shared:
+                self._shared[parent.start] = (parent, self._grad_TKE[parent].float())
+            self._shared[parent.start][1].add_(grad_KNE[:, :before].transpose(0, 1))
+
+    def total(self) -> torch.Tensor:
+        for parent, grad_NKE in self._shared.values():
+            self._grad_TKE[parent] = grad_NKE
+        return self._grad_TKE
 
 
 class _Masks:
-    """What is added to the scores of a segment: 0, and minus infinity for what lies ahead. One per length."""
+    """What is added to the scores of a segment: 0, and minus infinity for what lies ahead. One for each pair of
+    lengths."""
 
     def __init__(self, heads_per_group: int, like: torch.Tensor):
         self._heads, self._like = heads_per_group, like
-        self._made: dict[int, torch.Tensor] = {}
+        self._made: dict[tuple[int, int], torch.Tensor] = {}
 
-    def of(self, length: int) -> torch.Tensor:
-        """`(1, G N, N)`."""
-        if length not in self._made:
-            ahead_NN = torch.full((length, length), -torch.inf, dtype=self._like.dtype).triu_(1)
-            self._made[length] = ahead_NN.repeat(self._heads, 1)[None]
-        return self._made[length]
+    def of(self, asked: int, there: int) -> torch.Tensor:
+        """`(1, G x asked, there)`; the last query sees everything."""
+        if (asked, there) not in self._made:
+            ahead = torch.full((asked, there), -torch.inf, dtype=self._like.dtype).triu_(1 + there - asked)
+            self._made[asked, there] = ahead.repeat(self._heads, 1)[None]
+        return self._made[asked, there]
 
 
-def _segments(layout: Layout) -> Iterator[tuple[slice, int]]:
-    return ((slice(start, start + n), n) for start, n in zip(layout.starts, layout.lengths, strict=True))
+def _seen(keys_KTE: torch.Tensor, own: slice, parent: slice | None) -> torch.Tensor:
+    """What a segment's tokens look at: the parent's and their own."""
+    return keys_KTE[:, own] if parent is None else torch.cat([keys_KTE[:, parent], keys_KTE[:, own]], 1)
 
 
 def _stacked(query_HNE: torch.Tensor, groups: int) -> torch.Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from posttrain.data.planning import plan
-from posttrain.types import Batch, Branch, Origin, Sample, Tokenized
+from posttrain.data.planning import Packing, plan
+from posttrain.types import Batch, Branch, Layout, Origin, Sample, Tokenized
 
 
 def sample(index: int, *lengths: int, prefix: int = 0, branches: int = 1) -> Sample:
@@ -52,11 +54,49 @@ def test_first_tokens_are_never_targets_but_the_first_after_a_prefix_is() -> Non
 
 
 def test_branches_of_one_prefix_become_sequences_of_one_sample() -> None:
-    (batch,) = plan([sample(0, 2, prefix=1, branches=2)], 100)
+    (batch,) = plan([sample(0, 2, prefix=1, branches=2)], 100, Packing(shared=False))
     assert batch.input_ids_T.tolist() == [-1, 0, 1, -1, 10, 11]
     assert batch.position_ids_T.tolist() == [0, 1, 2, 0, 1, 2]
     assert batch.sample_S == (0, 0)
     assert targets(batch) == [0, 1, 10, 11]
+    assert (batch.layout.parents, batch.layout.is_shared) == ((), False)
+    assert batch.pairs_P2 is not None
+    assert batch.pairs_P2.tolist() == [[0, 1]]
+
+
+def test_a_shared_prefix_stands_once_before_its_branches() -> None:
+    (batch,) = plan([sample(3, 2), sample(0, 4, prefix=2, branches=2), sample(7, 2)], 100)
+    assert batch.input_ids_T.tolist() == [3000, 3001, -2, -1, 0, 1, 2, 3, 10, 11, 12, 13, 7000, 7001]
+    assert batch.position_ids_T.tolist() == [0, 1, 0, 1, 2, 3, 4, 5, 2, 3, 4, 5, 0, 1]
+    assert batch.layout == Layout((0, 2, 4, 8, 12), (2, 2, 4, 4, 2), (-1, -1, 1, 1, -1))
+    assert batch.layout.context_lengths == (2, 2, 6, 6, 2)
+    assert targets(batch) == [3001, 0, 1, 3, 10, 11, 13, 7001]
+    assert batch.rows_R.tolist() == [0, 3, 4, 6, 3, 8, 10, 12]  # the prefix's last token predicts each first one
+    assert batch.sequence_R.tolist() == [0, 1, 1, 1, 2, 2, 2, 3]
+    assert (batch.sample_S, batch.num_sequences) == ((0, 1, 1, 2), 4)
+    assert batch.counts == {"tokens": 8, "sequences": 4, "pairs": 1}
+    assert batch.pairs_P2 is not None
+    assert batch.pairs_P2.tolist() == [[1, 2]]
+
+
+def test_branches_are_not_parted_and_groups_are_batches() -> None:
+    samples = [sample(i, 5, prefix=3, branches=2) for i in range(5)]
+    assert [(b.num_tokens, b.num_sequences) for b in plan(samples, 1)] == [(13, 2)] * 5
+    assert [b.num_tokens for b in plan(samples, 26)] == [26, 26, 13]
+    groups = plan(samples, 1, Packing(group_size=2))
+    assert [(b.sample_S, b.counts["batches"]) for b in groups] == [((0, 0, 1, 1), 1), ((2, 2, 3, 3), 1), ((4, 4), 1)]
+
+
+def test_columns_of_pairs() -> None:
+    def with_columns(index: int) -> Sample:
+        (part,) = sample(index, 3, prefix=1, branches=2)
+        logps = [np.full(2, index + b / 2) for b in range(2)]
+        return (replace(part, columns={"margin": float(index), "ref_logp": logps, "id": "x"}),)
+
+    (batch,) = plan([with_columns(1), with_columns(2)], 100, Packing(columns=("margin", "ref_logp")))
+    assert batch.columns.keys() == {"margin_P", "ref_logp_R"}
+    assert batch.columns["margin_P"].tolist() == [1, 2]
+    assert batch.columns["ref_logp_R"].tolist() == [1, 1, 1.5, 1.5, 2, 2, 2.5, 2.5]
 
 
 @pytest.mark.parametrize("budget", [1, 7, 16, 40, 1000])

@@ -9,6 +9,7 @@ import torch
 
 from posttrain.models import head
 from posttrain.models.head import HeadShape, token_logps
+from posttrain.types import Needs
 
 ROWS, HIDDEN, VOCABULARY = 11, 6, 13
 SHAPES = {
@@ -39,6 +40,9 @@ def naive(hidden: Any, weight: Any, bias: Any, shape: HeadShape) -> torch.Tensor
     return logits.log_softmax(-1)
 
 
+EVERYTHING = Needs(entropy=True, uniform_logp=True, mean_logit=True, log_collision=True)
+
+
 @pytest.fixture(params=CHUNKS, autouse=True)
 def _chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of three rows in the larger chunks, so that neither divides the other."""
@@ -51,20 +55,28 @@ def _chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def test_values(shape: HeadShape, bias: bool) -> None:
     hidden, weight, offset, target = inputs(bias=bias)
     logp_RV = naive(hidden, weight, offset, shape)
-    logp, top1, entropy, uniform = token_logps(hidden, weight, offset, target, shape, entropy=True, uniform=True)
+    out = token_logps(hidden, weight, offset, target, shape, EVERYTHING)
+    logp, top1, entropy, uniform = out.logp_R, out.is_top1_R, out.entropy_R, out.uniform_logp_R
     torch.testing.assert_close(logp, logp_RV[range(ROWS), target], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(entropy, -(logp_RV.exp() * logp_RV).sum(-1), rtol=1e-12, atol=1e-12, check_dtype=True)
     torch.testing.assert_close(uniform, logp_RV.mean(-1), rtol=1e-12, atol=1e-12)
     assert torch.equal(top1, logp_RV.argmax(-1) == target)
+    logits = (hidden @ weight.t() if offset is None else hidden @ weight.t() + offset) * shape.scale
+    logits = logits if shape.softcap is None else shape.softcap * torch.tanh(logits / shape.softcap)
+    assert out.mean_logit_R is not None
+    assert out.log_collision_R is not None
+    torch.testing.assert_close(out.mean_logit_R, logits.mean(-1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(out.log_collision_R, logp_RV.exp().square().sum(-1).log(), rtol=1e-12, atol=1e-12)
     assert entropy is not None
     assert not entropy.requires_grad
+    assert not out.mean_logit_R.requires_grad
+    assert not out.log_collision_R.requires_grad
 
 
 def test_what_was_not_asked_for_is_none() -> None:
     hidden, weight, offset, target = inputs()
-    _, _, entropy, uniform = token_logps(hidden, weight, offset, target, HeadShape())
-    assert entropy is None
-    assert uniform is None
+    out = token_logps(hidden, weight, offset, target, HeadShape())
+    assert [out.entropy_R, out.uniform_logp_R, out.mean_logit_R, out.log_collision_R] == [None] * 4
 
 
 @pytest.mark.parametrize("trained", ["hidden", "hidden weight", "hidden weight bias", "weight", "hidden bias"])
@@ -79,7 +91,8 @@ def test_gradients(shape: HeadShape, trained: str, uniform: bool) -> None:
         for name, tensor in named.items():
             tensor.requires_grad_(name in trained.split())
         if ours:
-            logp, _, _, mean = token_logps(hidden, weight, offset, target, shape, entropy=True, uniform=uniform)
+            out = token_logps(hidden, weight, offset, target, shape, EVERYTHING if uniform else Needs(mean_logit=True))
+            logp, mean = out.logp_R, out.uniform_logp_R
         else:
             logp_RV = naive(hidden, weight, offset, shape)
             logp, mean = logp_RV[range(ROWS), target], logp_RV.mean(-1)
@@ -100,9 +113,9 @@ def test_gradcheck(shape: HeadShape, frozen: bool) -> None:
     offset.requires_grad_(not frozen)
 
     def outputs(*given: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        logp, _, _, uniform = token_logps(*given, target, shape, uniform=True)
-        assert uniform is not None
-        return logp, uniform
+        out = token_logps(*given, target, shape, Needs(uniform_logp=True))
+        assert out.uniform_logp_R is not None
+        return out.logp_R, out.uniform_logp_R
 
     assert torch.autograd.gradcheck(outputs, (hidden, weight, offset))
 
@@ -113,7 +126,7 @@ def test_a_tied_head_adds_to_the_embedding_s_gradient() -> None:
         _, weight, _, target = inputs()
         hidden = torch.tanh(weight[target.flip(0)])
         logp = (
-            token_logps(hidden, weight, None, target, HeadShape())[0]
+            token_logps(hidden, weight, None, target, HeadShape()).logp_R
             if ours
             else naive(hidden, weight, None, HeadShape())[range(ROWS), target]
         )
@@ -128,7 +141,8 @@ def test_bf16_as_close_as_a_plain_bf16_product(frozen: bool) -> None:
     hidden, weight, offset, target = inputs(torch.bfloat16)
     weight.requires_grad_(not frozen)
     offset.requires_grad_(not frozen)
-    logp, _, entropy, _ = token_logps(hidden, weight, offset, target, HeadShape(), entropy=True)
+    out = token_logps(hidden, weight, offset, target, HeadShape(), Needs(entropy=True))
+    logp, entropy = out.logp_R, out.entropy_R
     assert logp.dtype == torch.float32
     assert entropy is not None
     assert entropy.dtype == torch.float32
@@ -149,7 +163,8 @@ def test_no_supervised_rows(frozen: bool) -> None:
     hidden, weight, offset, target = inputs()
     weight.requires_grad_(not frozen)
     offset.requires_grad_(not frozen)
-    logp, top1, _, _ = token_logps(hidden[:0], weight, offset, target[:0], HeadShape(), entropy=True, uniform=True)
+    out = token_logps(hidden[:0], weight, offset, target[:0], HeadShape(), EVERYTHING)
+    logp, top1 = out.logp_R, out.is_top1_R
     assert logp.shape == top1.shape == (0,)
     logp.sum().backward()
     assert hidden.grad.abs().max() == 0
@@ -170,16 +185,15 @@ def test_logits_are_only_ever_made_a_chunk_at_a_time(monkeypatch: pytest.MonkeyP
         hidden, weight, offset, target = inputs()
         weight.requires_grad_(not frozen)
         offset.requires_grad_(not frozen)
-        token_logps(hidden, weight, offset, target, HeadShape())[0].sum().backward()
+        token_logps(hidden, weight, offset, target, HeadShape()).logp_R.sum().backward()
         assert max(seen) <= head.CHUNK_ROWS
         assert sum(seen) == passes * ROWS
 
 
 def test_equally_likely_tokens_all_count_as_the_likeliest() -> None:
     hidden = torch.ones(2, 3)
-    logp, top1, entropy, _ = token_logps(
-        hidden, torch.ones(5, 3), None, torch.tensor([0, 4]), HeadShape(), entropy=True
-    )
+    out = token_logps(hidden, torch.ones(5, 3), None, torch.tensor([0, 4]), HeadShape(), Needs(entropy=True))
+    logp, top1, entropy = out.logp_R, out.is_top1_R, out.entropy_R
     assert top1.tolist() == [True, True]
     assert logp.tolist() == pytest.approx([-1.6094379] * 2)
     assert entropy is not None

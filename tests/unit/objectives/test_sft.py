@@ -23,9 +23,7 @@ def logits() -> torch.Tensor:
 def summed(loss: SupervisedLoss, z_RV: torch.Tensor) -> torch.Tensor:
     """Our loss over logits: an identity matrix is the head's weight."""
     identity = torch.eye(VOCABULARY, dtype=torch.float64)
-    needs = loss.needs
-    given = token_logps(z_RV, identity, None, BATCH.target_R, HeadShape(), entropy=True, uniform=needs.uniform_logp)
-    terms, _ = loss(Outputs(*given), BATCH)
+    terms, _ = loss(token_logps(z_RV, identity, None, BATCH.target_R, HeadShape(), loss.needs), BATCH)
     assert terms.keys() == {"tokens"}
     return terms["tokens"]
 
