@@ -176,12 +176,18 @@ def _batch(units: list[_Unit], packing: Packing) -> Batch:
         counts={
             "tokens": sum(counts),
             "sequences": len(sequences),
-            **({"pairs": len(pairs)} if pairs else {}),
+            **(_of_pairs(pairs, counts) if pairs else {}),
             **({"batches": 1} if packing.group_size else {}),
         },
         columns=_columns(units, packing.columns),
         pairs_P2=torch.tensor([(i, i + 1) for i in pairs]) if pairs else None,
     )
+
+
+def _of_pairs(first: list[int], tokens: list[int]) -> dict[str, int]:
+    """`first` is the number of each pair's chosen sequence; the rejected one comes next."""
+    chosen, rejected = (sum(tokens[i + side] for i in first) for side in (0, 1))
+    return {"pairs": len(first), "chosen_tokens": chosen, "rejected_tokens": rejected}
 
 
 def _tensor(values: np.ndarray) -> torch.Tensor:

@@ -74,7 +74,7 @@ def test_a_shared_prefix_stands_once_before_its_branches() -> None:
     assert batch.rows_R.tolist() == [0, 3, 4, 6, 3, 8, 10, 12]  # the prefix's last token predicts each first one
     assert batch.sequence_R.tolist() == [0, 1, 1, 1, 2, 2, 2, 3]
     assert (batch.sample_S, batch.num_sequences) == ((0, 1, 1, 2), 4)
-    assert batch.counts == {"tokens": 8, "sequences": 4, "pairs": 1}
+    assert batch.counts == {"tokens": 8, "sequences": 4, "pairs": 1, "chosen_tokens": 3, "rejected_tokens": 3}
     assert batch.pairs_P2 is not None
     assert batch.pairs_P2.tolist() == [[1, 2]]
 
