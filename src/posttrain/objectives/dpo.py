@@ -1,7 +1,7 @@
 """Direct preference optimisation (arXiv 2305.18290) and its variants: one line each, beside the paper.
 
-
-
+Each loss is a function of both sides of all pairs, `(P,)` in and out. With `r = log policy / reference` of an answer
+and `d = score(r chosen) - score(r rejected)`, where `score` is the identity or another f-divergence's (f-DPO, arXiv
 2309.16240, table 1). Some need no reference (SimPO, CPO). A mixture (MPO, arXiv 2411.10442) is a weighted sum of them.
 """
 

@@ -1,4 +1,4 @@
-"""`SFTConfig`: transformers' `TrainingArguments` with the fields of TRL 1.16's, and a few of ours.
+"""Settings: transformers' `TrainingArguments` with the fields of TRL 1.16's, and a few of ours.
 
 Same names, same parsing, same values, with three differences, none of which changes a number: gradient checkpointing is
 off unless asked for (packed batches rarely need it), bf16 is chosen where the hardware has it, and a machine without an
@@ -35,10 +35,9 @@ def accepts_old_spellings(config_class: type) -> type:
     return config_class
 
 
-@accepts_old_spellings
 @dataclass
-class SFTConfig(TrainingArguments):
-    """Settings of supervised fine-tuning. Fields not listed here are transformers' own.
+class PackedConfig(TrainingArguments):
+    """What the settings of all methods share. Fields not listed here are transformers' own.
 
     Raises: ConfigError for a setting that is not honoured, naming it.
     """
@@ -46,11 +45,14 @@ class SFTConfig(TrainingArguments):
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
         *TrainingArguments._VALID_DICT_FIELDS,
         "model_init_kwargs",
-        "dataset_kwargs",
         "dataset_columns",
     ]
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "truncation_mode": ("keep_start", "keep_end"),
+        "on_bad_row": ("error", "skip"),
+        "log_level": tuple(trainer_log_levels),
+    }
 
-    learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate; LoRA wants about 2e-4."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between log lines; below 1: a share of all."})
     bf16: bool | None = field(
         default=None, metadata={"help": "Compute in bfloat16 with fp32 masters. Default: where the hardware does."}
@@ -71,36 +73,19 @@ class SFTConfig(TrainingArguments):
             "help": "Chat template to use: a name (chatml, llama-3.1, ...), a .jinja file, or a tokenizer that has one."
         },
     )
-    dataset_text_field: str = field(default="text", metadata={"help": "Column that holds plain text."})
     dataset_columns: dict[str, str] | str | None = field(
         default=None,
         metadata={"help": 'Columns to rename, old to new: {"question": "prompt", "answer": "completion"}.'},
     )
-    dataset_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Only `skip_prepare_dataset`: the rows are tokenized (input_ids, labels)."}
-    )
     dataset_num_proc: int | None = field(
         default=None, metadata={"help": "Accepted; tokenization runs in the tokenizer's own threads."}
     )
-    eos_token: str | None = field(default=None, metadata={"help": "End-of-sequence token to use."})
     max_length: int | None = field(
         default=1024, metadata={"help": "Longest sequence in tokens; None for no limit. With packing, a pack's size."}
     )
     truncation_mode: str = field(default="keep_start", metadata={"help": "Which end of a long sequence is kept."})
-    shuffle_dataset: bool = field(default=False, metadata={"help": "Shuffle once before packing and training."})
-    packing: bool = field(default=False, metadata={"help": "Let batch size count packs of up to max_length tokens."})
-    packing_strategy: str = field(default="bfd", metadata={"help": "'bfd', 'bfd_split' or 'wrapped'."})
     padding_free: bool = field(default=False, metadata={"help": "Accepted; nothing is ever padded."})
     pad_to_multiple_of: int | str | None = field(default="auto", metadata={"help": "Accepted; nothing is padded."})
-    eval_packing: bool | None = field(default=None, metadata={"help": "Pack the evaluation set; default: as packing."})
-    completion_only_loss: bool | None = field(
-        default=None, metadata={"help": "Train on completions only. Default: yes where rows have a prompt."}
-    )
-    assistant_only_loss: bool | None = field(
-        default=False,
-        metadata={"help": "Train on the assistant's turns only. None: of rows that are whole conversations."},
-    )
-    loss_type: str = field(default="nll", metadata={"help": "'nll' or 'dft'."})
     activation_offloading: bool = field(default=False, metadata={"help": "Not supported: activations stay in memory."})
     pad_token: str | None = field(default=None, metadata={"help": "Padding token to set on the tokenizer."})
     token_budget: int | None = field(
@@ -137,12 +122,14 @@ class SFTConfig(TrainingArguments):
                 super().__post_init__()
             except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, ImportError, OSError) as error:
                 raise ConfigError(f"training settings do not fit together: {error}") from error
-        self.loss_type = {"chunked_nll": "nll"}.get(self.loss_type, self.loss_type)
-        self.packing_strategy = {"bfd-requeue": "bfd_split"}.get(self.packing_strategy, self.packing_strategy)
+        self._read_spellings()
         self._check_choices()
 
+    def _read_spellings(self) -> None:
+        """Yesterday's words for today's values."""
+
     def _check_choices(self) -> None:
-        for name, choices in CHOICES.items():
+        for name, choices in self.CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is unknown", hint=f"choose one of {choices}")
         for name in ("trust_remote_code", "activation_offloading"):
@@ -150,6 +137,48 @@ class SFTConfig(TrainingArguments):
                 raise ConfigError(
                     f"{name}=True is not honoured: {type(self).__dataclass_fields__[name].metadata['help']}"
                 )
+        if self.include_num_input_tokens_seen not in (True, False, "all", "non_padding", "no"):
+            raise ConfigError(f"include_num_input_tokens_seen={self.include_num_input_tokens_seen!r} is unknown",
+                              hint="choose 'all', 'non_padding' or 'no'")  # fmt: skip
+
+
+@accepts_old_spellings
+@dataclass
+class SFTConfig(PackedConfig):
+    """Settings of supervised fine-tuning."""
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*PackedConfig._VALID_DICT_FIELDS, "dataset_kwargs"]
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "loss_type": ("nll", "dft"),
+        "packing_strategy": ("bfd", "bfd_split", "wrapped"),
+        **PackedConfig.CHOICES,
+    }
+
+    learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate; LoRA wants about 2e-4."})
+    dataset_text_field: str = field(default="text", metadata={"help": "Column that holds plain text."})
+    dataset_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Only `skip_prepare_dataset`: the rows are tokenized (input_ids, labels)."}
+    )
+    eos_token: str | None = field(default=None, metadata={"help": "End-of-sequence token to use."})
+    shuffle_dataset: bool = field(default=False, metadata={"help": "Shuffle once before packing and training."})
+    packing: bool = field(default=False, metadata={"help": "Let batch size count packs of up to max_length tokens."})
+    packing_strategy: str = field(default="bfd", metadata={"help": "'bfd', 'bfd_split' or 'wrapped'."})
+    eval_packing: bool | None = field(default=None, metadata={"help": "Pack the evaluation set; default: as packing."})
+    completion_only_loss: bool | None = field(
+        default=None, metadata={"help": "Train on completions only. Default: yes where rows have a prompt."}
+    )
+    assistant_only_loss: bool | None = field(
+        default=False,
+        metadata={"help": "Train on the assistant's turns only. None: of rows that are whole conversations."},
+    )
+    loss_type: str = field(default="nll", metadata={"help": "'nll' or 'dft'."})
+
+    def _read_spellings(self) -> None:
+        self.loss_type = {"chunked_nll": "nll"}.get(self.loss_type, self.loss_type)
+        self.packing_strategy = {"bfd-requeue": "bfd_split"}.get(self.packing_strategy, self.packing_strategy)
+
+    def _check_choices(self) -> None:
+        super()._check_choices()
         if self.padding_free and not self.packing and self.max_length is not None:
             # TRL refuses this pair; here both can be had, and nothing is padded in any case.
             self.padding_free = False
@@ -157,15 +186,3 @@ class SFTConfig(TrainingArguments):
             raise ConfigError(
                 f"dataset_kwargs={self.dataset_kwargs} is not honoured: only skip_prepare_dataset is known"
             )
-        if self.include_num_input_tokens_seen not in (True, False, "all", "non_padding", "no"):
-            raise ConfigError(f"include_num_input_tokens_seen={self.include_num_input_tokens_seen!r} is unknown",
-                              hint="choose 'all', 'non_padding' or 'no'")  # fmt: skip
-
-
-CHOICES = {
-    "loss_type": ("nll", "dft"),
-    "packing_strategy": ("bfd", "bfd_split", "wrapped"),
-    "truncation_mode": ("keep_start", "keep_end"),
-    "on_bad_row": ("error", "skip"),
-    "log_level": tuple(trainer_log_levels),
-}
