@@ -15,7 +15,7 @@ from itertools import islice
 
 import torch
 
-from posttrain.data.planning import plan
+from posttrain.data.planning import PLAIN, Packing, plan
 from posttrain.errors import DataError
 from posttrain.types import Batch, Sample
 
@@ -83,6 +83,7 @@ class StaticSource:
     samples: Sequence[Sample]
     order: Order
     token_budget: int
+    packing: Packing = PLAIN
 
     @property
     def steps_per_epoch(self) -> int:
@@ -90,7 +91,7 @@ class StaticSource:
 
     def micro_batches(self, step: int) -> list[Batch]:
         """Everything step `step` computes on, cut to the token budget."""
-        return plan([self.samples[i] for i in self.order.step(step)], self.token_budget)
+        return plan([self.samples[i] for i in self.order.step(step)], self.token_budget, self.packing)
 
     def epoch_after(self, step: int) -> float:
         return self.order.epoch_after(step)
@@ -106,6 +107,7 @@ class StreamSource:
     step_size: int
     token_budget: int
     max_steps: int
+    packing: Packing = PLAIN
     _stream: Iterator[Sample] | None = None
     _next_step: int = 0
     _pass: int = -1
@@ -120,7 +122,7 @@ class StreamSource:
         if self._next_step > step:  # an earlier run's stream is further on; begin again
             self._stream, self._next_step, self._pass = None, 0, -1
             return self.micro_batches(step)
-        return plan(self._take(), self.token_budget)
+        return plan(self._take(), self.token_budget, self.packing)
 
     def _take(self) -> list[Sample]:
         """The samples of one step; the last of a pass over the data may be fewer."""

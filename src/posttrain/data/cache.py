@@ -113,8 +113,6 @@ def _code() -> str:
 
 def write(folder: Path, key: str, examples: Sequence[Tokenized], report: DataReport) -> None:
     """Keep the tokens; a disk that will not have them is no reason to stop, and is said."""
-    if any(len(example.prefix) or len(example.branches) != 1 for example in examples):
-        return
     arrays = _as_arrays(examples)
     sources = sorted({example.origin.source for example in examples})
     index = {source: i for i, source in enumerate(sources)}
@@ -151,27 +149,30 @@ def read(folder: Path, key: str) -> tuple[list[Tokenized], DataReport] | None:
 
 
 def _as_arrays(examples: Sequence[Tokenized]) -> dict[str, np.ndarray]:
-    branches = [example.branches[0] for example in examples]
+    branches = [branch for example in examples for branch in example.branches]
     lines = [-1 if example.origin.line is None else example.origin.line for example in examples]
     return {
         "ids": np.concatenate([branch.ids for branch in branches]),
         "supervised": np.concatenate([branch.supervised for branch in branches]).astype(np.uint8),
         "length": np.array([len(branch.ids) for branch in branches], np.int64),
+        "prefix": np.concatenate([example.prefix for example in examples]),
+        "prefix_length": np.array([len(example.prefix) for example in examples], np.int64),
+        "branches": np.array([len(example.branches) for example in examples], np.int64),
         "row": np.array([example.origin.row for example in examples], np.int64),
         "line": np.array(lines, np.int64),
     }
 
 
 def _from_arrays(arrays: dict[str, np.ndarray], sources: list[str]) -> list[Tokenized]:
-    ends = np.cumsum(arrays["length"])
     ids, supervised = arrays["ids"], arrays["supervised"].astype(bool)
-    none = ids[:0]
-    examples = []
-    rest = zip(ends, arrays["length"], arrays["row"], arrays["line"], arrays["source"], strict=True)
-    for end, length, row, line, source in rest:
-        part = slice(end - length, end)
+    parts = [slice(end - n, end) for end, n in zip(np.cumsum(arrays["length"]), arrays["length"], strict=True)]
+    branches = iter([Branch(ids[part], supervised[part]) for part in parts])
+    names = ("prefix_length", "branches", "row", "line", "source")
+    examples, at = [], 0
+    for length, count, row, line, source in zip(*(arrays[name] for name in names), strict=True):
+        prefix, at = arrays["prefix"][at : at + length], at + length
         origin = Origin(sources[source], int(row), None if line < 0 else int(line))
-        examples.append(Tokenized(none, (Branch(ids[part], supervised[part]),), origin))
+        examples.append(Tokenized(prefix, tuple(next(branches) for _ in range(count)), origin))
     return examples
 
 

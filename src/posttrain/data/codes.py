@@ -45,6 +45,7 @@ REASONS: dict[str, str] = {
     "E-DATA-0025": "malformed tokens",
     "E-DATA-0026": "not what its format promises",
     "E-DATA-0028": "label that is no boolean",
+    "E-DATA-0029": "chosen and rejected are the same",
     "E-DATA-0030": "answer cut off by max_length",
     "E-DATA-0031": "nothing left",
     "E-DATA-0040": "end-of-turn token missing",

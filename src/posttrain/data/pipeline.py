@@ -15,7 +15,8 @@ from posttrain.data.chat import Chat
 from posttrain.data.codes import UNFORESEEN, Row, bad_row, broken_promise, excerpt, kind
 from posttrain.data.columns import rename_columns
 from posttrain.data.encode import Encoded, Encoder
-from posttrain.data.formats import choose, detect, formats, require
+from posttrain.data.formats import choose, detect, formats_of, require
+from posttrain.data.pairs import join, limit_pair, split
 from posttrain.data.remarks import remark_on_bos, remark_on_text
 from posttrain.data.render import Rendered, Supervision, render
 from posttrain.data.report import DataReport
@@ -40,7 +41,7 @@ class Pipeline:
         self.tokenizer, self.settings, self.report = tokenizer, settings, report
         self.supervision = Supervision(settings.completion_only, settings.assistant_only)
         self.encoder = Encoder(tokenizer, settings.columns)
-        self.formats = formats(settings.text_field)
+        self.formats = formats_of(settings.method, settings.text_field)
         self.format = choose(settings.format, self.formats)
         self.chat: Chat | None = None
         self.missing: tuple[str, ...] = ()
@@ -63,20 +64,24 @@ class Pipeline:
         return tokenized
 
     def _chunk(self, chunk: list[tuple[Origin, Row]]) -> Iterator[Tokenized]:
-        ready: list[Rendered | Tokenized] = []
+        ready: list[tuple[Rendered, ...] | Tokenized] = []
         for origin, row in chunk:
             try:
                 ready.append(self._read_safely(row, origin))
             except DataError as error:
                 self._skip(error, origin)
-        encoded = iter(self.encoder.encode([item for item in ready if isinstance(item, Rendered)]))
+        encoded = iter(self.encoder.encode([part for item in ready if isinstance(item, tuple) for part in item]))
         for item in ready:
-            done = Encoded(item, False) if isinstance(item, Tokenized) else next(encoded)
-            limited = self._accept(done, item)
+            if isinstance(item, Tokenized):
+                limited = self._accept(Encoded(item, False), item)
+            elif len(item) == 1:
+                limited = self._accept(next(encoded), item[0])
+            else:
+                limited = self._accept_pair([next(encoded) for _ in item], item)
             if limited is not None:
                 yield limited
 
-    def _read_safely(self, row: Row, origin: Origin) -> Rendered | Tokenized:
+    def _read_safely(self, row: Row, origin: Origin) -> tuple[Rendered, ...] | Tokenized:
         """What no check foresaw is still a complaint about the row; the user's own function fails in its own way."""
         try:
             return self._read(row, origin)
@@ -87,7 +92,7 @@ class Pipeline:
                 raise
             raise broken_promise(error, row, origin) from error
 
-    def _read(self, row: Row, origin: Origin) -> Rendered | Tokenized:
+    def _read(self, row: Row, origin: Origin) -> tuple[Rendered, ...] | Tokenized:
         row = rename_columns(row, self.settings.column_map, origin)
         if is_tokenized(row):
             if self.settings.formatting_func is not None:
@@ -98,9 +103,11 @@ class Pipeline:
         if example.is_conversational:
             self.report.conversational += 1
             self.chat = self.chat or self._open_chat()
-        rendered = render(example, self.tokenizer, self.chat, self.supervision)
-        if self.chat is not None and rendered.is_chat:
-            remark_on_text(rendered, self.chat, self.missing, self.report)
+        answers = [example] if len(example.completions) == 1 else split(example)
+        rendered = tuple(render(one, self.tokenizer, self.chat, self.supervision) for one in answers)
+        for one in rendered:
+            if self.chat is not None and one.is_chat:
+                remark_on_text(one, self.chat, self.missing, self.report)
         return rendered
 
     def _open_chat(self) -> Chat:
@@ -143,6 +150,31 @@ class Pipeline:
             report.truncated.add(whole.origin)
             report.tokens_lost += whole.num_tokens - limited.num_tokens
             report.supervised_lost += whole.num_supervised - limited.num_supervised
+        return limited
+
+    def _accept_pair(self, done: list[Encoded], item: tuple[Rendered, ...]) -> Tokenized | None:
+        """Both answers behind what their tokens have in common with the prompt's; as in TRL each is limited to
+        `max_length` by itself, and a prompt that leaves no room for an answer leaves the row out."""
+        report, origin = self.report, item[0].example.origin
+        try:
+            whole = join(done, item)
+            for one, rendered in zip(done, item, strict=True):
+                if rendered.is_chat:
+                    remark_on_bos(one.tokenized, rendered, self.tokenizer, self.encoder.adds_bos, report)
+        except DataError as error:
+            self._skip(error, origin)
+            return None
+        if any(one.boundary_moved for one in done):
+            report.boundary_moved.add(origin)
+        limited = limit_pair(whole, self.settings.max_length, self.settings.truncation_mode)
+        if limited is None:
+            report.drop("E-DATA-0030", origin)
+        if limited is not whole:
+            kept = (0, 0) if limited is None else (limited.num_tokens, limited.num_supervised)
+            report.tokens_lost += whole.num_tokens - kept[0]
+            report.supervised_lost += whole.num_supervised - kept[1]
+            if limited is not None:
+                report.truncated.add(origin)
         return limited
 
     def _reject(self, error: DataError, origin: Origin) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from posttrain.data.planning import plan
+from posttrain.data.planning import PLAIN, Packing, plan
 from posttrain.objectives.base import Objective
 from posttrain.types import Batch, Needs, Outputs, Sample
 
@@ -25,18 +25,21 @@ def evaluate_loss(
     token_budget: int,
     stopped: Callable[[], bool] = lambda: False,
     batch_done: Callable[[], None] = lambda: None,
+    packing: Packing = PLAIN,
+    annotate: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> dict[str, float] | None:
     """`{"loss": ..., metric: ...}`, or None if `stopped()` came true on the way. `batch_done` is told of each batch."""
     total = 0.0
     means: dict[str, list[float]] = {}
     for first in range(0, len(samples), batch_size):
         group = samples[first : first + batch_size]
-        micro = plan(group, token_budget)
+        micro = plan(group, token_budget, packing)
         sums: dict[str, float] = {}
         counts: dict[str, int] = {}
         for batch in micro:
             if stopped():
                 return None
+            batch = annotate(batch)
             terms, metrics = objective(forward(batch, objective.needs), batch)
             for unit, term in terms.items():
                 total += float(term) / max(1, sum(part.counts[unit] for part in micro)) * len(group)

@@ -25,4 +25,15 @@ class Objective(Protocol):
     @property
     def needs(self) -> Needs: ...
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether batches must carry `ref_logp_R`."""
+        ...
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether the loss is a sum over samples. One that is not is computed over whole batches of the user's size,
+        which are its unit ("batches")."""
+        ...
+
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Terms, Metrics]: ...

@@ -223,17 +223,16 @@ class PreferenceLoss:
         return any(name not in REFERENCE_FREE for name in self.losses)
 
     @property
-    def unit(self) -> str:
-        """What the loss is a mean over: pairs, or whole batches."""
-        return "batches" if any(name in WHOLE_BATCH for name in self.losses) else "pairs"
+    def is_sum(self) -> bool:
+        return not any(name in WHOLE_BATCH for name in self.losses)
 
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Terms, Metrics]:
         pairs = pairs_of(outputs, batch, self.ld_alpha)
         loss_P = self.per_pair(pairs)
         if self.use_weighting:
             loss_P = loss_P * _weights(outputs, batch, pairs)
-        total = loss_P.sum() if self.unit == "pairs" else loss_P.mean()
-        return {self.unit: total}, watch(pairs, self.settings.beta) | watch_tokens(outputs, batch)
+        terms = {"pairs": loss_P.sum()} if self.is_sum else {"batches": loss_P.mean()}
+        return terms, watch(pairs, self.settings.beta) | watch_tokens(outputs, batch)
 
     def per_pair(self, pairs: Pairs) -> torch.Tensor:
         """`(P,)`."""

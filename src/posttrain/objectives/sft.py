@@ -21,6 +21,8 @@ class SupervisedLoss:
 
     loss_type: str = "nll"
     label_smoothing: float = 0.0
+    needs_reference = False
+    is_sum = True
 
     @property
     def needs(self) -> Needs:

@@ -60,6 +60,11 @@ def formats(text_field: str = "text") -> dict[str, Format]:
     return {**FORMATS, "text": TextFormat(text_field)}
 
 
+def formats_of(method: str, text_field: str = "text") -> dict[str, Format]:
+    """Those that training with `method` reads."""
+    return formats(text_field) if method == "sft" else {method: OTHER_METHODS[method]}
+
+
 def all_formats(text_field: str = "text") -> dict[str, Format]:
     """Those of every method, for whoever looks at data and does not train on them."""
     return {**OTHER_METHODS, **formats(text_field)}

@@ -121,12 +121,10 @@ def _shared(chosen: list[Message], rejected: list[Message]) -> int:
 
 
 def _shared_text(chosen: str, rejected: str) -> int:
-    """Where two texts part: after the last white space that both begin with, and within both."""
+    """Where two texts part, as TRL finds it; a space before that place belongs to the answers."""
     most = min(len(chosen), len(rejected))
-    parted = next((i for i in range(most) if chosen[i] != rejected[i]), most)
-    while parted > 0 and not (chosen[parted - 1].isspace() and parted < most):
-        parted -= 1
-    return parted
+    parted = next((i for i in range(most) if chosen[i] != rejected[i]), most - 1)
+    return parted - 1 if parted > 0 and chosen[parted - 1] == " " else max(parted, 0)
 
 
 def _mixed(one: str, other: str, row: Row, origin: Origin) -> Exception:

@@ -1,0 +1,65 @@
+"""A preference pair's tokens: the prompt once, then the chosen and the rejected answer.
+
+Each answer is tokenised with the prompt, as a whole. The answers begin where the first of the two parts from the
+prompt's own tokens, so that what they share is never trained (and is what TRL takes for the prompt).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from posttrain.data.codes import bad_row
+from posttrain.data.encode import EMPTY, Encoded
+from posttrain.data.render import Rendered
+from posttrain.types import Branch, Example, Tokenized
+
+
+def split(example: Example) -> list[Example]:
+    """An example for each completion."""
+    return [replace(example, completions=(completion,)) for completion in example.completions]
+
+
+def join(encoded: list[Encoded], rendered: tuple[Rendered, ...]) -> Tokenized:
+    """The answers as branches of what they begin with. Raises DataError (E-DATA-0029) where they are the same."""
+    first = encoded[0].tokenized
+    branches = [one.tokenized.branches[0] for one in encoded]
+    if all(np.array_equal(branch.ids, branches[0].ids) for branch in branches[1:]):
+        example = rendered[0].example
+        hint = "drop the row (on_bad_row=skip, or posttrain data check --fix): there is nothing to learn from it"
+        raise bad_row("E-DATA-0029", example.origin, "is the very answer that is chosen", field="rejected",
+                      row=rendered[0].full, hint=hint)  # fmt: skip
+    shared = min(_prompt_length(branch) for branch in branches)
+    answers = (Branch(branch.ids[shared:], branch.supervised[shared:] | _after(branch, shared)) for branch in branches)
+    return Tokenized(branches[0].ids[:shared], tuple(answers), first.origin, first.columns)
+
+
+def limit_pair(pair: Tokenized, max_length: int | None, mode: str) -> Tokenized | None:
+    """Each answer with its prompt cut to `max_length` tokens. None where a prompt that is kept leaves no room. Where
+    the beginning is cut off, the two no longer share theirs."""
+    if max_length is None or all(len(pair.prefix) + len(b.ids) <= max_length for b in pair.branches):
+        return pair
+    room = max_length - len(pair.prefix)
+    if mode == "keep_start":
+        if room <= 0:
+            return None
+        return replace(pair, branches=tuple(Branch(b.ids[:room], b.supervised[:room]) for b in pair.branches))
+    none = np.zeros(len(pair.prefix), dtype=bool)
+    branches = tuple(
+        Branch(np.concatenate([pair.prefix, b.ids])[-max_length:], np.concatenate([none, b.supervised])[-max_length:])
+        for b in pair.branches
+    )
+    return replace(pair, prefix=EMPTY, branches=branches)
+
+
+def _prompt_length(branch: Branch) -> int:
+    """How many tokens come before the first that is trained."""
+    found = np.flatnonzero(branch.supervised)
+    return int(found[0]) if len(found) else len(branch.ids)
+
+
+def _after(branch: Branch, shared: int) -> np.ndarray:
+    """The tokens between the shared beginning and this answer's own: trained, as they tell the two apart."""
+    own = _prompt_length(branch)
+    return np.arange(shared, len(branch.ids)) < own
