@@ -40,10 +40,13 @@ class Source(Protocol):
 
 @dataclass
 class Loop:
-    """Everything one run needs. `parameters` are what the optimiser trains (masters and adapters); `publish` copies
-    masters into the computing weights; `evaluate` returns metrics and `save` a checkpoint's path. `position` is the
-    step of the source that comes next, ahead of `global_step` where a callback ended an epoch early."""
+    """Everything one run needs. `annotate` puts a batch on the model's device and gives it the columns that are not
+    known from the data (a reference's log-probabilities); `parameters` are what the optimiser trains (masters and
+    adapters); `publish` copies masters into the computing weights; `evaluate` returns metrics and `save` a checkpoint's
+    path. `position` is the step of the source that comes next, ahead of `global_step` where a callback ended an epoch
+    early."""
 
+    annotate: Callable[[Batch], Batch]
     forward: Callable[[Batch, Needs], Outputs]
     objective: Objective
     source: Source
@@ -131,6 +134,7 @@ class Loop:
         self._account(micro, counts, loss_value)
 
     def _micro_batch(self, batch: Batch, counts: dict[str, int]) -> torch.Tensor:
+        batch = self.annotate(batch)
         terms, metrics = self.objective(self.forward(batch, self.objective.needs), batch)
         loss = torch.stack([term / max(1, counts[unit]) for unit, term in terms.items()]).sum()
         loss.backward()

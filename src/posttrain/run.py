@@ -24,6 +24,7 @@ from posttrain import snapshot
 from posttrain.checkpoint import Checkpoints, verify, write_json
 from posttrain.data.batches import Order, StaticSource, StreamSource
 from posttrain.data.fingerprint import fingerprint
+from posttrain.data.planning import Packing
 from posttrain.errors import ConfigError, DataError
 from posttrain.evaluate.loss import evaluate_loss
 from posttrain.events import Events
@@ -36,9 +37,10 @@ from posttrain.models.weights import load_weights, save_weights
 from posttrain.objectives.base import Objective
 from posttrain.optimization import make_optimizer, make_scheduler
 from posttrain.optimizer_state import evaluation_weights, has_two_modes
+from posttrain.reference import ReferenceModel, precompute
 from posttrain.session import Session
 from posttrain.signals import StopRequest
-from posttrain.types import Sample
+from posttrain.types import Batch, Sample
 
 logger = logging.getLogger("posttrain")
 DEFAULT_TOKEN_BUDGET = {"cpu": 4096, "cuda": 16384}
@@ -69,11 +71,13 @@ class Run:
     eval_sets: Mapping[str, Sequence[Sample]]
     token_budget: int | None = None
     predict: Callable[[Session, Sequence[Sample], str], dict[str, float]] | None = None
+    reference: ReferenceModel | None = None
     optimizers: tuple[Any, Any] = (None, None)
     optimizer_choice: tuple[type, dict[str, Any]] | None = None
     session: Session | None = None
     optimizer: Any = None
     scheduler: Any = None
+    columns: tuple[str, ...] = ()
     identity: dict[str, Any] = field(default_factory=dict, repr=False)
     run_id: str = field(default_factory=lambda: time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2))
 
@@ -86,6 +90,8 @@ class Run:
         source, max_steps, epochs = self._source()
         with only_run_in(Path(args.output_dir), self.run_id), self._open() as session, StopRequest() as stop:
             session.policy.model.train()
+            source.packing = self._packing(session)
+            self._open_reference(session, source)
             started = time.time()
             loop = self._loop(session, source, max_steps, epochs, stop)
             folder = self._resume_folder(resume)
@@ -153,6 +159,7 @@ class Run:
             self.optimizer = optimizer or make_optimizer(args, self.model, session.trained, self.optimizer_choice)
         self.scheduler = scheduler or make_scheduler(args, self.optimizer, max_steps)
         return Loop(
+            annotate=self._annotate(session),
             forward=session.policy,
             objective=self.objective,
             source=source,
@@ -199,6 +206,50 @@ class Run:
         result = TrainResult(state.global_step, train_loss, metrics)
         result.last_loss = loop.last_loss
         return result
+
+    # --- the reference ----------------------------------------------------------------------------------------------
+
+    def _packing(self, session: Session, batch_size: int | None = None) -> Packing:
+        """What the objective asks of batches, as far as the model can give it."""
+        size = batch_size or self.args.per_device_train_batch_size
+        return Packing(
+            shared=session.policy.shares_prompts and session.policy.neftune_alpha is None,
+            group_size=None if self.objective.is_sum else size,
+            columns=self.columns,
+        )
+
+    def _open_reference(self, session: Session, source: Any) -> None:
+        """Before anything is learned: the reference is remembered, or asked all its questions ahead."""
+        reference = self.reference
+        if reference is None:
+            return
+        reference.open(session)
+        if not reference.precompute or "ref_logp" in self.columns:
+            return
+        ask, depends_on = reference.ask(session), reference.depends_on(session)
+        device, packing = session.policy.device, self._packing(session)
+
+        def ahead(samples: Sequence[Sample], name: str) -> Sequence[Sample]:
+            return precompute(samples, ask, device, self._budget(), packing, reference.folder, depends_on, name)
+
+        source.samples = self.train_samples = ahead(source.samples, "train")
+        self.eval_sets = {name: ahead(samples, name or "eval") for name, samples in self.eval_sets.items()}
+        self.columns = (*self.columns, "ref_logp")
+        source.packing = self._packing(session)
+        reference.close()
+
+    def _annotate(self, session: Session) -> Callable[[Batch], Batch]:
+        device, reference = session.policy.device, self.reference
+        if reference is None or "ref_logp" in self.columns:
+            return lambda batch: batch.to(device)
+        reference.open(session)
+        ask = reference.ask(session)
+
+        def annotate(batch: Batch) -> Batch:
+            batch = batch.to(device)
+            return batch.with_columns(ref_logp_R=ask(batch))
+
+        return annotate
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
@@ -249,6 +300,8 @@ class Run:
             self._budget(),
             stopped=lambda: stop is not None and stop.received is not None,
             batch_done=self.events.prediction_step,
+            packing=self._packing(session, args.per_device_eval_batch_size),
+            annotate=self._annotate(session),
         )
         if values is None:
             return None

@@ -30,6 +30,7 @@ class Session:
     attention: str | None
     recomputes: bool
     lean: list[torch.nn.Module]
+    args: TrainingArguments
 
     @classmethod
     def open(cls, model: Any, args: TrainingArguments) -> Session:
@@ -56,7 +57,7 @@ class Session:
             _recompute(base, args.activation_checkpointing_kwargs)
         trained = dict(precision.masters())
         trained |= {n: p for n, p in model.named_parameters() if p in adapter_parameters and p.requires_grad}
-        return cls(policy, precision, trained, attention, bool(args.activation_checkpointing), lean)
+        return cls(policy, precision, trained, attention, bool(args.activation_checkpointing), lean, args)
 
     def close(self) -> None:
         base = self.policy.base

@@ -1,0 +1,273 @@
+"""The reference model's log-probabilities: where they come from, and keeping them.
+
+Without a model of its own the reference is the starting model: the same model with a fresh adapter off, or with the
+trained weights put back for the length of a forward pass (`Held`). Log-probabilities may be computed once before the
+first step (`precompute`) and are then kept on disk under a hash of everything that they depend on, so that later epochs
+and later runs cost no reference pass, and none is ever taken from another model, other data or other settings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+
+from posttrain.data.fingerprint import fingerprint
+from posttrain.data.planning import Packing, plan
+from posttrain.models.forward import Policy
+from posttrain.session import Session
+from posttrain.types import Batch, Needs, Sample, Tokenized
+
+logger = logging.getLogger("posttrain")
+CHUNK = 64
+"""Samples that are laid out together when log-probabilities are computed ahead."""
+
+
+class Reference(Protocol):
+    """A batch in, `logp_R` of its supervised rows out, without gradient."""
+
+    def __call__(self, batch: Batch) -> torch.Tensor: ...
+
+
+@dataclass
+class OfPolicy:
+    """The policy itself, inside `as_reference`."""
+
+    policy: Policy
+    as_reference: Callable[[], Any]
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        model = self.policy.model
+        training = model.training
+        with self.as_reference():
+            model.eval()
+            try:
+                return self.policy(batch, Needs()).logp_R
+            finally:
+                model.train(training)
+
+
+@dataclass
+class ReferenceModel:
+    """Which model is the reference: `model`, or the adapter `adapter`, or without either the model that training starts
+    from. `precompute` its answers, and keep them in `folder` (None: nowhere).
+
+    `open` is to be called before anything is learned; what it remembers serves every later session of the same model.
+    """
+
+    model: Any = None
+    adapter: str | None = None
+    precompute: bool = False
+    folder: Path | None = None
+    _is_open: bool = False
+    _held: Held | None = None
+    _own: Session | None = None
+
+    def open(self, session: Session) -> None:
+        if self._is_open:
+            return
+        self._is_open = True
+        if self.model is None and self.adapter is None and not is_fresh_adapter(session.policy.model):
+            self._held = None if self.precompute else Held(session.trained)
+
+    def ask(self, session: Session) -> Reference:
+        """The reference, as a function of batches."""
+        policy = session.policy
+        if self.model is not None:
+            if self._own is None:
+                self.model.requires_grad_(False)
+                self._own = Session.open(self.model, session.args)
+            return OfPolicy(self._own.policy, nullcontext)
+        if self.adapter is not None:
+            return OfPolicy(policy, lambda: _with_adapter(policy.model, str(self.adapter)))
+        if self._held is not None:
+            held = self._held
+            return OfPolicy(policy, lambda: held.in_place(session.precision.publish))
+        if is_fresh_adapter(policy.model) or not hasattr(policy.model, "disable_adapter"):
+            return OfPolicy(policy, nullcontext)  # it is the starting model still
+        return OfPolicy(policy, policy.model.disable_adapter)
+
+    def depends_on(self, session: Session) -> dict[str, Any]:
+        """What its answers depend on beside the tokens."""
+        model = session.policy.model if self.model is None else self.model
+        return {
+            "weights": weights_hash(model),
+            "adapter": self.adapter,
+            "dtype": str(session.precision.compute_dtype),
+            "code": [torch.__version__, transformers.__version__],
+        }
+
+    def close(self) -> None:
+        """Give a model of its own back as it was."""
+        if self._own is not None:
+            self._own.close()
+            self._own = None
+
+
+def is_fresh_adapter(model: Any) -> bool:
+    """Whether a LoRA adapter is all that is trained and changes nothing yet: every B is zero."""
+    if not hasattr(model, "peft_config") or not hasattr(model, "disable_adapter"):
+        return False
+    second = [p for name, p in model.named_parameters() if ".lora_B." in name]
+    others = [name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name]
+    return bool(second) and not others and not any(bool(p.any()) for p in second)
+
+
+@contextmanager
+def _with_adapter(model: Any, name: str) -> Iterator[None]:
+    active = model.active_adapter
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model.set_adapter(name)
+    try:
+        yield
+    finally:
+        model.set_adapter(active)
+        model.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+class Held:
+    """A copy of what is trained, which can take its place for a while."""
+
+    def __init__(self, trained: dict[str, nn.Parameter]):
+        self._pairs = [(parameter, parameter.detach().clone()) for parameter in trained.values()]
+
+    @contextmanager
+    def in_place(self, publish: Callable[[], None]) -> Iterator[None]:
+        self._swap(publish)
+        try:
+            yield
+        finally:
+            self._swap(publish)
+
+    def _swap(self, publish: Callable[[], None]) -> None:
+        for index, (parameter, held) in enumerate(self._pairs):
+            present = parameter.data
+            parameter.data = held.to(present.dtype)
+            self._pairs[index] = (parameter, present)
+        publish()
+
+
+# --- ahead of training ------------------------------------------------------------------------------------------------
+
+
+def precompute(
+    samples: Sequence[Sample],
+    reference: Reference,
+    device: torch.device,
+    token_budget: int,
+    packing: Packing,
+    folder: Path | None,
+    depends_on: dict[str, Any],
+    name: str,
+) -> list[Sample]:
+    """`samples` with a column `ref_logp`: an array for each branch. From `folder` where they were computed before with
+    all of `depends_on` the same."""
+    key = cache_key(samples, depends_on)
+    values = _read(folder / f"{key}.npy", samples) if folder is not None else None
+    if values is not None:
+        logger.info("reference log-probabilities of %s taken from %s", name, folder)
+        return _with_column(samples, values)
+    values = np.concatenate(list(_computed(samples, reference, device, token_budget, packing, name)))
+    if folder is not None:
+        _write(folder / f"{key}.npy", values)
+    return _with_column(samples, values)
+
+
+def cache_key(samples: Sequence[Sample], depends_on: dict[str, Any]) -> str:
+    parts = {**depends_on, "tokens": fingerprint(samples), "version": 1}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Of every parameter and buffer, by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted((*model.named_parameters(), *model.named_buffers())):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().to("cpu").contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+    return digest.hexdigest()
+
+
+def _computed(
+    samples: Sequence[Sample], reference: Reference, device: torch.device, budget: int, packing: Packing, name: str
+) -> Iterator[np.ndarray]:
+    """Log-probabilities in the samples' own order, whatever batches they were computed in."""
+    from tqdm import tqdm
+
+    packing = replace(packing, group_size=None, columns=())
+    with tqdm(desc=f"reference ({name})", total=len(samples), unit=" rows", delay=2, leave=False, disable=None,
+              file=sys.stderr) as bar:  # fmt: skip
+        rest = iter(samples)
+        while chunk := list(islice(rest, CHUNK)):
+            of_sample: dict[int, list[np.ndarray]] = {}
+            for batch in plan(chunk, budget, packing):
+                logp_R = reference(batch.to(device)).float().cpu().numpy()
+                for sequence, sample in enumerate(batch.sample_S):
+                    of_sample.setdefault(sample, []).append(logp_R[batch.sequence_R.numpy() == sequence])
+            yield from (part for index in range(len(chunk)) for part in of_sample[index])
+            bar.update(len(chunk))
+
+
+def _counts(part: Tokenized) -> list[int]:
+    """Rows of each branch: supervised tokens that something comes before."""
+    alone = not len(part.prefix)
+    return [int(branch.supervised[1:].sum() if alone else branch.supervised.sum()) for branch in part.branches]
+
+
+def _with_column(samples: Sequence[Sample], values: np.ndarray) -> list[Sample]:
+    made, at = [], 0
+    for sample in samples:
+        parts = []
+        for part in sample:
+            arrays = []
+            for count in _counts(part):
+                arrays.append(values[at : at + count])
+                at += count
+            parts.append(replace(part, columns={**part.columns, "ref_logp": arrays}))
+        made.append(tuple(parts))
+    return made
+
+
+def _read(path: Path, samples: Sequence[Sample]) -> np.ndarray | None:
+    if not path.is_file():
+        return None
+    wanted = sum(sum(_counts(part)) for sample in samples for part in sample)
+    try:
+        values = np.load(path, allow_pickle=False)
+        if values.dtype != np.float32 or values.shape != (wanted,) or not np.isfinite(values).all():
+            raise ValueError(f"{values.shape} {values.dtype}, wanted {wanted} finite numbers")
+    except (OSError, ValueError, EOFError) as error:
+        logger.warning("%s is damaged (%s); the reference is computed anew", path, error)
+        return None
+    return values
+
+
+def _write(path: Path, values: np.ndarray) -> None:
+    """Whole or not at all; a disk that will not have it is no reason to stop, and is said."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem[:16], suffix=".partial")
+        with os.fdopen(handle, "wb") as file:
+            np.save(file, values)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        logger.warning("reference log-probabilities are not kept in %s: %s", path.parent, error.strerror or error)
