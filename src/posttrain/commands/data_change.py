@@ -24,6 +24,8 @@ def add(verbs: Any, common: argparse.ArgumentParser) -> None:
     convert.add_argument(
         "--to", required=True, metavar="FORMAT", help="messages, prompt-completion, sharegpt or alpaca"
     )
+    convert.add_argument("--keep", metavar="WHAT", help="of ratings: desirable (the good ones) or all, unrated; "
+                         "of pairs: chosen")  # fmt: skip
     convert.set_defaults(command=_convert)
 
     split = verbs.add_parser("split", parents=[writing], help="hold a part out", epilog=EXIT_CODES)
@@ -54,7 +56,8 @@ def _convert(options: argparse.Namespace) -> int:
     from posttrain.data.writing import check_new_file
 
     check_new_file(options.out, options.force)
-    return _say(options, convert(options.file, options.to, options.out, _settings(options)), options.out)
+    counts = convert(options.file, options.to, options.out, _settings(options), options.keep)
+    return _say(options, counts, options.out)
 
 
 def _split(options: argparse.Namespace) -> int:

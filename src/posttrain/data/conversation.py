@@ -9,6 +9,7 @@ from typing import Any
 
 from posttrain.data.codes import Row, bad_row, kind
 from posttrain.data.flags import normalise, spoken
+from posttrain.data.strict_json import decode_json
 from posttrain.types import Message, Origin
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment", "documents")
@@ -124,6 +125,6 @@ def parse_tools(row: Row, origin: Origin) -> list[Any] | None:
 
 def parse_json(text: str, field: str, row: Row, origin: Origin) -> Any:
     try:
-        return json.loads(text)
-    except ValueError as error:
+        return decode_json(text)
+    except (ValueError, RecursionError) as error:
         raise bad_row("E-DATA-0015", origin, f"is not valid JSON: {error}", field=field, seen=text, row=text) from None

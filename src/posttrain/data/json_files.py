@@ -13,33 +13,13 @@ from typing import Any
 
 from posttrain.data.codes import Reject, Row, bad_row, excerpt, kind
 from posttrain.data.lines import decode, raw_lines, text_lines
+from posttrain.data.strict_json import DECODER, NotANumber, Repeated, TooLarge
 from posttrain.errors import DataError
 from posttrain.types import Origin
 
 Rows = Iterator[tuple[Origin, Row]]
 
 
-class _NotANumber(ValueError):
-    """NaN or an infinity: Python writes them, but they are not JSON."""
-
-
-def _refuse_constant(name: str) -> float:
-    raise _NotANumber(name)
-
-
-class _Repeated(ValueError):
-    """An object with a key that stands twice, of which JSON readers keep the one or the other."""
-
-
-def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _Repeated(next(key for key in keys if keys.count(key) > 1))
-    return made
-
-
-DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_once_each)
 SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -142,9 +122,9 @@ def _parse_at(text: str, position: int, path: Path) -> tuple[Any, int]:
         raise _broken_array(error.msg, text, error.pos, path) from None
     except ValueError as error:
         where = f"{path}:{1 + text.count(chr(10), 0, position)}"
-        if isinstance(error, _NotANumber):
+        if isinstance(error, NotANumber):
             raise _not_a_number(error, text, position, where) from None
-        if isinstance(error, _Repeated):
+        if isinstance(error, Repeated):
             raise _repeated(error, text, position, where) from None
         raise DataError(f"{where}  not valid JSON: {error}", code="E-DATA-0002") from None
     except RecursionError:
@@ -172,9 +152,9 @@ def _broken_array(what: str, text: str, position: int, path: Path) -> DataError:
 
 
 def _broken_line(error: ValueError, line: str, origin: Origin) -> DataError:
-    if isinstance(error, _NotANumber):
+    if isinstance(error, NotANumber):
         return _not_a_number(error, line, 0, str(origin))
-    if isinstance(error, _Repeated):
+    if isinstance(error, Repeated):
         return _repeated(error, line, 0, str(origin))
     if not isinstance(error, json.JSONDecodeError):  # an integer of thousands of digits
         return bad_row("E-DATA-0002", origin, f"not valid JSON: {error}", row=line)
@@ -204,7 +184,8 @@ def _broken(where: str, what: str, text: str, position: int, cut_off: str | None
 
 
 def _not_a_number(error: ValueError, text: str, start: int, where: str) -> DataError:
-    message = f"{where}  {error} is not JSON\n  | {_around(text, max(text.find(str(error), start), start))}"
+    what = f"{error} is read as infinity" if isinstance(error, TooLarge) else f"{error} is not JSON"
+    message = f"{where}  {what}\n  | {_around(text, max(text.find(str(error), start), start))}"
     return DataError(message, hint="write null, or leave the field out", code="E-DATA-0005")
 
 

@@ -18,7 +18,8 @@ from typing import Any
 from posttrain.data.codes import Reject, Row, bad_row, excerpt, kind, refuse
 from posttrain.data.json_files import read_json, read_json_lines
 from posttrain.data.mixing import Mixture, mixed_rows
-from posttrain.data.tables import clean_arrow_row, read_csv, read_parquet
+from posttrain.data.parquet import clean_arrow_row, read_parquet
+from posttrain.data.tables import read_csv
 from posttrain.data.text_files import read_text
 from posttrain.errors import DataError
 from posttrain.types import Origin
