@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping
+from typing import Any
 
-from posttrain.data.codes import Row, bad_row
-from posttrain.errors import ConfigError
+from posttrain.data.codes import Row, bad_row, excerpt
+from posttrain.data.sources import read_rows
+from posttrain.errors import ConfigError, DataError
 from posttrain.types import Origin
 
 
@@ -30,6 +33,26 @@ def check_names(names: Mapping[str, str]) -> None:
     twice = sorted({name for name in targets if targets.count(name) > 1})
     if twice:
         raise ConfigError(f"two columns are to be renamed to {twice[0]!r}", hint="a row has one column of a name")
+
+
+def check_columns(names: Mapping[str, str], sources: Iterable[Any]) -> None:
+    """Raises ConfigError for a column to be renamed that no row has. Most files are read for a row and no further; what
+    cannot be read is for whoever reads on."""
+    missing, seen = set(names), dict[str, None]()
+    for source in sources:
+        try:
+            for _, row in read_rows(source, reject=lambda *_: None) if missing else ():
+                missing.difference_update(row)
+                seen.update(dict.fromkeys(row))
+                if not missing:
+                    return
+        except DataError:
+            continue
+    if missing and seen:
+        name = min(missing)
+        similar = difflib.get_close_matches(name, seen, n=1)
+        hint = f"did you mean {similar[0]}?" if similar else f"columns: {excerpt(', '.join(seen))}"
+        raise ConfigError(f"--map {name}={names[name]}: no row has a column {name!r}", hint=hint)
 
 
 def parse_names(texts: Iterable[str]) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shlex
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,14 +20,29 @@ KINDS = (".jsonl", ".json", ".csv", ".parquet")
 TABLES = (".csv", ".parquet")
 
 
-def check_new_file(path: Path, force: bool = False) -> None:
-    """Raises ConfigError where `path` cannot be written: another kind of file, one that is there, no folder for it."""
+def check_new_file(path: Path, force: bool = False, sources: Iterable[Any] = ()) -> None:
+    """Raises ConfigError where `path` cannot be written: another kind of file, one that is there, one that is read from
+    (`sources`, even with `force`), no folder for it."""
     if path.suffix.lower() not in KINDS:
         raise ConfigError(f"{path}: rows are written as {', '.join(KINDS)}", hint=f"{path.stem}.jsonl")
+    check_place(path, sources=sources)
     if path.exists() and not force:
         raise ConfigError(f"{path}: there is such a file already", hint="--force writes over it")
+
+
+def check_place(path: Path, option: str = "", sources: Iterable[Any] = ()) -> None:
+    """Raises ConfigError where no file `path` can come to be, and where it is one of `sources`: found out before any
+    work is done. `option` is what named it."""
+    said = f"{option} {path}".strip()
+    if path.is_dir():
+        raise ConfigError(f"{said} is a folder", hint="name a file in it")
     if not path.parent.is_dir():
-        raise ConfigError(f"{path}: there is no folder {path.parent}", hint="create it first")
+        raise ConfigError(f"{said}: there is no folder {path.parent}", hint=f"mkdir -p {shlex.quote(str(path.parent))}")
+    if not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"{said}: nothing can be written into {path.parent}", hint="name a folder of your own")
+    for source in sources:
+        if isinstance(source, str | Path) and path.exists() and os.path.exists(source) and path.samefile(source):
+            raise ConfigError(f"{said} is what is read; it is never written over", hint="name another file")
 
 
 def write_rows(path: Path, rows: Iterable[Row], check: Callable[[Path], None] | None = None) -> int:
@@ -59,6 +75,14 @@ def _write_csv(file: TextIO, path: Path, rows: list[Row]) -> int:
     except UnicodeEncodeError as error:
         raise no_table(path, "half of a surrogate pair is no character") from error
     return len(rows)
+
+
+def write_report(path: Path, document: dict[str, Any]) -> None:
+    """One JSON object, for people to read as well."""
+    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
+    with _replacing(path, None) as temporary:
+        # Half of a surrogate pair, in what is quoted of a row, as JSON says it.
+        temporary.write_text(text + "\n", "utf-8", errors="backslashreplace")
 
 
 def _write_array(write: Callable[[str], Any], rows: Iterator[Row]) -> int:
