@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
+import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from posttrain.data.codes import Row, bad_row, kind
@@ -64,6 +66,9 @@ def map_role(role: Any, field: str, row: Row, origin: Origin, extra: tuple[str, 
     known = (*ROLES, *ALIASES, *extra)
     similar = difflib.get_close_matches(spelt, known, n=1)
     hint = f'did you mean "{similar[0]}"?' if similar else f"roles: {', '.join(known)}"
+    if Path(origin.source).suffix:  # a file, that a command can be given
+        words = ["posttrain", "data", "fix", origin.source, "--rule", f"rename-role:{spelt}={[*similar, 'ROLE'][0]}"]
+        hint += f"  fix: {shlex.join(words)}"
     what = f"is {json.dumps(role, ensure_ascii=False, default=str)}"
     raise bad_row("E-DATA-0012", origin, what, field=field, seen=role, row=row, hint=hint)
 
