@@ -39,6 +39,9 @@ def add(verbs: Any, common: argparse.ArgumentParser) -> None:
 
     dedup = verbs.add_parser("dedup", parents=[writing], help="leave out rows that say the same", epilog=EXIT_CODES)
     dedup.add_argument("--key", choices=("row", "prompt"), default="row", help="what must be the same")
+    dedup.add_argument("--near", action="store_true", help="also rows that are nearly the same")
+    dedup.add_argument("--similarity", type=float, metavar="S", help="with --near: how near, up to 1 (default: 0.8)")
+    dedup.add_argument("--report", type=Path, metavar="R.json", help="with --near: which rows are nearly which")
     dedup.set_defaults(command=_dedup)
 
     stats = verbs.add_parser("stats", parents=[reading], help="formats, turns and lengths", epilog=EXIT_CODES)
@@ -77,10 +80,24 @@ def _split(options: argparse.Namespace) -> int:
 
 def _dedup(options: argparse.Namespace) -> int:
     from posttrain.data.change import dedup
-    from posttrain.data.writing import check_new_file
+    from posttrain.data.doctor.settings import DoctorSettings
+    from posttrain.data.writing import check_new_file, check_place, write_report
+    from posttrain.errors import ConfigError
 
     check_new_file(options.out, options.force, [options.file])
-    return _say(options, dedup(options.file, options.out, _settings(options), options.key == "prompt"), options.out)
+    if not options.near and (options.similarity is not None or options.report is not None):
+        raise ConfigError("--similarity and --report are for near duplicates", hint="--near looks for them")
+    if options.report is not None:
+        check_place(options.report, "--report", [options.file, options.out])
+    default = DoctorSettings.near_similarity
+    similarity = (default if options.similarity is None else options.similarity) if options.near else None
+    found = dedup(options.file, options.out, _settings(options), options.key == "prompt", similarity)
+    groups = found.pop("groups", None)
+    if options.report is not None:
+        write_report(options.report, {"schema_version": 1, "out": str(options.out), **found, "groups": groups})
+    for first, *others in (groups or [])[: 20 if options.verbose else 3] if not options.json else []:
+        print(f"  {', '.join(others[:3])}{', ...' if others[3:] else ''} nearly as {first}")
+    return _say(options, found if groups is None else {**found, "groups": len(groups)}, options.out)
 
 
 def _say(options: argparse.Namespace, counts: dict[str, int], out: Path) -> int:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 MAX_PROCESSES = 8
 CHECKING: dict[str, Any] = {
-    "val": None, "policy": "error", "model": None, "chat_template": None, "max_length": None, "strict": False, "set": []
+    "val": None, "policy": "error", "model": None, "chat_template": None, "max_length": None, "strict": False,
+    "set": [], "near": None,
 }  # fmt: skip
 """Options that belong to a command which is to be typed again, with their defaults."""
 SIGNS = {"error": "", "warning": "! ", "info": "· "}
@@ -46,6 +47,8 @@ def add(verbs: Any, common: argparse.ArgumentParser) -> None:
     check.add_argument(
         "--processes", type=whole_number, metavar="N", help="processes for large JSONL files (default: as cores)"
     )
+    check.add_argument("--near", type=_rows_or_all, metavar="N|all",
+                       help="rows among which near duplicates are looked for (default: 50000; 0: none)")  # fmt: skip
     check.set_defaults(command=_check)
 
 
@@ -55,7 +58,8 @@ def _check(options: argparse.Namespace) -> int:
     from posttrain.data.doctor.settings import parse_settings
     from posttrain.data.writing import check_place, write_report
 
-    settings, sources = parse_settings(options.set), [*options.files, *([options.val] if options.val else [])]
+    near = [] if options.near is None else [f"near_rows={sys.maxsize if options.near == 'all' else options.near}"]
+    settings, sources = parse_settings([*options.set, *near]), [*options.files, *([options.val] if options.val else [])]
     _refuse_lonely(options)
     if options.report:
         check_place(options.report, "--report", sources)
@@ -98,6 +102,10 @@ def _check(options: argparse.Namespace) -> int:
 def _without_names(data: DataSettings) -> DataSettings:
     """For the repaired copy, whose columns have their new names."""
     return dataclasses.replace(data, column_map={})
+
+
+def _rows_or_all(text: str) -> str:
+    return text if text == "all" else str(whole_number(text))
 
 
 def _refuse_lonely(options: argparse.Namespace) -> None:

@@ -131,3 +131,14 @@ def test_found_out_before_any_work(capsys: pytest.CaptureFixture[str], words: st
     before = Path("train.jsonl").read_bytes()
     assert says in refused(capsys, *words.split())
     assert Path("train.jsonl").read_bytes() == before
+
+
+def test_near_duplicates_among_all(capsys: pytest.CaptureFixture[str]) -> None:
+    notes = []
+    for words in ("--near 3", "--set near_rows=3", "--near all", "--set near_rows=3 --near all", "--near 0"):
+        data("check", "train.jsonl", "--json", *words.split())
+        found = json.loads(capsys.readouterr().out)["findings"]
+        notes.append([item["fix"] for item in found if item["code"] == "W-DATA-0119"])
+    asked = "--near all looks at all of them"
+    assert notes == [[asked], [asked], [], [], ["--near 50000"]]
+    assert "argument --near: invalid" in refused(capsys, "check", "train.jsonl", "--near", "some")

@@ -29,11 +29,11 @@ class Reading:
         self.skipped = 0
         return read_rows(self.source, reject=self.reject)
 
-    def said(self) -> Iterator[tuple[Row, Said]]:
+    def said(self) -> Iterator[tuple[Origin, Row, Said]]:
         reader = RowReader(self.settings)
         for origin, row in self.rows():
             try:
-                yield row, reader.read(row, origin)
+                yield origin, row, reader.read(row, origin)
             except DataError as error:
                 self.reject(error, origin)
 

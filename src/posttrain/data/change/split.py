@@ -27,7 +27,7 @@ def split(
     if not 0 < share < 1:
         raise ConfigError(f"--val {share} is no share", hint="a number between 0 and 1, e.g. 0.1")
     reading = Reading(source, settings)
-    keys = np.array([_group(row, said, by_group, settings) for row, said in reading.said()], dtype=np.uint64)
+    keys = np.array([_group(row, said, by_group, settings) for _, row, said in reading.said()], dtype=np.uint64)
     held_out = _groups_to_hold_out(keys, share, seed)
     groups = len(np.unique(keys))
     if not 0 < len(held_out) < groups:
@@ -36,7 +36,7 @@ def split(
     chosen = np.isin(keys, held_out)
     counts = {}
     for name, wanted in (("train", False), ("val", True)):
-        rows = (row for (row, _), is_held in zip(reading.said(), chosen, strict=True) if is_held == wanted)
+        rows = (row for (_, row, _), is_held in zip(reading.said(), chosen, strict=True) if is_held == wanted)
         counts[name] = write_rows(folder / f"{name}.jsonl", rows)
     return {**counts, "groups": groups, SKIPPED: reading.skipped}
 

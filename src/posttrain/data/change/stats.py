@@ -21,7 +21,7 @@ def stats(source: Any, settings: DataSettings, tokenizer: Any = None) -> dict[st
     formats: Counter[str] = Counter()
     turns: Counter[int] = Counter()
     lengths: dict[str, list[int]] = {"prompt": [], "answer": [], "row": []}
-    for _, said in reading.said():
+    for *_, said in reading.said():
         formats[said.format] += 1
         turns[said.prompt.count(TURN) + 1] += 1
         lengths["prompt"].append(_characters(said.prompt))
