@@ -17,7 +17,7 @@ from typing import Any
 
 from posttrain.data.codes import Reject, Row, bad_row, excerpt, kind, refuse
 from posttrain.data.json_files import read_json, read_json_lines
-from posttrain.data.mixing import Mixture, mixed_rows
+from posttrain.data.mixing import Mixture, Part, mixed_rows
 from posttrain.data.parquet import clean_arrow_row, read_parquet
 from posttrain.data.tables import read_csv
 from posttrain.data.text_files import read_text
@@ -65,7 +65,11 @@ def source_name(source: Any, name: str = "data") -> str:
 
 def _dispatch(source: Any, name: str, reject: Reject) -> Rows:
     if isinstance(source, Mixture):
-        return mixed_rows(source, lambda part: _dispatch(part.source, part.name, reject))
+
+        def read(part: Part, is_again: bool) -> Rows:  # a bad row is told of once, however often its part is read
+            return _dispatch(part.source, part.name, _pass_over if is_again else reject)
+
+        return mixed_rows(source, read)
     if isinstance(source, str | Path):
         return _read_path(Path(source), str(source), reject)
     datasets = sys.modules.get("datasets")  # whoever passes a data set has imported it already
@@ -79,6 +83,10 @@ def _dispatch(source: Any, name: str, reject: Reject) -> Rows:
         f"{name}: cannot read rows from {kind(source)}",
         hint="give a path, a datasets.Dataset, a datasets.IterableDataset or a list of dicts",
     )
+
+
+def _pass_over(error: DataError, origin: Origin) -> None:
+    """It was told of before."""
 
 
 def _read_objects(source: Iterable[Any], name: str, reject: Reject) -> Rows:
