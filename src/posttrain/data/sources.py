@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import difflib
 import glob
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,9 @@ READERS: dict[str, Callable[[Path, Reject], Rows]] = {
     ".parquet": read_parquet,
     ".txt": read_text,
 }
+GZIPPED = (".jsonl", ".json", ".csv", ".tsv", ".txt")
+"""Read as they are from `.jsonl.gz` and so on."""
+logger = logging.getLogger("posttrain")
 HUB_NAME = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.\[\]:%+-]+))?")
 
 
@@ -126,7 +131,7 @@ def _read_path(path: Path, given: str, reject: Reject) -> Rows:
 
 def hub_name(given: str, root: Path = Path()) -> re.Match[str] | None:
     """The parts of a name on the hub; None for what names a file, or a folder that is there."""
-    is_file_name = (root / given.partition("/")[0]).is_dir() or Path(given).suffix.lower() in READERS
+    is_file_name = (root / given.partition("/")[0]).is_dir() or kind_of(Path(given)) in READERS
     return None if is_file_name else HUB_NAME.fullmatch(given)
 
 
@@ -148,8 +153,14 @@ def _read_hub(name: re.Match[str], given: str) -> Rows:
     return _read_dataset(dataset, given)
 
 
+def kind_of(path: Path) -> str:
+    """The suffix that tells how a file is read: of `a.jsonl.gz` it is `.jsonl`."""
+    suffix, inner = path.suffix.lower(), Path(path.stem).suffix.lower()
+    return inner if suffix == ".gz" and inner in GZIPPED else suffix
+
+
 def _read_file(path: Path, reject: Reject) -> Rows:
-    reader = READERS.get(path.suffix.lower())
+    reader = READERS.get(kind_of(path))
     if reader is None:
         known = ", ".join(READERS)
         raise DataError(f"{path}: unknown file type {path.suffix!r}", hint=f"known: {known}")
@@ -163,8 +174,17 @@ def _read_folder(folder: Path, reject: Reject) -> Rows:
         import datasets
 
         return _read_dataset(datasets.load_from_disk(str(folder)), str(folder))
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in READERS)
+    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    files = [path for path in entries if kind_of(path) in READERS]
+    if files and (others := tuple(path.name for path in entries if path not in files)):
+        _say_passed_over(str(folder), others)
     return _read_files(files, str(folder), reject)
+
+
+@lru_cache
+def _say_passed_over(folder: str, names: tuple[str, ...]) -> None:
+    """Once, though a folder may be read again and again."""
+    logger.warning("data     %s: passed over %s, of no known type", folder, excerpt(", ".join(names)))
 
 
 def _read_files(files: list[Path], given: str, reject: Reject) -> Rows:
@@ -179,6 +199,6 @@ def _missing(path: Path, given: str) -> DataError:
         return DataError(f"{given}: no such file (there is no folder {path.parent} either)", hint="check the path")
     names = [entry.name for entry in path.parent.iterdir()]
     similar = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
-    there = [name for name in sorted(names) if Path(name).suffix.lower() in READERS]
+    there = [name for name in sorted(names) if kind_of(Path(name)) in READERS]
     hint = f"in {path.parent} there is: {excerpt(', '.join(there) or 'no data file')}"
     return DataError(f"{given}: no such file", hint=f"did you mean {' or '.join(similar)}?" if similar else hint)
