@@ -114,6 +114,9 @@ def _without_nulls(value: Any) -> Any:
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
+NO_CHARACTER = "half of a surrogate pair is no character"
+
+
 def columns_of(rows: list[Row]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row))
 
@@ -137,7 +140,9 @@ def _array(pyarrow: Any, column: str, values: list[Any], path: Path) -> Any:
         if column not in NESTED or _unchanged(column, values, array.to_pylist()):
             return array
         why: object = "it would come back otherwise"
-    except (pyarrow.ArrowException, OverflowError, UnicodeEncodeError) as error:
+    except UnicodeEncodeError:
+        why = NO_CHARACTER
+    except (pyarrow.ArrowException, OverflowError) as error:
         why = error
     if not any(isinstance(value, list | dict) for value in values):
         raise no_table(path, f"column `{column}`: {why}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from posttrain.data.codes import Row, excerpt
-from posttrain.data.parquet import columns_of, no_table, write_parquet
+from posttrain.data.parquet import NO_CHARACTER, columns_of, no_table, write_parquet
 from posttrain.errors import ConfigError, DataError
 
 KINDS = (".jsonl", ".json", ".csv", ".parquet")
@@ -73,7 +73,7 @@ def _write_csv(file: TextIO, path: Path, rows: list[Row]) -> int:
                 {name: _line(value) if isinstance(value, list | dict) else value for name, value in row.items()}
             )
     except UnicodeEncodeError as error:
-        raise no_table(path, "half of a surrogate pair is no character") from error
+        raise no_table(path, NO_CHARACTER) from error
     return len(rows)
 
 

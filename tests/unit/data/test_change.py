@@ -198,6 +198,14 @@ def test_stats() -> None:
     assert sum(rows for *_, rows in found["histogram"]) == 2
 
 
+def test_stats_count_what_is_said() -> None:
+    silent = {"messages": [{"role": "system", "content": ""}, *row("abc", "de")["messages"]]}
+    found = stats([CALLS, silent, {"text": "plain"}, {"input_ids": [1, 2]}], S)
+    assert found["turns"] == {"1": 2, "3": 1, "4": 1}
+    assert found["characters"]["prompt"] | {"p0": 0, "p100": 5} == found["characters"]["prompt"]  # "Add." and "3"
+    assert found["characters"]["answer"]["p0"] == 2
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     path = tmp_path / "a.jsonl"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -11,6 +12,8 @@ from posttrain.data.change.reading import SKIPPED, Reading
 from posttrain.data.doctor.content import PART, TURN
 from posttrain.data.settings import DataSettings
 
+WORDS = re.compile(rf"\w+{PART}(.*?)(?:{PART}.*?)?{TURN}", re.DOTALL)
+"""What is said in each turn of canonical text, without the calls and flags after it."""
 PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 
 
@@ -49,7 +52,7 @@ def _characters(canonical: str) -> int:
     """Of what is said, without the names of who says it."""
     if PART not in canonical:
         return len(canonical)
-    return sum(len(turn.split(PART)[1]) for turn in canonical.split(TURN) if turn)
+    return sum(len(text) for text in WORDS.findall(canonical))
 
 
 def _percentiles(values: list[int]) -> dict[str, int]:
