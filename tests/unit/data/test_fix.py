@@ -77,6 +77,8 @@ def test_columns_are_renamed_first(tmp_path: Path) -> None:
     out, report = mended(tmp_path, rows, "rename-role:assitant=assistant", column_map={"chat": "messages"})
     assert out == [row("Hi", "Hello")]
     assert report["rules"]["renamed_columns"]["count"] == 1
+    kept, _ = mended(tmp_path, rows, "rename-role:assitant=assistant")
+    assert kept == [{"chat": row("Hi", "Hello")["messages"]}], "under its own name"
 
 
 @pytest.mark.parametrize(

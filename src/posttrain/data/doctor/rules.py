@@ -67,7 +67,8 @@ def _renaming(text: str, rest: str) -> tuple[str, str]:
 
 
 def rename_roles(row: Row, roles: Mapping[str, str], seen: set[str]) -> tuple[Row, set[str]]:
-    """`row` with its messages' roles renamed, and which of `roles` it has; all that it has are added to `seen`."""
+    """`row` with its messages' roles renamed, and which of `roles` it has; all that it has are added to `seen`. Messages
+    may stand in any column, for it may be renamed only when it is read."""
     found: set[str] = set()
 
     def renamed(value: Any) -> Any:
@@ -85,8 +86,9 @@ def rename_roles(row: Row, roles: Mapping[str, str], seen: set[str]) -> tuple[Ro
         found.add(old)
         return {**value, key: roles[old]}
 
-    new = {key: renamed(value) if key in CONVERSATIONS else value for key, value in row.items()} if roles else row
-    return new, found
+    if not roles:
+        return row, found
+    return {key: renamed(v) if key in CONVERSATIONS or isinstance(v, list) else v for key, v in row.items()}, found
 
 
 def unmatched(roles: Mapping[str, str], used: set[str], seen: set[str]) -> ConfigError | None:
