@@ -67,8 +67,8 @@ def _renaming(text: str, rest: str) -> tuple[str, str]:
 
 
 def rename_roles(row: Row, roles: Mapping[str, str], seen: set[str]) -> tuple[Row, set[str]]:
-    """`row` with its messages' roles renamed, and which of `roles` it has; all that it has are added to `seen`. Messages
-    may stand in any column, for it may be renamed only when it is read."""
+    """`row` with its messages' roles renamed, and which of `roles` it has; all that it has are added to `seen`.
+    Messages may stand in any column, for it may be renamed only when it is read."""
     found: set[str] = set()
 
     def renamed(value: Any) -> Any:
