@@ -26,9 +26,10 @@ def add_policy(parser: argparse.ArgumentParser, what: str) -> None:
 def data_settings(options: argparse.Namespace, sources: Iterable[Any], **more: Any) -> DataSettings:
     """As the options say. Raises ConfigError for an unknown format, and for a column to be renamed that no row of
     `sources` has."""
-    from posttrain.data.columns import check_columns, parse_names
+    from posttrain.data.columns import parse_names
     from posttrain.data.formats import all_formats, choose
     from posttrain.data.settings import DataSettings
+    from posttrain.data.sources import check_columns
 
     choose(options.format, all_formats(options.text_field))
     names = parse_names(options.map)

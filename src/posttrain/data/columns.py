@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any
 
-from posttrain.data.codes import Row, bad_row, excerpt
-from posttrain.data.sources import read_rows
-from posttrain.errors import ConfigError, DataError
+from posttrain.data.codes import Row, bad_row
+from posttrain.errors import ConfigError
 from posttrain.types import Origin
+
+BOOLEANS = {"true": True, "false": False}
+"""How tables spell a label."""
 
 
 def rename_columns(row: Row, names: Mapping[str, str], origin: Origin) -> Row:
@@ -21,6 +21,8 @@ def rename_columns(row: Row, names: Mapping[str, str], origin: Origin) -> Row:
         twice = sorted(new for old, new in names.items() if new in row and old in row and new not in names)
         what = f"has a column {', '.join(f'`{name}`' for name in twice)} already, which another is to be renamed to"
         raise bad_row("E-DATA-0050", origin, what, row=row, hint="rename that one as well, or leave it out of the map")
+    if isinstance(rating := renamed.get("label"), str) and "label" in names.values():
+        renamed["label"] = BOOLEANS.get(rating.strip().lower(), rating)  # tables have no other way to say it
     return renamed
 
 
@@ -33,26 +35,6 @@ def check_names(names: Mapping[str, str]) -> None:
     twice = sorted({name for name in targets if targets.count(name) > 1})
     if twice:
         raise ConfigError(f"two columns are to be renamed to {twice[0]!r}", hint="a row has one column of a name")
-
-
-def check_columns(names: Mapping[str, str], sources: Iterable[Any]) -> None:
-    """Raises ConfigError for a column to be renamed that no row has. Most files are read for a row and no further; what
-    cannot be read is for whoever reads on."""
-    missing, seen = set(names), dict[str, None]()
-    for source in sources:
-        try:
-            for _, row in read_rows(source, reject=lambda *_: None) if missing else ():
-                missing.difference_update(row)
-                seen.update(dict.fromkeys(row))
-                if not missing:
-                    return
-        except DataError:
-            continue
-    if missing and seen:
-        name = min(missing)
-        similar = difflib.get_close_matches(name, seen, n=1)
-        hint = f"did you mean {similar[0]}?" if similar else f"columns: {excerpt(', '.join(seen))}"
-        raise ConfigError(f"--map {name}={names[name]}: no row has a column {name!r}", hint=hint)
 
 
 def parse_names(texts: Iterable[str]) -> dict[str, str]:

@@ -15,7 +15,7 @@ from posttrain.data.chat import Chat
 from posttrain.data.codes import UNFORESEEN, Row, bad_row, broken_promise, excerpt, kind
 from posttrain.data.columns import rename_columns
 from posttrain.data.encode import Encoded, Encoder
-from posttrain.data.formats import choose, detect, formats
+from posttrain.data.formats import choose, detect, formats, require
 from posttrain.data.mixing import Mixture, check_used
 from posttrain.data.remarks import remark_on_bos, remark_on_text
 from posttrain.data.render import Rendered, Supervision, render
@@ -50,17 +50,20 @@ class Pipeline:
     def run(self, dataset: Any, name: str) -> Iterator[Tokenized]:
         self.bad = set() if isinstance(dataset, Mixture) else None  # whose parts come again and again
         used_of: set[str] = set()
-        rows = _with_progress(read_rows(dataset, name, self._reject), dataset, name)
+        for tokenized in self.run_rows(_with_progress(read_rows(dataset, name, self._reject), dataset, name)):
+            used_of.add(tokenized.origin.source)
+            yield tokenized
+        if isinstance(dataset, Mixture):
+            check_used(dataset, used_of)
+
+    def run_rows(self, rows: Rows) -> Iterator[Tokenized]:
         while chunk := list(islice(rows, CHUNK)):
             self.report.rows += len(chunk)
             for tokenized in self._chunk(chunk):
-                used_of.add(tokenized.origin.source)
                 self.report.used += 1
                 self.report.tokens += tokenized.num_tokens
                 self.report.supervised += tokenized.num_supervised
                 yield tokenized
-        if isinstance(dataset, Mixture):
-            check_used(dataset, used_of)
 
     def one(self, row: Row, origin: Origin) -> Tokenized:
         """The tokens of one row. Raises its DataError."""
@@ -121,10 +124,7 @@ class Pipeline:
         if self.settings.formatting_func is not None:
             return _formatted(self.settings.formatting_func, row, origin), "read by formatting_func, as text"
         chosen = self.format or detect(row, origin, self.formats)
-        if not chosen.matches(row):
-            columns = ", ".join(row)
-            what = f"is not of format {self.settings.format!r} (columns {columns})"
-            raise bad_row("E-DATA-0010", origin, what, row=row, hint='format="auto" tells by the shape of each row')
+        require(chosen, self.settings.format, row, origin)
         return chosen.parse(row, origin), chosen.describe(row)
 
     def _accept(self, done: Encoded, item: Rendered | Tokenized) -> Tokenized | None:
@@ -147,6 +147,8 @@ class Pipeline:
         if limited.num_supervised == 0:
             if not self._is_known(whole.origin):
                 report.drop("E-DATA-0030", whole.origin)
+                report.tokens_lost += whole.num_tokens
+                report.supervised_lost += whole.num_supervised
             return None
         if limited is not whole:
             report.truncated.add(whole.origin)

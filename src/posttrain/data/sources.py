@@ -23,7 +23,7 @@ from posttrain.data.mixing import Mixture, Part, mixed_rows
 from posttrain.data.parquet import clean_arrow_row, read_parquet
 from posttrain.data.tables import read_csv
 from posttrain.data.text_files import read_text
-from posttrain.errors import DataError
+from posttrain.errors import ConfigError, DataError
 from posttrain.types import Origin
 
 Rows = Iterator[tuple[Origin, Row]]
@@ -66,6 +66,18 @@ def source_name(source: Any, name: str = "data") -> str:
     if isinstance(source, Mixture):
         return source.name
     return str(source) if isinstance(source, str | Path) else name
+
+
+def files_of(source: Any) -> list[Any]:
+    """The files of a folder or a glob, each a source of its own; anything else as it is."""
+    if not isinstance(source, str | Path):
+        return [source]
+    path = Path(source)
+    if path.is_dir() and not _is_saved(path):
+        return list(_files_in(path)) or [source]
+    if not path.exists() and not hub_name(str(source)) and glob.has_magic(str(source)):
+        return _found(str(source)) or [source]
+    return [source]
 
 
 def _dispatch(source: Any, name: str, reject: Reject) -> Rows:
@@ -125,7 +137,7 @@ def _read_path(path: Path, given: str, reject: Reject) -> Rows:
     if hub := hub_name(given):
         return _read_hub(hub, given)
     if glob.has_magic(given):
-        return _read_files([Path(found) for found in sorted(glob.glob(given, recursive=True))], given, reject)
+        return _read_files(_found(given), given, reject)
     raise _missing(path, given)
 
 
@@ -170,15 +182,28 @@ def _read_file(path: Path, reject: Reject) -> Rows:
 
 
 def _read_folder(folder: Path, reject: Reject) -> Rows:
-    if (folder / "state.json").is_file() and any(folder.glob("*.arrow")):
+    if _is_saved(folder):
         import datasets
 
         return _read_dataset(datasets.load_from_disk(str(folder)), str(folder))
+    return _read_files(_files_in(folder), str(folder), reject)
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether `datasets` wrote it (`save_to_disk`)."""
+    return (folder / "state.json").is_file() and any(folder.glob("*.arrow"))
+
+
+def _files_in(folder: Path) -> list[Path]:
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     files = [path for path in entries if kind_of(path) in READERS]
     if files and (others := tuple(path.name for path in entries if path not in files)):
         _say_passed_over(str(folder), others)
-    return _read_files(files, str(folder), reject)
+    return files
+
+
+def _found(pattern: str) -> list[Path]:
+    return [Path(found) for found in sorted(glob.glob(pattern, recursive=True))]
 
 
 @lru_cache
@@ -202,3 +227,23 @@ def _missing(path: Path, given: str) -> DataError:
     there = [name for name in sorted(names) if kind_of(Path(name)) in READERS]
     hint = f"in {path.parent} there is: {excerpt(', '.join(there) or 'no data file')}"
     return DataError(f"{given}: no such file", hint=f"did you mean {' or '.join(similar)}?" if similar else hint)
+
+
+def check_columns(names: Mapping[str, str], sources: Iterable[Any]) -> None:
+    """Raises ConfigError for a column to be renamed that no row has. Most files are read for a row and no further; what
+    cannot be read is for whoever reads on."""
+    missing, seen = set(names), dict[str, None]()
+    for source in sources:
+        try:
+            for _, row in read_rows(source, reject=lambda *_: None) if missing else ():
+                missing.difference_update(row)
+                seen.update(dict.fromkeys(row))
+                if not missing:
+                    return
+        except DataError:
+            continue
+    if missing and seen:
+        name = min(missing)
+        similar = difflib.get_close_matches(name, seen, n=1)
+        hint = f"did you mean {similar[0]}?" if similar else f"columns: {excerpt(', '.join(seen))}"
+        raise ConfigError(f"--map {name}={names[name]}: no row has a column {name!r}", hint=hint)

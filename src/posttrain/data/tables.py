@@ -12,13 +12,13 @@ from typing import Any
 
 from posttrain.data.cells import parsed
 from posttrain.data.codes import Reject, Row, bad_row, excerpt, refuse
+from posttrain.data.columns import BOOLEANS
 from posttrain.data.lines import decode, raw_lines
 from posttrain.errors import DataError
 from posttrain.types import Origin
 
 Rows = Iterator[tuple[Origin, Row]]
 
-RATINGS = {"true": True, "false": False}
 QUOTED = re.compile(r'"[^"]*"')
 logger = logging.getLogger("posttrain")
 
@@ -78,7 +78,7 @@ def _cell(name: str, value: str, origin: Origin) -> Any:
     """What is written as JSON as what it stands for; so is a `label` of true or false, which a table cannot tell from
     the word."""
     if name == "label":
-        return RATINGS.get(value.strip().lower(), value)
+        return BOOLEANS.get(value.strip().lower(), value)
     try:
         return parsed(name, value)
     except (ValueError, RecursionError) as error:

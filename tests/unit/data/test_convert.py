@@ -12,6 +12,7 @@ import pytest
 from posttrain.cli import main
 from posttrain.data.change import convert
 from posttrain.data.doctor.check import check
+from posttrain.data.formats import rated as rated_format
 from posttrain.data.settings import DataSettings
 from posttrain.data.sources import read_rows
 from posttrain.errors import ConfigError, DataError
@@ -35,7 +36,8 @@ def refused(rows: Any, to: str, out: Path, **options: Any) -> DataError:
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
-def test_ratings_are_not_lost_on_the_way_to_alpaca(tmp_path: Path, suffix: str) -> None:
+def test_ratings_that_would_be_lost_are_refused(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rated_format, "ANSWERS", rated_format.ANSWERS[:-1])  # Alpaca as it is read elsewhere
     out = tmp_path / f"a.{suffix}"
     error = refused(RATED, "alpaca", out)
     assert error.code == "E-DATA-0052"
@@ -45,13 +47,18 @@ def test_ratings_are_not_lost_on_the_way_to_alpaca(tmp_path: Path, suffix: str) 
     )
     assert "--keep desirable" in (error.hint or "")
     assert refused(RATED, "alpaca", out, settings=SKIP).message.endswith("not a single row is left to write")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+def test_only_the_answers_rated_good(tmp_path: Path, suffix: str) -> None:
+    out = tmp_path / f"a.{suffix}"
     assert convert(RATED, "alpaca", out, S, keep="desirable") == {"written": 2, "left_out": 1, "skipped": 0}
     kept = lines(out)
     assert [(one["instruction"], one["output"]) for one in kept] == [("1 + 1?", "2"), ("2 + 2?", "4")]
     assert not any("label" in one for one in kept)
 
 
-@pytest.mark.parametrize("to", ["messages", "prompt-completion", "sharegpt"])
+@pytest.mark.parametrize("to", ["messages", "prompt-completion", "sharegpt", "alpaca"])
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
 def test_ratings_stay_ratings_where_there_is_a_place_for_them(tmp_path: Path, to: str, suffix: str) -> None:
     out = tmp_path / f"a.{suffix}"
@@ -73,7 +80,8 @@ def test_a_pair_never_loses_its_rejected_answer_unasked(tmp_path: Path, to: str)
 
 
 def test_what_is_to_be_kept_says_nothing_of_the_others(tmp_path: Path) -> None:
-    assert "rating" in refused(RATED, "alpaca", tmp_path / "a.jsonl", keep="chosen").message
+    convert(RATED, "alpaca", tmp_path / "b.jsonl", S, keep="chosen")
+    assert check(str(tmp_path / "b.jsonl")).labels == {"good": 2, "bad": 1}
     assert "rejected" in refused([pair("Q?", "a", "b")], "alpaca", tmp_path / "a.jsonl", keep="desirable").message
     with pytest.raises(ConfigError, match="known: desirable, all, chosen"):
         convert(RATED, "alpaca", tmp_path / "a.jsonl", S, keep="good")
@@ -83,9 +91,10 @@ def test_what_is_to_be_kept_says_nothing_of_the_others(tmp_path: Path) -> None:
 
 def test_plain_rows_do_not_become_ratings(tmp_path: Path) -> None:
     rows = [{"instruction": "Q?", "output": "A", "label": True}]
-    error = refused(rows, "messages", tmp_path / "a.jsonl")
+    named = DataSettings(format="alpaca")
+    error = refused(rows, "messages", tmp_path / "a.jsonl", settings=named)
     assert "a plain example would be read back as a rated one" in error.message
-    convert(rows, "messages", tmp_path / "a.jsonl", S, keep="all")
+    convert(rows, "messages", tmp_path / "a.jsonl", named, keep="all")
     assert lines(tmp_path / "a.jsonl") == [row("Q?", "A")]
 
 
@@ -161,7 +170,8 @@ def test_the_real_tool_calls_as_tables(shared_data: Path, tmp_path: Path, to: st
 def test_the_real_ratings_and_pairs(shared_data: Path, tmp_path: Path) -> None:
     kto, dpo = str(shared_data / "kto_en_demo.json"), str(shared_data / "dpo_en_demo.json")
     out = tmp_path / "a.jsonl"
-    assert refused(kto, "alpaca", out).code == "E-DATA-0052"
+    convert(kto, "alpaca", out, S)
+    assert check(str(out)).labels == check(kto).labels
     good = check(kto).labels["good"]
     done = convert(kto, "prompt-completion", out, S, keep="desirable")
     assert done["written"] == good
@@ -171,12 +181,12 @@ def test_the_real_ratings_and_pairs(shared_data: Path, tmp_path: Path) -> None:
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source, out = write(tmp_path / "kto.jsonl", RATED), tmp_path / "a.jsonl"
+    source, out = write(tmp_path / "pairs.jsonl", [pair("Q?", "a", "b")]), tmp_path / "a.jsonl"
     words = ["data", "convert", str(source), "--to", "alpaca", "-o", str(out)]
     assert main(words) == 3
     said = capsys.readouterr().err
-    assert f"E-DATA-0052 {source}:1  cannot be written as alpaca" in said
-    assert "  = --keep desirable writes the answers rated good" in said
+    assert f"E-DATA-0052 {source}:1  cannot be written as alpaca: its rejected answer would be lost" in said
+    assert "  = --keep chosen writes the chosen answers" in said
     assert not out.exists()
-    assert main([*words, "--keep", "desirable", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"written": 2, "left_out": 1, "skipped": 0, "out": str(out)}
+    assert main([*words, "--keep", "chosen", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"written": 1, "left_out": 0, "skipped": 0, "out": str(out)}

@@ -15,7 +15,7 @@ from typing import Any
 
 from posttrain.data.change.essence import essence
 from posttrain.data.change.reading import SKIPPED, Reading
-from posttrain.data.change.targets import RATED, TARGETS, cannot
+from posttrain.data.change.targets import TARGETS, cannot
 from posttrain.data.codes import Row
 from posttrain.data.doctor.content import RowReader, Said
 from posttrain.data.settings import DataSettings
@@ -34,9 +34,9 @@ SAMPLE = 1000
 def convert(source: Any, to: str, out: Path, settings: DataSettings, keep: str | None = None) -> dict[str, int]:
     """Write the rows of `source` in the format `to`.
 
-    Raises: DataError (E-DATA-0052) for a row that the format cannot hold, unless bad rows are skipped: a rating in
-        Alpaca, say, for which `keep` says what is wanted; DataError (E-DATA-0054) where the file that was written does
-        not give back its rows.
+    Raises: DataError (E-DATA-0052) for a row that the format cannot hold, unless bad rows are skipped: a pair, say, of
+        which `keep` says what is wanted; DataError (E-DATA-0054) where the file that was written does not give back
+        its rows.
     """
     if to not in TARGETS:
         raise ConfigError(f"--to {to!r} is no format to write", hint=f"known: {', '.join(TARGETS)}")
@@ -75,9 +75,6 @@ def convert(source: Any, to: str, out: Path, settings: DataSettings, keep: str |
 def _convert(example: Example, said: Said, to: str, keep: str | None, again: RowReader) -> tuple[Row, int]:
     """The row, and what it says as a number."""
     example, said = _kept(example, said, keep)
-    if said.method == "rated" and to not in RATED:
-        hint = "--keep desirable writes the answers rated good, --keep all all of them alike; messages keep ratings"
-        raise cannot(example, to, "its rating (`label`) would be lost, and bad answers trained on like good ones", hint)
     if said.method == "preference":
         hint = "--keep chosen writes the chosen answers as supervised examples"
         raise cannot(example, to, "its rejected answer would be lost", hint)
@@ -95,7 +92,7 @@ def _convert(example: Example, said: Said, to: str, keep: str | None, again: Row
     except DataError as error:
         raise cannot(example, to, f"it could not be read again: {error.message}", error.hint) from error
     if back != code:
-        raise cannot(example, to, _otherwise(again.read(row, example.origin), said), "choose another format")
+        raise _changed(example, said, again.read(row, example.origin), to)
     return row, code
 
 
@@ -113,12 +110,18 @@ def _kept(example: Example, said: Said, keep: str | None) -> tuple[Example, Said
     return example, dataclasses.replace(said, method="sft", label=None) if is_rated else said
 
 
-def _otherwise(back: Said, said: Said) -> str:
-    if back.method != said.method:
-        names = {"sft": "a plain example", "rated": "a rated one (by `label`: --keep all leaves it out)",
-                 "preference": "a preference pair"}  # fmt: skip
-        return f"{names[said.method].partition(' (')[0]} would be read back as {names[back.method]}"
-    return f"it would not be read back with the same words and tools ({back.format})"
+def _changed(example: Example, said: Said, back: Said, to: str) -> DataError:
+    """What to say of a row that would be read `back` as something else."""
+    if said.method == back.method:
+        return cannot(example, to, f"it would not be read back with the same words and tools ({back.format})")
+    if said.method == "rated":
+        hint = "--keep desirable writes the answers rated good, --keep all all of them alike; messages keep ratings"
+        return cannot(
+            example, to, "its rating (`label`) would be lost, and bad answers trained on like good ones", hint
+        )
+    names = {"sft": "a plain example", "rated": "a rated one", "preference": "a preference pair"}
+    hint = "--keep all leaves `label` out" if back.method == "rated" else "choose another format"
+    return cannot(example, to, f"{names[said.method]} would be read back as {names[back.method]}", hint)
 
 
 def _others(example: Example) -> Row:

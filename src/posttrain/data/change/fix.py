@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from posttrain.data.doctor.repair import mended
+from posttrain.data.doctor.repair import mended, usable_with
 from posttrain.data.doctor.rules import RENAME, REPAIRS, parse_rules
 from posttrain.data.report import Cases
 from posttrain.data.settings import DataSettings
@@ -37,7 +37,7 @@ def fix(source: Any, out: Path, data: DataSettings, rules: Iterable[str] = ()) -
     """
     asked = parse_rules(rules)
     changes: dict[str, Cases] = {}
-    written = write_rows(out, mended([source], data, asked, changes))
+    written = write_rows(out, mended([source], data, asked, changes, usable_with(None, data)))
     names = [name for name in REPAIRS if asked.has(name)]
     names += [f"{RENAME}:{old}={new}" for old, new in asked.roles.items()]
     if data.column_map:

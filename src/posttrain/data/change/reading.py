@@ -41,7 +41,7 @@ class Reading:
         reader = RowReader(self.settings)
         for origin, row in self.rows():
             try:
-                yield reader.parsed(row, origin)
+                yield reader.trainable(row, origin)
             except DataError as error:
                 self.reject(error, origin)
 

@@ -84,5 +84,3 @@ TARGETS: dict[str, Callable[[Example], Row]] = {
     "sharegpt": _to_sharegpt,
     "alpaca": _to_alpaca,
 }
-RATED = ("messages", "chatml", "prompt-completion", "sharegpt")
-"""Those that are read as ratings where a boolean `label` stands beside them."""

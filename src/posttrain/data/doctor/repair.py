@@ -11,20 +11,25 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from posttrain.data.codes import Row
 from posttrain.data.columns import rename_columns
 from posttrain.data.conversation import ALIASES
+from posttrain.data.doctor.census import as_trained, trained_rows
 from posttrain.data.doctor.content import RowReader, Said
 from posttrain.data.doctor.patterns import CONTROL
 from posttrain.data.doctor.rules import CONVERSATIONS, RENAME, Rules, rename_roles, unmatched
-from posttrain.data.report import Cases
+from posttrain.data.pipeline import Pipeline
+from posttrain.data.report import Cases, DataReport
 from posttrain.data.settings import DataSettings
 from posttrain.data.sources import read_rows
 from posttrain.data.writing import write_rows
 from posttrain.errors import ConfigError, DataError
 from posttrain.types import Origin
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 RULES = {
     "dropped_unusable": "unusable rows left out",
@@ -36,11 +41,15 @@ RULES = {
 }
 
 
-def repair(sources: list[Any], out: Path, data: DataSettings) -> dict[str, int]:
-    """Write the repaired rows of `sources` to `out`; how many rows were written and what each rule changed."""
+def repair(
+    sources: list[Any], out: Path, data: DataSettings, tokenizer: PreTrainedTokenizerBase | None = None
+) -> dict[str, int]:
+    """Write the repaired rows of `sources` to `out`; how many rows were written and what each rule changed. With a
+    tokenizer, rows that training with it would refuse are unusable too. Raises DataError where a source breaks off: a
+    copy of its beginning is no repaired copy."""
     check_target(sources, out)
     changes: dict[str, Cases] = {}
-    written = write_rows(out, mended(sources, data, Rules(), changes))
+    written = write_rows(out, mended(sources, data, Rules(), changes, usable_with(tokenizer, data)))
     return {"written": written, **{rule: changes.get(rule, Cases()).count for rule in RULES}}
 
 
@@ -58,7 +67,24 @@ def check_target(sources: list[Any], out: Path) -> None:
         raise ConfigError(f"--fix {out}: there is no folder {out.parent}", hint="create it first")
 
 
-def mended(sources: list[Any], data: DataSettings, rules: Rules, changes: dict[str, Cases]) -> Iterator[Row]:
+Check = Callable[[Row, RowReader, Origin], None]
+
+
+def usable_with(tokenizer: PreTrainedTokenizerBase | None, data: DataSettings) -> Check:
+    """Raises DataError for a row that cannot be trained on with this model."""
+    pipeline = None if tokenizer is None else Pipeline(tokenizer, as_trained(data, "error"), DataReport("data"))
+
+    def check(row: Row, reader: RowReader, origin: Origin) -> None:
+        for part in trained_rows(row, reader, origin):
+            if pipeline is not None:
+                pipeline.one(part, origin)
+
+    return check
+
+
+def mended(
+    sources: list[Any], data: DataSettings, rules: Rules, changes: dict[str, Cases], check: Check
+) -> Iterator[Row]:
     """The rows that are left of `sources`, repaired by `rules`; what each changed is added to `changes`."""
     reader = RowReader(dataclasses.replace(data, column_map={}))
     seen, roles_seen, roles_used = set[Any](), set[str](), set[str]()
@@ -72,7 +98,7 @@ def mended(sources: list[Any], data: DataSettings, rules: Rules, changes: dict[s
         note("dropped_unusable", origin)
 
     for source in sources:
-        for origin, row in _until_broken(source, drop):
+        for origin, row in read_rows(source, reject=drop):
             bare = Origin(origin.source, origin.row)
             try:
                 named = rename_columns(row, data.column_map, bare)
@@ -83,7 +109,9 @@ def mended(sources: list[Any], data: DataSettings, rules: Rules, changes: dict[s
             clean = _without_control(spelt) if rules.has("strip-control-characters") else spelt
             roles = clean
             try:
-                rule = _reason_to_drop(reader.read(clean, bare), seen, rules)
+                said = reader.read(clean, bare)
+                check(clean, reader, bare)
+                rule = _reason_to_drop(said, seen, rules)
             except DataError as error:
                 if rules.has("drop-unusable"):
                     drop(error, origin)
@@ -106,16 +134,6 @@ def mended(sources: list[Any], data: DataSettings, rules: Rules, changes: dict[s
             yield roles
     if missing := unmatched(rules.roles, roles_used, roles_seen):
         raise missing
-
-
-def _until_broken(source: Any, reject: Callable[[DataError, Origin], None]) -> Iterator[tuple[Origin, Row]]:
-    """The rows of a source, up to a fault that none can be read after."""
-    try:
-        yield from read_rows(source, reject=reject)
-    except DataError as error:
-        if error.code == "E-DATA-0001":
-            raise
-        reject(error, Origin(str(source), 0))
 
 
 def _reason_to_drop(said: Said, seen: set[Any], rules: Rules) -> str | None:
