@@ -20,12 +20,16 @@ if TYPE_CHECKING:
         UserError,
     )
     from posttrain.trainers.config import SFTConfig
+    from posttrain.trainers.dpo import DPOTrainer
+    from posttrain.trainers.dpo_config import DPOConfig
     from posttrain.trainers.sft import SFTTrainer
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "SFTTrainer": "posttrain.trainers.sft",
+    "DPOTrainer": "posttrain.trainers.dpo",
+    "DPOConfig": "posttrain.trainers.dpo_config",
     "SFTConfig": "posttrain.trainers.config",
     "CheckpointError": "posttrain.errors",
     "ConfigError": "posttrain.errors",
@@ -39,6 +43,8 @@ _HOMES = {
 __all__ = [
     "CheckpointError",
     "ConfigError",
+    "DPOConfig",
+    "DPOTrainer",
     "DataError",
     "Interrupted",
     "LockedError",

@@ -35,9 +35,11 @@ def join(encoded: list[Encoded], rendered: tuple[Rendered, ...]) -> Tokenized:
     return Tokenized(branches[0].ids[:shared], tuple(answers), first.origin, first.columns)
 
 
-def limit_pair(pair: Tokenized, max_length: int | None, mode: str) -> Tokenized | None:
+def limit_pair(pair: Tokenized, max_length: int | None, mode: str, max_prompt: int | None = None) -> Tokenized | None:
     """Each answer with its prompt cut to `max_length` tokens. None where a prompt that is kept leaves no room. Where
-    the beginning is cut off, the two no longer share theirs."""
+    the beginning is cut off, the two no longer share theirs. `max_prompt` cuts the beginning of a long prompt off."""
+    if max_prompt is not None and len(pair.prefix) > max_prompt:
+        pair = replace(pair, prefix=pair.prefix[len(pair.prefix) - max_prompt :])
     if max_length is None or all(len(pair.prefix) + len(b.ids) <= max_length for b in pair.branches):
         return pair
     room = max_length - len(pair.prefix)

@@ -177,7 +177,8 @@ class Pipeline:
             return None
         if any(one.boundary_moved for one in done):
             report.boundary_moved.add(origin)
-        limited = limit_pair(whole, self.settings.max_length, self.settings.truncation_mode)
+        settings = self.settings
+        limited = limit_pair(whole, settings.max_length, settings.truncation_mode, settings.max_prompt_length)
         if limited is None:
             report.drop("E-DATA-0030", origin)
         if limited is not whole:

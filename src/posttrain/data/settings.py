@@ -35,6 +35,7 @@ class DataSettings:
     completion_only: bool | None = None
     assistant_only: bool | None = False
     max_length: int | None = None
+    max_prompt_length: int | None = None
     truncation_mode: str = "keep_start"
     packing: bool = False
     packing_strategy: str = "bfd"

@@ -29,7 +29,7 @@ def read_config(
         raise ConfigError(f"model must be a transformers or PEFT model, or the name of one, got {type(model).__name__}")
     moved = {}
     for name in list(older):
-        if name in TRAINER_TO_CONFIG:
+        if name in TRAINER_TO_CONFIG and TRAINER_TO_CONFIG[name] in kind.__dataclass_fields__:
             moved[TRAINER_TO_CONFIG[name]] = older.pop(name)
             say_read_as(name, {f"args.{TRAINER_TO_CONFIG[name]}": moved[TRAINER_TO_CONFIG[name]]})
         elif name in TRAINER_GONE:
@@ -57,6 +57,7 @@ def refuse(**given: Any) -> None:
     instead = {
         "data_collator": "batches are packed; put the labels into the dataset (input_ids, labels)",
         "compute_loss_func": "write an objective (posttrain.objectives)",
+        "compute_metrics": "it wants logits, which are never made; see the metrics under rewards/ and logps/",
     }
     for name, value in given.items():
         if value is not None:

@@ -66,6 +66,13 @@ TRAINER_TO_CONFIG = {
     "eval_packing": "eval_packing",
     "model_init_kwargs": "model_init_kwargs",
     "neftune_noise_alpha": "neftune_noise_alpha",
+    "beta": "beta",
+    "label_smoothing": "label_smoothing",
+    "loss_type": "loss_type",
+    "max_length": "max_length",
+    "max_prompt_length": "max_prompt_length",
+    "precompute_ref_log_probs": "precompute_ref_log_probs",
+    "ref_adapter_name": "ref_adapter_name",
 }
 TRAINER_GONE = ("dataset_batch_size", "num_of_sequences", "chars_per_token", "infinite")
 
