@@ -143,7 +143,7 @@ class Loop:
 
     def _account(self, micro: list[Batch], counts: dict[str, int], loss: float) -> None:
         state = self.events.state
-        tokens = sum(batch.num_tokens for batch in micro)
+        tokens = sum(batch.sequence_tokens for batch in micro)
         flops = sum(self.flops(batch) for batch in micro)
         self.meter.end_step(loss, tokens, counts["tokens"], flops)
         self.total_loss += loss

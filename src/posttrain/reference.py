@@ -75,6 +75,7 @@ class ReferenceModel:
     precompute: bool = False
     folder: Path | None = None
     _is_open: bool = False
+    _is_off: bool = False
     _held: Held | None = None
     _own: Session | None = None
 
@@ -82,8 +83,9 @@ class ReferenceModel:
         if self._is_open:
             return
         self._is_open = True
-        if self.model is None and self.adapter is None and not is_fresh_adapter(session.policy.model):
-            self._held = None if self.precompute else Held(session.trained)
+        self._is_off = is_fresh_adapter(session.policy.model)
+        if self.model is None and self.adapter is None and not self._is_off and not self.precompute:
+            self._held = Held(session.trained)
 
     def ask(self, session: Session) -> Reference:
         """The reference, as a function of batches."""
@@ -98,15 +100,18 @@ class ReferenceModel:
         if self._held is not None:
             held = self._held
             return OfPolicy(policy, lambda: held.in_place(session.precision.publish))
-        if is_fresh_adapter(policy.model) or not hasattr(policy.model, "disable_adapter"):
-            return OfPolicy(policy, nullcontext)  # it is the starting model still
-        return OfPolicy(policy, policy.model.disable_adapter)
+        if self._is_off:
+            return OfPolicy(policy, policy.model.disable_adapter)
+        return OfPolicy(policy, nullcontext)  # asked ahead, while it is the starting model still
 
     def depends_on(self, session: Session) -> dict[str, Any]:
         """What its answers depend on beside the tokens."""
         model = session.policy.model if self.model is None else self.model
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
         return {
             "weights": weights_hash(model),
+            "model": [type(base).__name__, base.config.to_json_string()],
+            "adapters": {name: str(config.to_dict()) for name, config in getattr(model, "peft_config", {}).items()},
             "adapter": self.adapter,
             "dtype": str(session.precision.compute_dtype),
             "code": [torch.__version__, transformers.__version__],

@@ -158,6 +158,12 @@ class Batch:
         return self.layout.num_tokens
 
     @property
+    def sequence_tokens(self) -> int:
+        """Tokens of all sequences, a shared prompt counted with each of its answers: what the data hold."""
+        parents = set(self.layout.parents)
+        return sum(n for index, n in enumerate(self.layout.context_lengths) if index not in parents)
+
+    @property
     def num_sequences(self) -> int:
         return len(self.sample_S)
 

@@ -85,10 +85,11 @@ def make_trainer(
     model: str | Callable[[int], PreTrainedModel] = "llama",
     tokenizer: Callable[[], PreTrainedTokenizerBase] = chatml_tokenizer,
     given: Callable[[], dict[str, Any]] = dict,
+    method: str = "SFT",
     **args: Any,
 ) -> Any:
-    """The library's `SFTTrainer`. `model` names a family, or makes a model for so many tokens; `given` makes arguments
-    of the trainer; `args` are fields of the config."""
+    """The library's `SFTTrainer`, or that of another method. `model` names a family, or makes a model for so many
+    tokens; `given` makes arguments of the trainer; `args` are fields of the config."""
     defaults = {
         "per_device_train_batch_size": len(rows) if isinstance(rows, list) else 2,
         "max_steps": -1 if "num_train_epochs" in args else 3,
@@ -102,11 +103,11 @@ def make_trainer(
         "report_to": "none",
         "disable_tqdm": True,
     }
-    config = library.SFTConfig(str(folder), **{**defaults, **args})
+    config = getattr(library, f"{method}Config")(str(folder), **{**defaults, **args})
     words = tokenizer()
     made = tiny_model(model, len(words)) if isinstance(model, str) else model(len(words))
     options = {"model": made, "args": config, "processing_class": words, "train_dataset": as_dataset(rows)}
-    return library.SFTTrainer(**{**options, **given()})
+    return getattr(library, f"{method}Trainer")(**{**options, **given()})
 
 
 def train(library: ModuleType, folder: Path, rows: Any, **settings: Any) -> Trained:

@@ -173,7 +173,7 @@ LOSSES: dict[str, Loss] = {
 }  # fmt: skip
 WHOLE_BATCH = ("aot", "aot_unpaired", "sft")
 """No sums over pairs: they are computed over the batches that the user's batch size names."""
-REFERENCE_FREE = ("simpo", "cpo", "sft")
+REFERENCE_FREE = ("simpo", "cpo")
 OF_ANY_DIVERGENCE = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
 SMOOTHED = ("exo_pair", "robust", "aot", "aot_unpaired", "simpo", "cpo")
 
@@ -220,7 +220,11 @@ class PreferenceLoss:
 
     @property
     def needs_reference(self) -> bool:
-        return any(name not in REFERENCE_FREE for name in self.losses)
+        """Not where only likelihoods are compared; `sft` alone has one to be watched against."""
+        without = [name in REFERENCE_FREE for name in self.losses]
+        return not any(without) or not all(
+            free or name == "sft" for name, free in zip(self.losses, without, strict=True)
+        )
 
     @property
     def is_sum(self) -> bool:
