@@ -121,7 +121,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ld, none of the rest": {"ld_alpha": 0.0},
     "ld and sft": {"ld_alpha": 0.3, "loss_type": ["sigmoid", "sft"]},
     "wpo": {"use_weighting": True},
-    "forward kl": {"f_divergence_type": "forward_kl", "learning_rate": 1e-4},  # exp of a sum has the sum's rounding
     "js": {"f_divergence_type": "js_divergence"},
     "alpha": {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.7},
     "alpha of 1": {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.0},
@@ -135,6 +134,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", OPTIONS)
 def test_an_option(name: str, tmp_path: Path) -> None:
     compare(tmp_path, PAIRS, **OPTIONS[name])
+
+
+def test_forward_kl(tmp_path: Path) -> None:
+    """The exponential of a sum has the sum's rounding, 170 nats of fp32 here."""
+    ours, theirs = both(tmp_path, PAIRS, f_divergence_type="forward_kl")
+    assert ours.numbers == pytest.approx(theirs.numbers, rel=5e-5)
 
 
 def test_the_end_is_kept(tmp_path: Path) -> None:
