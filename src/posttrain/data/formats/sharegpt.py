@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from posttrain.data.codes import Row, bad_row, kind
-from posttrain.data.conversation import check_answers, map_role, parse_json
+from posttrain.data.conversation import check_answers, map_role, parse_arguments, parse_json
 from posttrain.data.flags import KEYS, normalise
 from posttrain.data.formats.build import build
 from posttrain.types import Example, Message, Origin
@@ -90,10 +90,8 @@ def _calls(text: str, field: str, row: Row, origin: Origin) -> list[dict[str, An
 
 def _function(call: Mapping[str, Any], field: str, row: Row, origin: Origin) -> dict[str, Any]:
     """Arguments as an object: templates write a string out once more as JSON."""
-    arguments = call.get("arguments", call.get("parameters", {}))
-    if isinstance(arguments, str):
-        arguments = parse_json(arguments, f"{field}.arguments", row, origin)
-    return {"name": call["name"], "arguments": arguments}
+    arguments = call.get("arguments", call.get("parameters"))
+    return {"name": call["name"], "arguments": parse_arguments(arguments, f"{field}.arguments", row, origin)}
 
 
 def _wrap(tool: Any) -> Any:
