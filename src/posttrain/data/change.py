@@ -137,7 +137,8 @@ def _to_sharegpt(example: Example) -> Row:
         if calls:
             functions = [call.get("function", call) for call in calls]
             value = functions[0] if len(functions) == 1 else functions
-            turns.append({"from": "function_call", "value": json.dumps(value, ensure_ascii=False), **flags})
+            whole = {key: flag for key, flag in flags.items() if key == "train"}  # a call's text has no ranges
+            turns.append({"from": "function_call", "value": json.dumps(value, ensure_ascii=False), **whole})
     return {"conversations": turns}
 
 

@@ -52,7 +52,8 @@ class Supervision:
 @dataclass(frozen=True)
 class Rendered:
     """`full` is the text of the whole sequence. `prompt` is what the model is given, where only what follows it is to
-    be trained; `spans` are the characters that the assistant says, where only those are. `given_otherwise`: in use, the
+    be trained; `spans` are the characters that the assistant says, where only those are, and `cuts` are where flags of
+    the data part what is trained from what is not within a turn. `given_otherwise`: in use, the
     model is given another text than what stands before a turn of its own here. `thought_lost`: the template leaves a
     thought out."""
 
@@ -60,6 +61,7 @@ class Rendered:
     full: str
     prompt: str | None = None
     spans: list[Span] | None = None
+    cuts: tuple[int, ...] = ()
     given_otherwise: bool = False
     thought_lost: bool = False
 
@@ -108,6 +110,7 @@ def _render_chat(example: Example, chat: Chat, supervision: Supervision) -> Rend
     if of_completion:
         _check_prompt_flags(before, example)
     full, spans, prompt, otherwise = "", None, None, False
+    cuts: tuple[int, ...] = ()
     try:
         full = chat.render(messages, example)
         turns = Turns(chat, messages, example, full)
@@ -118,7 +121,8 @@ def _render_chat(example: Example, chat: Chat, supervision: Supervision) -> Rend
             spans = turns.spans()
             otherwise = otherwise or turns.given_otherwise()
         if has_flags(messages):
-            spans = _with_flags(spans if spans is not None else [(0, len(full))], turns.flagged())
+            turns_only, flagged = spans if spans is not None else [(0, len(full))], turns.flagged()
+            spans, cuts = _with_flags(turns_only, flagged), _cuts(turns_only, flagged)
     except LimitError as error:
         hint = "a template that takes this much is broken or hostile: look at it, or choose another"
         message = f"{example.origin}: the chat template is out of bounds: {error}"
@@ -129,7 +133,8 @@ def _render_chat(example: Example, chat: Chat, supervision: Supervision) -> Rend
         raise _template_error(example, messages, error) from error
     _check_calls(messages, example, full)
     _check_left_out(messages, example, full)
-    return Rendered(example, full, prompt, spans, otherwise, any(_thought_lost(message, full) for message in messages))
+    thought_lost = any(_thought_lost(message, full) for message in messages)
+    return Rendered(example, full, prompt, spans, cuts, otherwise, thought_lost)
 
 
 def _with_flags(spans: list[Span], flagged: list[tuple[Span, bool]]) -> list[Span]:
@@ -138,6 +143,12 @@ def _with_flags(spans: list[Span], flagged: list[tuple[Span, bool]]) -> list[Spa
         kept = [part for a, b in spans for part in ((a, min(b, start)), (max(a, end), b)) if part[0] < part[1]]
         spans = sorted([*kept, (start, end)] if train and start < end else kept)
     return spans
+
+
+def _cuts(spans: list[Span], flagged: list[tuple[Span, bool]]) -> tuple[int, ...]:
+    """Where `flagged` begin or end, other than where `spans` do."""
+    edges = {edge for span, _ in flagged for edge in span}
+    return tuple(sorted(edges - {edge for span in spans for edge in span}))
 
 
 def _check_prompt_flags(prompt: list[Message], example: Example) -> None:
