@@ -22,6 +22,8 @@ from posttrain.types import Example, Message
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from posttrain.data.layout import Fault
+
 PROBE = "a text to look for"
 MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
@@ -56,6 +58,11 @@ class Chat:
 
     @cached_property
     def _shapes(self) -> dict[str, str]:
+        return {}
+
+    @cached_property
+    def layouts(self) -> dict[tuple[object, ...], Fault | None]:
+        """What layout.py has found, by shape of conversation."""
         return {}
 
     def _shape(self, template: str) -> str:

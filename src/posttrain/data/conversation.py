@@ -12,6 +12,7 @@ from posttrain.data.flags import normalise, spoken
 from posttrain.types import Message, Origin
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment", "documents")
+SYSTEM = ("system", "developer")
 ALIASES: dict[str, str] = {
     "human": "user",
     "prompter": "user",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from posttrain.data.chat import Chat
 from posttrain.data.codes import bad_row, excerpt
 from posttrain.data.flags import has_flags
+from posttrain.data.layout import find_fault
 from posttrain.data.rendering import REASONING, LimitError, RenderError, Span
 from posttrain.data.turns import NoPrefixError, Turns
 from posttrain.errors import ConfigError, DataError
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 
 LETTERS = re.compile(r"[\W_]+")
 """What is neither letter nor digit."""
+HINTS = {
+    "E-DATA-0043": "give it another role, drop it, or choose a template that knows the role",
+    "E-DATA-0046": "the chat template does not keep to the order of the messages: mend it, or choose another",
+}
 WAY_OUT = "mark the assistant's part in the template with {% generation %}, or use prompt-completion data"
 
 
@@ -114,6 +119,7 @@ def _render_chat(example: Example, chat: Chat, supervision: Supervision) -> Rend
     try:
         full = chat.render(messages, example)
         turns = Turns(chat, messages, example, full)
+        _check_layout(chat, messages, example, len(before) if of_completion else None, of_assistant, full)
         if of_completion:
             prompt = chat.render(before, example, generation_prompt=True)
             otherwise = not full.startswith(prompt)
@@ -129,6 +135,8 @@ def _render_chat(example: Example, chat: Chat, supervision: Supervision) -> Rend
         raise ConfigError(message, hint=hint, code="E-DATA-0041") from None
     except NoPrefixError as error:
         raise bad_row("E-DATA-0021", example.origin, str(error), row=full, hint=WAY_OUT) from None
+    except DataError:
+        raise
     except (RenderError, TypeError, ValueError, KeyError, IndexError) as error:
         raise _template_error(example, messages, error) from error
     _check_calls(messages, example, full)
@@ -177,6 +185,18 @@ def _check_calls(messages: list[Message], example: Example, full: str) -> None:
                 raise bad_row("E-DATA-0023", example.origin, what, field=f"messages[{i}]", row=full, hint=hint)
 
 
+def _check_layout(
+    chat: Chat, messages: list[Message], example: Example, num_given: int | None, of_assistant: bool, full: str
+) -> None:
+    """A template that turns the order round would have others' words trained as the assistant's."""
+    fault = find_fault(chat, messages, example, num_given, of_assistant)
+    if fault is not None:
+        content = messages[fault.index].get("content")
+        hint = HINTS[fault.code]
+        where = f"messages[{fault.index}]"
+        raise bad_row(fault.code, example.origin, fault.what, field=where, seen=content, row=full, hint=hint)
+
+
 def _check_left_out(messages: list[Message], example: Example, full: str) -> None:
     """A template that does not know a role leaves the message out without a word."""
     for i, message in enumerate(messages):
@@ -186,8 +206,7 @@ def _check_left_out(messages: list[Message], example: Example, full: str) -> Non
         lines = [line.strip() for line in content.splitlines() if line.strip()]
         if lines and not any(line in full for line in lines) and not _is_in(content, full):
             what = f"is of role {message['role']}, which the chat template leaves out"
-            hint = "give it another role, drop it, or choose a template that knows the role"
-            where = f"messages[{i}]"
+            where, hint = f"messages[{i}]", HINTS["E-DATA-0043"]
             raise bad_row("E-DATA-0043", example.origin, what, field=where, seen=content, row=full, hint=hint)
 
 

@@ -150,7 +150,7 @@ class Turns:
         given = self.chat.render(self.messages[:i], self.example, generation_prompt=True)
         if self.full.startswith(given):
             return len(given)
-        common = _common(given, self.full)
+        common = common_length(given, self.full)
         if common < len(self._before(i)):
             raise NoPrefixError(_unlike(i))
         return common
@@ -232,6 +232,6 @@ def _unlike(i: int) -> str:
     return f"messages[:{i}] alone are rendered unlike the beginning of the whole conversation"
 
 
-def _common(a: str, b: str) -> int:
+def common_length(a: str, b: str) -> int:
     """How many leading characters two texts share."""
     return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -46,4 +46,7 @@ KINDS: dict[str, Kind] = {
     "W-DATA-0117": Kind("info", "rows in another language", "fine if it is meant"),
     "W-DATA-0118": Kind("warning", "several formats", "fine if it is meant; --format NAME refuses all others"),
     "W-DATA-0119": Kind("info", "not looked for", "see the sentence"),
+    "W-DATA-0120": Kind(
+        "warning", "odd system turns", "one system turn, the first; posttrain data tokens shows the row"
+    ),
 }
