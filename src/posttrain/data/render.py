@@ -14,7 +14,7 @@ from posttrain.data.chat import Chat
 from posttrain.data.codes import bad_row, excerpt
 from posttrain.data.flags import has_flags
 from posttrain.data.layout import find_fault
-from posttrain.data.rendering import REASONING, LimitError, RenderError, Span
+from posttrain.data.rendering import REASONING, BrokenTemplateError, LimitError, RenderError, Span
 from posttrain.data.turns import NoPrefixError, Turns
 from posttrain.errors import ConfigError, DataError
 from posttrain.types import Example, Message
@@ -133,6 +133,8 @@ def _render_chat(example: Example, chat: Chat, supervision: Supervision) -> Rend
         hint = "a template that takes this much is broken or hostile: look at it, or choose another"
         message = f"{example.origin}: the chat template is out of bounds: {error}"
         raise ConfigError(message, hint=hint, code="E-DATA-0041") from None
+    except BrokenTemplateError as error:
+        raise chat.broken(error, chat.text(example)) from None
     except NoPrefixError as error:
         raise bad_row("E-DATA-0021", example.origin, str(error), row=full, hint=WAY_OUT) from None
     except DataError:
