@@ -11,7 +11,14 @@ from posttrain import __version__
 from posttrain.commands import COLORS, EXIT_CODES, data, recipes, train
 from posttrain.commands.train import command_to_resume
 from posttrain.errors import DiskFullError, Interrupted, UserError
-from posttrain.terminal import ended_by_signals, is_disk_full, keep_traceback, make_streams_last, wants_colour
+from posttrain.terminal import (
+    ended_by_signals,
+    is_disk_full,
+    keep_traceback,
+    make_streams_last,
+    stopped_at_once,
+    wants_colour,
+)
 
 COMMANDS = (train, data, recipes)
 
@@ -30,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"Continue: {command_to_resume(options)}", file=sys.stderr)
         return 75
     except KeyboardInterrupt as stopped:
-        print(f"Stopped at once ({str(stopped) or 'SIGINT'}). What was saved before is as it was.", file=sys.stderr)
+        print(stopped_at_once(str(stopped) or "SIGINT"), file=sys.stderr)
         return 75
     except UserError as error:
         return _say(error)

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -68,17 +69,33 @@ def wants_colour(choice: str, stream: Any) -> bool:
     return bool(stream.isatty()) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
+PATIENCE = 4.0
+"""Seconds that a command has for putting things away before it is ended as it is."""
+
+
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise KeyboardInterrupt, as SIGINT does. Training has its own, gentler way."""
+    """SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt, so that half-written files are put away. Training has its
+    own, gentler way.
 
-    def interrupt(number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt(signal.Signals(number).name)
+    Not all code lets an exception through: C++ that imports Python modules (torch does) aborts the process, and a broad
+    `except` swallows it. So while a module is being imported, when nothing is half written, the process ends at once;
+    and it ends after `PATIENCE` seconds whatever stands in the way."""
+    last_resort: list[threading.Timer] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if last_resort or _is_importing(frame):
+            _leave(name)
+        last_resort.append(threading.Timer(PATIENCE, _leave, [name]))
+        last_resort[0].daemon = True
+        last_resort[0].start()
+        raise KeyboardInterrupt(name)
 
     before = {}
-    for name in ("SIGTERM", "SIGHUP"):
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+        if number is not None and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             try:
                 before[number] = signal.signal(number, interrupt)
             except ValueError:  # not in the main thread, where Python allows no handlers
@@ -86,8 +103,27 @@ def ended_by_signals() -> Iterator[None]:
     try:
         yield
     finally:
+        for timer in last_resort:
+            timer.cancel()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def stopped_at_once(name: str) -> str:
+    return f"Stopped at once ({name}). What was saved before is as it was."
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _leave(name: str) -> None:
+    print(stopped_at_once(name), file=sys.stderr, flush=True)
+    os._exit(75)
 
 
 def is_disk_full(error: BaseException | None) -> bool:

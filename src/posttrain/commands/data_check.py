@@ -67,8 +67,14 @@ def _check(options: argparse.Namespace) -> int:
     document = found.to_dict()
     if not options.json:
         _print(found, options)
-    if options.fix:
-        document["fix"] = {"path": str(options.fix), **repair(options.files, options.fix, data)}
+    if options.fix and found.is_unread:
+        document["fix"] = None
+        print(f"--fix {options.fix} was not written: the rest of a file cannot be read, and a copy would lack it\n"
+              "  = mend that place first", file=sys.stderr)  # fmt: skip
+    elif options.fix:
+        document["fix"] = {
+            "path": str(options.fix), **repair(options.files, options.fix, data, common["tokenizer"])
+        }  # fmt: skip
         found = (
             check([str(options.fix)], **{**common, "data": _without_names(data)})
             if document["fix"]["written"]

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import os
 import re
+from array import array
 from collections.abc import Callable
-from itertools import islice
+from functools import lru_cache
 from typing import Any
 
 from posttrain.errors import DataError
@@ -43,6 +44,7 @@ REASONS: dict[str, str] = {
     "E-DATA-0024": "tokenizer",
     "E-DATA-0025": "malformed tokens",
     "E-DATA-0026": "not what its format promises",
+    "E-DATA-0028": "label that is no boolean",
     "E-DATA-0030": "answer cut off by max_length",
     "E-DATA-0031": "nothing left",
     "E-DATA-0040": "end-of-turn token missing",
@@ -60,7 +62,7 @@ REASONS: dict[str, str] = {
 }
 
 MAX_SEARCHED = 16 * 2**20
-"""Bytes of a file in which the column of a value is looked for: the file is read up to the row."""
+"""Bytes of a file in which the column of a value is looked for: where its lines begin has to be known."""
 
 Row = dict[str, Any]
 Reject = Callable[[DataError, Origin], None]
@@ -119,11 +121,29 @@ def excerpt(value: object, around: object = None, width: int = 110) -> str:
     return ("…" if start > 0 else "") + text[start : start + width] + ("…" if start + width < len(text) else "")
 
 
-def _is_large(path: str) -> bool:
+@lru_cache(maxsize=4)
+def _line_starts(path: str, size: int, changed: int) -> array[int]:
+    """Where each line begins. Kept, so that many complaints about one file do not read it anew each time."""
+    starts = array("Q", [0])
+    with open(path, "rb") as file:
+        for line in file:
+            starts.append(starts[-1] + len(line))
+    return starts
+
+
+def _lines(path: str, first: int, count: int) -> str:
+    """`count` lines from number `first` on; nothing of a file that is not there or too large to be searched."""
     try:
-        return os.path.getsize(path) > MAX_SEARCHED
-    except OSError:
-        return True
+        about = os.stat(path)
+        if about.st_size > MAX_SEARCHED:
+            return ""
+        starts = _line_starts(path, about.st_size, about.st_mtime_ns)
+        with open(path, "rb") as file:
+            file.seek(starts[first - 1])
+            raw = file.read(starts[min(first - 1 + count, len(starts) - 1)] - starts[first - 1])
+    except (OSError, IndexError):
+        return ""
+    return raw.decode("utf-8-sig" if first == 1 else "utf-8", "replace")
 
 
 def locate(origin: Origin, seen: object, field: str | None = None) -> str:
@@ -131,14 +151,8 @@ def locate(origin: Origin, seen: object, field: str | None = None) -> str:
     one), else what the origin knows."""
     if origin.line is None or not isinstance(seen, str) or not seen:
         return str(origin)
-    if _is_large(origin.source):
-        return str(origin)
     num_lines = 1000 if origin.source.endswith(".json") else 1  # an object of a JSON array may run over many lines
-    try:
-        with open(origin.source, encoding="utf-8-sig", errors="replace", newline="\n") as file:
-            text = "".join(islice(file, origin.line - 1, origin.line - 1 + num_lines))
-    except OSError:
-        return str(origin)
+    text = _lines(origin.source, origin.line, num_lines)
     value = json.dumps(seen, ensure_ascii=False)
     key = json.dumps((field or "").rpartition(".")[2], ensure_ascii=False)
     after_key = re.search(rf"{re.escape(key)}\s*:\s*(?={re.escape(value)})", text)

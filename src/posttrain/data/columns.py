@@ -8,6 +8,9 @@ from posttrain.data.codes import Row, bad_row
 from posttrain.errors import ConfigError
 from posttrain.types import Origin
 
+BOOLEANS = {"true": True, "false": False}
+"""How tables spell a label."""
+
 
 def rename_columns(row: Row, names: Mapping[str, str], origin: Origin) -> Row:
     """`row` with its columns renamed; those that it has not are passed over, for a mixture's parts may differ."""
@@ -18,6 +21,8 @@ def rename_columns(row: Row, names: Mapping[str, str], origin: Origin) -> Row:
         twice = sorted(new for old, new in names.items() if new in row and old in row and new not in names)
         what = f"has a column {', '.join(f'`{name}`' for name in twice)} already, which another is to be renamed to"
         raise bad_row("E-DATA-0050", origin, what, row=row, hint="rename that one as well, or leave it out of the map")
+    if isinstance(rating := renamed.get("label"), str) and "label" in names.values():
+        renamed["label"] = BOOLEANS.get(rating.strip().lower(), rating)  # tables have no other way to say it
     return renamed
 
 

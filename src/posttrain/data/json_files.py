@@ -1,6 +1,7 @@
 """Readers of JSON Lines and JSON arrays, strict (no comments, no NaN), that recognise what people write instead.
 
-A bad line is handed to `reject`, and reading can go on; a broken array cannot be recovered from and raises.
+A bad line is handed to `reject`, and reading can go on. So is an element of an array that can be told from the next
+one all the same (NaN, a repeated key, bytes that are not UTF-8); an array whose brackets are broken raises.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from posttrain.data import lines
 from posttrain.data.codes import Reject, Row, bad_row, excerpt, kind
-from posttrain.data.lines import decode, raw_lines, text_lines
+from posttrain.data.lines import decode, raw_lines
 from posttrain.errors import DataError
 from posttrain.types import Origin
 
@@ -40,6 +42,8 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_once_each)
+LENIENT = json.JSONDecoder(parse_int=str)
+"""Finds the end of what the other one refuses."""
 SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -68,32 +72,58 @@ def read_json_lines(path: Path, reject: Reject) -> Rows:
 
 def read_json(path: Path, reject: Reject) -> Rows:
     """A JSON array of objects; or objects one after another, which is JSON Lines under another name."""
-    text = "".join(text_lines(path))
+    text, unreadable = _text(path)
     start = _skip_space(text, 0)
     if start == len(text):
         raise DataError(f"{path}: the file holds white space only", hint="write [{...}, {...}]", code="E-DATA-0006")
     match text[start : start + 1]:
         case "[":
-            return _read_array(path, text, start + 1, reject)
+            return _read_array(path, text, start + 1, reject, unreadable)
         case "{":
             return _read_objects(path, text, start, reject)
+    if unreadable:
+        raise unreadable[0][1]
     message = f"{path}:1: expected a JSON array of objects, saw: {excerpt(text[start:])}"
     raise DataError(message, hint="write [{...}, {...}]", code="E-DATA-0002")
 
 
-def _read_array(path: Path, text: str, position: int, reject: Reject) -> Rows:
+Unreadable = list[tuple[int, DataError]]
+"""Where in the text there is something that is not UTF-8, and the complaint about it."""
+
+
+def _text(path: Path) -> tuple[str, Unreadable]:
+    """The whole file, with marks in place of what cannot be read."""
+    parts: list[str] = []
+    unreadable: Unreadable = []
+    length = 0
+    for index, raw in enumerate(raw_lines(path, limited=False)):
+        try:
+            text = decode(raw, Origin(str(path), index, index + 1))
+        except DataError as error:
+            text = raw.decode("utf-8", "replace")
+            unreadable.append((length + max(text.find("\ufffd"), 0), error))
+        parts.append(text)
+        length += len(text)
+    return "".join(parts), unreadable
+
+
+def _read_array(path: Path, text: str, position: int, reject: Reject, unreadable: Unreadable) -> Rows:
     row, line, counted = 0, 1, 0
     position = _skip_space(text, position)
     while text[position : position + 1] != "]":
         line, counted = line + text.count("\n", counted, position), position
         origin = Origin(str(path), row, line)
-        value, position = _parse_at(text, position, path)
+        value, end = _parse_at(text, position, path, unreadable)
+        while unreadable and unreadable[0][0] < end:
+            value = unreadable.pop(0)[1]
+        if end - position > lines.MAX_LINE:
+            value = lines.too_long(origin, text[position : position + 1000])
         if isinstance(value, dict):
             yield origin, value
         else:
-            reject(_not_an_object(value, origin), origin)
+            reject(value if isinstance(value, DataError) else _not_an_object(value, origin), origin)
         row += 1
-        position = _next_element(text, _skip_space(text, position), path)
+        position = _next_element(text, _skip_space(text, end), path)
     rest = _skip_space(text, position + 1)
     if rest < len(text):
         raise _broken_array("the array ends before this", text, rest, path)
@@ -135,18 +165,34 @@ def _skip_space(text: str, position: int) -> int:
     return match.end() if match else position
 
 
-def _parse_at(text: str, position: int, path: Path) -> tuple[Any, int]:
+def _parse_at(text: str, position: int, path: Path, unreadable: Unreadable) -> tuple[Any, int]:
+    """The element that begins here, or the complaint about it, and where it ends. Raises where no end can be found."""
     try:
         return DECODER.raw_decode(text, position)
     except json.JSONDecodeError as error:
+        if unreadable and unreadable[0][0] <= error.pos:
+            raise unreadable[0][1] from None
         raise _broken_array(error.msg, text, error.pos, path) from None
     except ValueError as error:
         where = f"{path}:{1 + text.count(chr(10), 0, position)}"
-        if isinstance(error, _NotANumber):
-            raise _not_a_number(error, text, position, where) from None
-        if isinstance(error, _Repeated):
-            raise _repeated(error, text, position, where) from None
-        raise DataError(f"{where}  not valid JSON: {error}", code="E-DATA-0002") from None
+        return _refused(error, text, position, where), _end(text, position, path)
+    except RecursionError:
+        raise _too_deep(f"{path}:{1 + text.count(chr(10), 0, position)}") from None
+
+
+def _refused(error: ValueError, text: str, position: int, where: str) -> DataError:
+    if isinstance(error, _NotANumber):
+        return _not_a_number(error, text, position, where)
+    if isinstance(error, _Repeated):
+        return _repeated(error, text, position, where)
+    return DataError(f"{where}  not valid JSON: {error}", code="E-DATA-0002")  # an integer of thousands of digits
+
+
+def _end(text: str, position: int, path: Path) -> int:
+    try:
+        return LENIENT.raw_decode(text, position)[1]
+    except json.JSONDecodeError as error:
+        raise _broken_array(error.msg, text, error.pos, path) from None
     except RecursionError:
         raise _too_deep(f"{path}:{1 + text.count(chr(10), 0, position)}") from None
 

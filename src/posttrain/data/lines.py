@@ -9,8 +9,9 @@ from posttrain.data.codes import excerpt
 from posttrain.errors import DataError
 from posttrain.types import Origin
 
-MAX_LINE = 64 * 2**20
-"""Bytes of a line of JSON or text. What is longer is no row, and reading it whole would fill the memory."""
+MAX_LINE = 32 * 2**20
+"""Bytes of a line of JSON or text. What is longer is no row (it would have millions of tokens), and reading it whole
+would fill the memory."""
 
 
 class _TooLong(bytes):
@@ -36,16 +37,14 @@ def raw_lines(path: Path, limited: bool = True) -> Iterator[bytes]:
             first = False
 
 
-def text_lines(path: Path) -> Iterator[str]:
-    lines = raw_lines(path, limited=False)
-    return (decode(raw, Origin(str(path), index, index + 1)) for index, raw in enumerate(lines))
+def too_long(origin: Origin, beginning: str) -> DataError:
+    message = f"{origin}  the row is longer than {MAX_LINE // 2**20} MiB\n  | {excerpt(beginning)}"
+    return DataError(message, hint="write each row on a line of its own", code="E-DATA-0009")
 
 
 def decode(raw: bytes, origin: Origin) -> str:
     if isinstance(raw, _TooLong):
-        near = excerpt(raw.decode("utf-8", "replace"))
-        message = f"{origin}  the line is longer than {MAX_LINE // 2**20} MiB\n  | {near}"
-        raise DataError(message, hint="write each row on a line of its own", code="E-DATA-0009")
+        raise too_long(origin, raw.decode("utf-8", "replace"))
     if raw[:1] == b"\0" and not raw.strip(b"\0\r\n"):
         hint = "the file was damaged, by a full disk or a crash, say; write it again"
         raise DataError(f"{origin}  the line is nothing but NUL bytes", hint=hint, code="E-DATA-0003")

@@ -15,7 +15,7 @@ from posttrain.data.chat import Chat
 from posttrain.data.codes import UNFORESEEN, Row, bad_row, broken_promise, excerpt, kind
 from posttrain.data.columns import rename_columns
 from posttrain.data.encode import Encoded, Encoder
-from posttrain.data.formats import choose, detect, formats
+from posttrain.data.formats import choose, detect, formats, require
 from posttrain.data.remarks import remark_on_bos, remark_on_text
 from posttrain.data.render import Rendered, Supervision, render
 from posttrain.data.report import DataReport
@@ -48,7 +48,9 @@ class Pipeline:
             self.chat = self._open_chat()
 
     def run(self, dataset: Any, name: str) -> Iterator[Tokenized]:
-        rows = _with_progress(read_rows(dataset, name, self._reject), dataset, name)
+        yield from self.run_rows(_with_progress(read_rows(dataset, name, self._reject), dataset, name))
+
+    def run_rows(self, rows: Rows) -> Iterator[Tokenized]:
         while chunk := list(islice(rows, CHUNK)):
             self.report.rows += len(chunk)
             for tokenized in self._chunk(chunk):
@@ -115,10 +117,7 @@ class Pipeline:
             self.report.formats["read by formatting_func, as text"] += 1
             return _formatted(self.settings.formatting_func, row, origin)
         chosen = self.format or detect(row, origin, self.formats)
-        if not chosen.matches(row):
-            columns = ", ".join(row)
-            what = f"is not of format {self.settings.format!r} (columns {columns})"
-            raise bad_row("E-DATA-0010", origin, what, row=row, hint='format="auto" tells by the shape of each row')
+        require(chosen, self.settings.format, row, origin)
         self.report.formats[chosen.describe(row)] += 1
         return chosen.parse(row, origin)
 
@@ -141,6 +140,8 @@ class Pipeline:
         limited = _limit(whole, self.settings)
         if limited.num_supervised == 0:
             report.drop("E-DATA-0030", whole.origin)
+            report.tokens_lost += whole.num_tokens
+            report.supervised_lost += whole.num_supervised
             return None
         if limited is not whole:
             report.truncated.add(whole.origin)

@@ -14,12 +14,16 @@ from posttrain.types import Origin
 NUM_FIRST = 5
 NUM_LISTED = 10_000
 REMARKS = {
+    "boundary_moved": "have prompts whose tokens change when the completion follows, so that training sees a context "
+    "that use does not: end prompts on a token boundary, e.g. before a space",
+    "untrained": "are packed without their answer",
+    "endless": "end, in the chat template, with no token of its own: the model will not learn to stop",
     "given_otherwise": "hold turns before which the model, in use, is given another text than in training (a "
     "generation prompt or earlier turns that the template writes otherwise): see one with `posttrain data tokens`",
     "thought_lost": "hold thoughts that the chat template leaves out, so that they are not trained",
     "tools_left_out": "have tools that the chat template leaves out, so that the model does not see what it may call",
     "special_in_text": "hold special tokens in what others than the assistant say: they are encoded as these tokens",
-    "odd_systems": "hold several system turns, or one that does not come first (W-DATA-0120): the chat template writes "
+    "odd_systems": "hold several system turns, or one that does not come first (W-DATA-0129): the chat template writes "
     "them where they stand, as few models have seen it",
     "without_bos": "begin without the token that the tokenizer puts before plain text: the chat template writes none",
 }
@@ -41,7 +45,8 @@ class Cases:
 
 @dataclass
 class DataReport:
-    """`tokens` and `supervised` are of what is used; the `lost` ones were cut off by `max_length`. `untrained` rows are
+    """`tokens` and `supervised` are of what is used; the `lost` ones were cut off by `max_length`, which includes
+    those of rows of which nothing was left to train. `untrained` rows are
     in a pack (as in TRL) though all that was to be trained of them was cut off; `endless` conversations end without a
     token to stop at; `left_out` says why of every row that is not used (of the first 10,000); `boundary_moved` are rows
     whose prompt alone has other tokens than in front of its completion, or in which a turn begins or ends within a
@@ -115,20 +120,12 @@ class DataReport:
     def notes(self) -> list[str]:
         """What deserves a second look, a sentence each."""
         notes = list(self.formats)
-        if self.boundary_moved.count:
-            notes.append(
-                f"{number(self.boundary_moved.count)} rows (first: {self.boundary_moved.first[0]}) have prompts whose "
-                "tokens change when the completion follows, so that training sees a context that use does not: "
-                "end prompts on a token boundary, e.g. before a space"
-            )
-        if self.untrained.count:
-            first = self.untrained.first[0]
-            notes.append(f"{number(self.untrained.count)} rows (first: {first}) are packed without their answer")
-        if self.endless.count:
-            rows = f"{number(self.endless.count)} rows (first: {self.endless.first[0]})"
-            notes.append(f"the chat template ends {rows} with no token of its own: the model will not learn to stop")
         if self.supervised_lost:
-            notes.append(f"max_length cuts off {number(self.supervised_lost)} tokens that were to be trained")
+            share = 100 * self.supervised_lost / (self.supervised + self.supervised_lost)
+            notes.append(
+                f"max_length cuts off {number(self.supervised_lost)} tokens that were to be trained ({share:.2g} % of "
+                "them)"
+            )
         if self.written_as_text:
             tokens = ", ".join(self.written_as_text)
             notes.append(f"the chat template writes {tokens}, which the tokenizer has not as tokens: they stay text")

@@ -62,6 +62,18 @@ def source_name(source: Any, name: str = "data") -> str:
     return str(source) if isinstance(source, str | Path) else name
 
 
+def files_of(source: Any) -> list[Any]:
+    """The files of a folder or a glob, each a source of its own; anything else as it is."""
+    if not isinstance(source, str | Path):
+        return [source]
+    path = Path(source)
+    if path.is_dir() and not _is_saved(path):
+        return list(_files_in(path)) or [source]
+    if not path.exists() and not hub_name(str(source)) and glob.has_magic(str(source)):
+        return _found(str(source)) or [source]
+    return [source]
+
+
 def _dispatch(source: Any, name: str, reject: Reject) -> Rows:
     if isinstance(source, Mixture):
         return mixed_rows(source, lambda part: _dispatch(part.source, part.name, reject))
@@ -111,7 +123,7 @@ def _read_path(path: Path, given: str, reject: Reject) -> Rows:
     if hub := hub_name(given):
         return _read_hub(hub, given)
     if glob.has_magic(given):
-        return _read_files([Path(found) for found in sorted(glob.glob(given, recursive=True))], given, reject)
+        return _read_files(_found(given), given, reject)
     raise _missing(path, given)
 
 
@@ -150,12 +162,24 @@ def _read_file(path: Path, reject: Reject) -> Rows:
 
 
 def _read_folder(folder: Path, reject: Reject) -> Rows:
-    if (folder / "state.json").is_file() and any(folder.glob("*.arrow")):
+    if _is_saved(folder):
         import datasets
 
         return _read_dataset(datasets.load_from_disk(str(folder)), str(folder))
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in READERS)
-    return _read_files(files, str(folder), reject)
+    return _read_files(_files_in(folder), str(folder), reject)
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether `datasets` wrote it (`save_to_disk`)."""
+    return (folder / "state.json").is_file() and any(folder.glob("*.arrow"))
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in READERS)
+
+
+def _found(pattern: str) -> list[Path]:
+    return [Path(found) for found in sorted(glob.glob(pattern, recursive=True))]
 
 
 def _read_files(files: list[Path], given: str, reject: Reject) -> Rows:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.data.codes import Reject, Row, bad_row, excerpt, refuse
+from posttrain.data.columns import BOOLEANS
 from posttrain.data.lines import decode, raw_lines
 from posttrain.errors import DataError
 from posttrain.types import Origin
@@ -75,7 +76,10 @@ def _header(names: list[str], path: Path, first: str) -> list[str]:
 
 
 def _cell(name: str, value: str, origin: Origin) -> Any:
-    """Messages written as JSON become messages; a prompt may be text that happens to begin like JSON."""
+    """Messages written as JSON become messages, and a label that is spelt true or false becomes one; a prompt may be
+    text that happens to begin like JSON."""
+    if name == "label":
+        return BOOLEANS.get(value.strip().lower(), value)
     if name not in CHAT_COLUMNS or not value.lstrip().startswith(("[", "{")):
         return value
     try:

@@ -66,15 +66,16 @@ CASES: dict[str, tuple[Any, int, Any]] = {
     "W-DATA-0116": ([row(ENGLISH, GERMAN)], 1, [row(ENGLISH, ENGLISH)]),
     "W-DATA-0117": ([*[row(f"{i}?", f"{ENGLISH} {i}") for i in range(40)], row("x?", GERMAN)], 1,
                     [row(f"{i}?", f"{ENGLISH} {i}") for i in range(40)]),
+    "W-DATA-0120": ([pair("Q?", "The end.", "the  end")], 1, [pair("Q?", "The end.", "An end.")]),
     "W-DATA-0118": ([*plain(3), {"text": "Plain."}], 1, plain(3)),
-    "W-DATA-0120": ([chat("system", "system", "user", "assistant"), chat("user", "system", "assistant"),
+    "W-DATA-0129": ([chat("system", "system", "user", "assistant"), chat("user", "system", "assistant"),
                      chat("user", "assistant", "developer", "user", "assistant"), {
                          "prompt": chat("system", "user")["messages"],
                          "chosen": chat("system", "assistant")["messages"], "rejected": chat("assistant")["messages"]}],
                     4, [chat("system", "user", "assistant"), row("a\r\t\rsystem", "b")]),
 }  # fmt: skip
-ELSEWHERE = {"W-DATA-0107", "W-DATA-0119"}
-"""Tested in test_doctor_lengths.py and test_doctor_near.py."""
+ELSEWHERE = {"W-DATA-0107", "W-DATA-0119", *(f"W-DATA-01{n}" for n in range(21, 29))}
+"""Tested in test_doctor_lengths.py, test_doctor_near.py and test_doctor_models.py."""
 
 
 def parted(given: Any) -> tuple[Any, Any]:
@@ -234,3 +235,107 @@ def test_a_line_nested_too_deeply_is_a_finding(tmp_path: Path, processes: int) -
     report = check(path, settings=DoctorSettings(parallel_bytes=1), processes=processes)
     assert finding(report, "E-DATA-0002").count == 1
     assert report.usable in (1, 2)
+
+
+def calling(question: str, *names: str) -> Any:
+    calls = [{"function": {"name": name, "arguments": {}}} for name in names]
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "tool_calls": calls}]}
+
+
+def test_calls_without_content_are_told_apart() -> None:
+    rows = [calling("Do.", "open"), calling("Do.", "close"), calling("Do.", "open", "close")]
+    assert codes(rows) == ["W-DATA-0104"]  # one prompt, three answers
+    assert codes([*rows, rows[0]]) == ["W-DATA-0101", "W-DATA-0104"]
+    prompt, (good, bad) = rows[0]["messages"][:1], (one["messages"][1:] for one in rows[:2])
+    assert codes([{"prompt": prompt, "chosen": good, "rejected": bad}]) == []
+    assert codes([{"prompt": prompt, "chosen": good, "rejected": good}]) == ["E-DATA-0060"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json"])
+@pytest.mark.parametrize("position", [0, 2, 4])
+@pytest.mark.parametrize(
+    ("raw", "code"),
+    [
+        ('{"text": "a", "score": NaN}', "E-DATA-0005"),
+        ('{"text": "a", "text": "b"}', "E-DATA-0008"),
+        ('"text"', "E-DATA-0004"),
+        ('{"text": "caf\udce9"}', "E-DATA-0003"),
+        ('{"text": "half \\ud800"}', "E-DATA-0024"),
+        ('{"messages": [{"role": "user", "content": "Hi"}]}', "E-DATA-0022"),
+    ],
+)
+def test_one_bad_row_is_one_bad_row(kind: str, position: int, raw: str, code: str, tmp_path: Path) -> None:
+    lines = [f'{{"text": "Row {name}."}}' for name in "bcdf"]
+    lines.insert(position, raw)
+    text = "\n".join(lines) if kind == "jsonl" else "[" + ",\n".join(lines) + "]"
+    path = tmp_path / f"a.{kind}"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    report = examine(path)
+    found = finding(report, code)
+    assert (found.count, report.rows, report.usable) == (1, 5, 4)
+    assert found.first[0] == f"{path}:{position + 1}"
+
+
+STOPS = {
+    "open quote": ("b.csv", 'prompt,completion\na,b\n"c,d\ne,f\n', "E-DATA-0007"),
+    "broken array": ("b.json", '[{"text": "a"}, {"text": ]', "E-DATA-0002"),
+    "no Parquet": ("b.parquet", "PAR1 and no more", "E-DATA-0001"),
+    "empty": ("b.jsonl", "", "E-DATA-0006"),
+}
+
+
+@pytest.mark.parametrize("fault", STOPS)
+@pytest.mark.parametrize("policy", ["error", "skip"])
+def test_a_file_that_breaks_off_is_an_error_and_the_others_are_read(fault: str, policy: str, tmp_path: Path) -> None:
+    name, text, code = STOPS[fault]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / name).write_text(text)
+    write(folder / "c.jsonl", plain(3))
+    report = examine(folder, data=DataSettings(on_bad_row=policy))
+    found = finding(report, code)
+    assert (found.severity, report.is_unread) == ("error", True)
+    assert found.first[0].startswith(f"{folder}/{name}")
+    assert report.usable >= 3
+    assert not examine(folder / "c.jsonl").is_unread
+
+
+@pytest.mark.parametrize("label", [1, 0, "true", "False", "bad", 0.5, "1"])
+@pytest.mark.parametrize("answer", [{"prompt": "Q?", "completion": "A."}, plain(1)[0]])
+def test_a_label_that_is_no_boolean(label: Any, answer: Any, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{**answer, "label": label}, {**answer, "label": True}])
+    found = finding(examine(path), "E-DATA-0028")
+    assert (found.count, found.first) == (1, (f"{path}:1",))
+    assert '"label" is' in str(examine(path).bad_rows[0]["message"])
+    assert "true (a good answer)" in found.fix
+
+
+def test_labels_of_tables(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,completion,label\nQ?,A.,true\nR?,B.,FALSE\nS?,C.,1\n")
+    report = examine(path)
+    assert report.labels == {"good": 1, "bad": 1}
+    assert finding(report, "E-DATA-0028").first == (f"{path}:4",)
+    path.write_text("prompt,completion,liked\nQ?,A.,true\nR?,B.,FALSE\n")
+    report = examine(path, data=DataSettings(column_map={"liked": "label"}))
+    assert report.labels == {"good": 1, "bad": 1}
+
+
+def test_a_label_that_rates_nothing_is_a_column_like_any_other() -> None:
+    report = examine([{"prompt": "Q?", "completion": "A.", "label": "sports"}])
+    assert (report.usable, report.labels, report.findings) == (1, {}, [])
+
+
+def test_optional_columns_make_no_other_format() -> None:
+    rows = [{"instruction": "Say a.", "output": "a"}, {"instruction": "Say b.", "input": "loudly", "output": "B"}]
+    assert codes(rows) == []
+
+
+def test_what_none_of_the_assistant_can_be_trained_on() -> None:
+    silent = row("Hi", "Hello")
+    silent["messages"][1]["train"] = False
+    system = {"messages": [{"role": "system", "content": "Be kind."}]}
+    assert finding(examine([silent, system, *plain(3)]), "E-DATA-0022").count == 2
+    asked = row("Hi", "Hello")
+    asked["messages"][0]["train"], asked["messages"][1]["train"] = True, False
+    assert codes([asked]) == []

@@ -10,7 +10,7 @@ import pytest
 
 from posttrain.data.doctor.repair import repair
 from posttrain.data.settings import DataSettings
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, DataError
 from tests.doctor_files import codes, pair, plain, row, write
 
 
@@ -51,13 +51,21 @@ def test_what_becomes_a_duplicate_by_repair_is_dropped_too(tmp_path: Path) -> No
     assert repaired(tmp_path, [row("Hi", "AB"), row("Hi", "A\x08B")])[1] == {"dropped_duplicates": 1}
 
 
-def test_as_an_array_and_with_half_of_a_surrogate_pair(tmp_path: Path) -> None:
+def test_as_an_array_and_without_halves_of_surrogate_pairs(tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
-    source.write_text('{"text": "half \\ud800 of one"}\n{"text": "whole ☃"}\n', "utf-8")
-    repair([source], tmp_path / "out.json", DataSettings())
+    source.write_text('{"text": "half \\ud800 of one"}\n{"text": "whole ☃", "id": "\\ud800"}\n', "utf-8")
+    counts = repair([source], tmp_path / "out.json", DataSettings())
     text = (tmp_path / "out.json").read_text("utf-8")
-    assert [one["text"] for one in json.loads(text)] == ["half \ud800 of one", "whole ☃"]
-    assert "☃" in text
+    assert json.loads(text) == [{"text": "whole ☃", "id": "\ud800"}]
+    assert counts["dropped_unusable"] == 1
+
+
+def test_no_copy_is_written_of_a_file_that_breaks_off(tmp_path: Path) -> None:
+    source = tmp_path / "in.csv"
+    source.write_text('prompt,completion\na,b\n"c,d\ne,f\n')
+    with pytest.raises(DataError, match="broken CSV"):
+        repair([source], tmp_path / "out.jsonl", DataSettings())
+    assert [path.name for path in tmp_path.iterdir()] == ["in.csv"]
 
 
 def test_bad_lines_and_broken_ends(tmp_path: Path) -> None:

@@ -131,7 +131,22 @@ def test_a_bad_line(fault: str, position: int, tmp_path: Path, monkeypatch: pyte
     assert_named_and_skipped(path, code, words, f":{position + 1}", good=4)
 
 
-@pytest.mark.parametrize("fault", ["broken", "cut off", "not utf-8", "too deep", "NaN", "repeated key"])
+@pytest.mark.parametrize("position", [0, 2, 4])
+@pytest.mark.parametrize("fault", ["not utf-8", "NaN", "repeated key", "an array", "too long"])
+def test_a_bad_element_of_a_whole_array(
+    fault: str, position: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lines, "MAX_LINE", 5500)
+    raw, code, words = RAW[fault]
+    raw = raw + b'"}' if fault == "too long" else raw
+    elements = [json.dumps(GOOD).encode()] * 4
+    elements.insert(position, raw)
+    path = tmp_path / "a.json"
+    path.write_bytes(b"[" + b",\n".join(elements) + b"]")
+    assert_named_and_skipped(path, code, words, f":{position + 1}", good=4)
+
+
+@pytest.mark.parametrize("fault", ["broken", "cut off", "too deep"])
 def test_a_bad_element_of_an_array(fault: str, tmp_path: Path) -> None:
     """A broken array cannot be gone on with."""
     raw, code, words = RAW[fault]
@@ -253,5 +268,5 @@ def test_a_very_long_line_is_not_read_whole(tmp_path: Path) -> None:
             file.write(b"a" * 2**20)
         file.write(b'", "completion": "b"}\n' + json.dumps(GOOD).encode())
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert_named_and_skipped(path, "E-DATA-0009", "longer than 64 MiB", ":1", good=1)
+    assert_named_and_skipped(path, "E-DATA-0009", "longer than 32 MiB", ":1", good=1)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 * 1024

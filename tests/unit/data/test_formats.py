@@ -83,10 +83,10 @@ def test_sharegpt_tool_calls_join_the_assistants_turn() -> None:
 
 
 def test_messages() -> None:
-    row = {"messages": [USER, {**ASSISTANT, "name": None}], "label": "good"}
+    row = {"messages": [USER, {**ASSISTANT, "name": None}], "label": "greeting"}
     example = parse(row)
     assert example.completions == ([USER, ASSISTANT],)
-    assert example.columns == {"label": "good"}
+    assert example.columns == {"label": "greeting"}
     assert describe(row) == "read as messages: column `messages` with keys `role`, `content`"
     assert parse({"conversations": [USER, ASSISTANT]}).completions == ([USER, ASSISTANT],)
     assert parse({"messages": [{"role": "human", "content": "Hi"}, ASSISTANT]}).completions == ([USER, ASSISTANT],)

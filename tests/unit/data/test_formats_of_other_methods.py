@@ -88,9 +88,11 @@ def test_ratings() -> None:
     assert (example.prompt, example.completions, example.columns) == (None, ([USER, GOOD],), {"label": False})
     example = parse({"conversations": [HUMAN, GPT], "label": False})
     assert example.completions == ([USER, GOOD],)
+    example = parse({"instruction": "Hi", "output": "Hello", "label": False})
+    assert (example.prompt, example.completions, example.columns) == ([USER], ([GOOD],), {"label": False})
 
 
-@pytest.mark.parametrize("row", [{"text": "a", "label": True}, {"messages": [USER, GOOD], "label": 1}])
+@pytest.mark.parametrize("row", [{"text": "a", "label": True}, {"messages": [USER, GOOD], "label": "sports"}])
 def test_other_labels_are_columns(row: dict[str, Any]) -> None:
     assert detect(row, ORIGIN, formats()).parse(row, ORIGIN).columns == {"label": row["label"]}
 

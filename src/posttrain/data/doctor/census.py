@@ -15,9 +15,9 @@ from posttrain.data.codes import REASONS, Row
 from posttrain.data.doctor.content import RowReader
 from posttrain.data.doctor.findings import Finding, finding, rows, share
 from posttrain.data.pipeline import Pipeline
-from posttrain.data.report import Cases, DataReport, number
+from posttrain.data.report import REMARKS, Cases, DataReport, number
 from posttrain.data.settings import DataSettings
-from posttrain.data.sources import read_rows, source_name
+from posttrain.data.sources import Rows, read_rows
 from posttrain.data.tokens import is_tokenized
 from posttrain.errors import DataError, UserError
 from posttrain.types import Content, Example, Origin, Tokenized
@@ -26,13 +26,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-ORIGIN = "_origin"
-
-
 @dataclass(frozen=True)
 class Lengths:
     """Of all usable rows. `cut` are longer than `limit`, `lost` are trained tokens that go with that, `emptied` rows
-    those of which nothing is left to train."""
+    those of which nothing is left to train; `unusable` rows are right in themselves, but not with this model."""
 
     unit: str
     values: np.ndarray
@@ -41,7 +38,8 @@ class Lengths:
     lost: int = 0
     cut: Cases | None = None
     emptied: int = 0
-    unusable: tuple[Finding, ...] = ()
+    unusable: int = 0
+    findings: tuple[Finding, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         if not len(self.values):
@@ -63,24 +61,38 @@ class Lengths:
 
 
 def in_tokens(sources: list[Any], tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> Lengths:
-    """A second pass over the rows, through what training does with them."""
+    """A second pass over the rows, through what training does with them. Of sources that break off, the part before."""
     counting = _Counting(settings)
-    report = DataReport("data")
-    pipeline = Pipeline(tokenizer, _as_trained(settings), report)
+    report = _RowReport("data")
+    pipeline = Pipeline(tokenizer, as_trained(settings, "skip"), report)
     problems: list[Finding] = []
     try:
         for source in sources:
-            for tokenized in pipeline.run(_Trainable(source, RowReader(settings)), source_name(source)):
+            for tokenized in pipeline.run_rows(_trainable(source, RowReader(settings))):
                 counting.add(tokenized)
     except UserError as error:  # no chat template, say: it is the model's fault and not the rows'
         sentence = f"tokens were not counted: {error.message}"
         problems = [Finding(error.code, "error", 0, (), sentence, error.hint or "try another model")]
-    return counting.lengths((*problems, *_unusable(report)))
+    found = (*problems, *_unusable(report, settings.on_bad_row), *_remarks(report))
+    return counting.lengths(len(report.bad), found)
 
 
-def _as_trained(settings: DataSettings) -> DataSettings:
-    """`_Trainable` has renamed columns and told formats already; where a row came from travels in a column."""
-    return DataSettings(assistant_only=None, on_bad_row="skip", chat_template=settings.chat_template, columns=(ORIGIN,))
+def as_trained(settings: DataSettings, on_bad_row: str) -> DataSettings:
+    """For rows whose columns were renamed and whose format was told already."""
+    return DataSettings(assistant_only=None, on_bad_row=on_bad_row, chat_template=settings.chat_template)
+
+
+class _RowReport(DataReport):
+    """A pair is two sequences and may fail twice, but is one row."""
+
+    def __init__(self, source: str):
+        super().__init__(source)
+        self.bad: set[tuple[str, int]] = set()
+
+    def drop(self, code: str, origin: Origin, why: str | None = None) -> None:
+        if (origin.source, origin.row) not in self.bad:
+            self.bad.add((origin.source, origin.row))
+            super().drop(code, origin, why)
 
 
 class _Counting:
@@ -102,24 +114,52 @@ class _Counting:
         left = int(kept[1:].sum())  # nothing comes before the first that could predict it
         self.lost += tokenized.num_supervised - left
         self.emptied += left == 0
-        self.cut.add(tokenized.columns.get(ORIGIN, tokenized.origin))  # once for each answer of a pair
+        self.cut.add(tokenized.origin)  # once for each answer of a pair
 
-    def lengths(self, unusable: tuple[Finding, ...]) -> Lengths:
+    def lengths(self, unusable: int, found: tuple[Finding, ...]) -> Lengths:
         values = np.array(self.values, dtype=np.int64)
-        return Lengths("tokens", values, self.limit, self.supervised, self.lost, self.cut, self.emptied, unusable)
+        limited = (self.limit, self.supervised, self.lost, self.cut, self.emptied)
+        return Lengths("tokens", values, *limited, unusable, found)
 
 
-def _unusable(report: DataReport) -> Iterator[Finding]:
+def _unusable(report: DataReport, on_bad_row: str) -> Iterator[Finding]:
     """Rows that are right in themselves, and that this model's template or tokenizer cannot use."""
+    severity = "warning" if on_bad_row == "skip" else "error"
     codes = {reason: code for code, reason in REASONS.items()}
     hint = (report.first_error.hint if report.first_error else None) or "try --chat-template, or another model"
     for reason, cases in report.skipped.items():
+        code = codes.get(reason, reason)
+        shown = [line for why_code, why in report.left_out if why_code == code for line in why.splitlines()][:2]
         sentence = f"{rows(cases.count)} cannot be used with this model: {reason}"
-        yield Finding(codes.get(reason, reason), "error", cases.count, (), sentence, hint)
+        yield Finding(code, severity, cases.count, tuple(map(str, cases.first)), sentence, hint, {"shown": shown})
+
+
+REMARKED = {
+    "endless": "W-DATA-0121",
+    "boundary_moved": "W-DATA-0122",
+    "given_otherwise": "W-DATA-0123",
+    "thought_lost": "W-DATA-0124",
+    "tools_left_out": "W-DATA-0125",
+    "special_in_text": "W-DATA-0126",
+    "without_bos": "W-DATA-0127",
+}
+
+
+def _remarks(report: DataReport) -> Iterator[Finding]:
+    """What training would remark on before it begins."""
+    for name, code in REMARKED.items():
+        cases: Cases = getattr(report, name)
+        if cases.count:
+            sequences = f"{number(cases.count)} sequence{'' if cases.count == 1 else 's'}"
+            yield finding(code, cases.count, cases.first, f"{sequences}: these {REMARKS[name]}")
+    if report.written_as_text:
+        tokens = ", ".join(report.written_as_text)
+        sentence = f"the chat template writes {tokens}, which the tokenizer has not as tokens: they stay text"
+        yield finding("W-DATA-0128", max(report.written_as_text.values()), [], sentence)
 
 
 def judge_lengths(lengths: Lengths) -> Iterator[Finding]:
-    yield from lengths.unusable
+    yield from lengths.findings
     if lengths.cut is None or not lengths.cut.count:
         return
     total, lost = len(lengths.values), share(lengths.lost, lengths.supervised)
@@ -135,27 +175,28 @@ def judge_lengths(lengths: Lengths) -> Iterator[Finding]:
     yield finding("W-DATA-0107", lengths.cut.count, first, sentence, fix)
 
 
-class _Trainable:
+def _trainable(source: Any, reader: RowReader) -> Rows:
     """The usable rows of a source in the shape that supervised training reads."""
-
-    def __init__(self, source: Any, reader: RowReader):
-        self.source, self.reader = source, reader
-
-    def __iter__(self) -> Iterator[Row]:
-        for origin, row in read_rows(self.source, reject=_ignore):
-            if is_tokenized(row):
-                yield {**row, ORIGIN: origin}
-                continue
+    try:
+        for origin, row in read_rows(source, reject=_ignore):
             try:
-                example = self.reader.example(row, origin)
+                yield from ((origin, part) for part in trained_rows(row, reader, origin))
             except DataError:
                 continue  # counted in the first pass
-            for completion in example.completions:
-                yield _row(example, completion, origin)
+    except (DataError, RecursionError):
+        return  # said in the first pass
 
 
-def _row(example: Example, completion: Content, origin: Origin) -> Row:
-    row: Row = {ORIGIN: origin}
+def trained_rows(row: Row, reader: RowReader, origin: Origin) -> list[Row]:
+    """`row` as supervised training reads it: a row for each answer. Raises its DataError."""
+    if is_tokenized(row):
+        return [row]
+    example = reader.example(row, origin)
+    return [_row(example, completion) for completion in example.completions]
+
+
+def _row(example: Example, completion: Content) -> Row:
+    row: Row = {}
     if example.tools:
         row["tools"] = example.tools
     if example.template_kwargs:

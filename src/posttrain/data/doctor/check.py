@@ -13,17 +13,18 @@ from posttrain.data.codes import REASONS
 from posttrain.data.doctor import compare, near, ranges
 from posttrain.data.doctor.census import Lengths, in_tokens, judge_lengths
 from posttrain.data.doctor.findings import Finding, rows
-from posttrain.data.doctor.judge import judge
+from posttrain.data.doctor.judge import judge, unread
 from posttrain.data.doctor.settings import DoctorSettings
 from posttrain.data.doctor.tally import MASK, Counting, Tally
 from posttrain.data.settings import DataSettings
-from posttrain.data.sources import read_rows, source_name
+from posttrain.data.sources import files_of, read_rows, source_name
 from posttrain.errors import DataError
 from posttrain.types import Origin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+NOT_THERE = "E-DATA-0001"
 ORDER = {"error": 0, "warning": 1, "info": 2}
 
 
@@ -42,6 +43,11 @@ class CheckReport:
     bad_rows: list[dict[str, str | None]] = field(default_factory=list)
     validation: dict[str, Any] | None = None
     seconds: float = 0.0
+
+    @property
+    def is_unread(self) -> bool:
+        """Whether the rest of a file could not be read, so that nothing is known of it."""
+        return any(finding.details.get("unread") for finding in self.findings)
 
     @property
     def errors(self) -> int:
@@ -100,7 +106,7 @@ def check(
     return CheckReport(
         sources=[source_name(source) for source in several],
         rows=tally.rows,
-        usable=tally.used,
+        usable=tally.used - lengths.unusable,
         formats=dict(tally.formats.most_common()),
         languages={name: c.count for name, c in sorted(tally.languages.items(), key=lambda item: -item[1].count)},
         labels={"good": int((labels == 1).sum()), "bad": int((labels == 0).sum())} if (labels >= 0).any() else {},
@@ -118,6 +124,7 @@ def _is_list_of_paths(sources: Any) -> bool:
 
 def _validation_faults(tally: Tally, on_bad_row: str) -> Iterator[Finding]:
     severity = "warning" if on_bad_row == "skip" else "error"
+    yield from unread(tally)
     for code, cases in tally.bad.items():
         sentence = f"{rows(cases.count)} of the validation data cannot be used: {REASONS.get(code, 'unusable')}"
         fix = "posttrain data check VALIDATION says more"
@@ -125,7 +132,23 @@ def _validation_faults(tally: Tally, on_bad_row: str) -> Iterator[Finding]:
 
 
 def _tallies(
-    source: Any, data: DataSettings, settings: DoctorSettings, max_errors: int, processes: int, progress: bool
+    given: Any, data: DataSettings, settings: DoctorSettings, max_errors: int, processes: int, progress: bool
+) -> Iterator[Tally]:
+    """A tally of each file, or of each part of a large one. What is wrong with one file of several keeps none of the
+    others from being looked at."""
+    files = files_of(given)
+    for source in files:
+        yield from _tallies_of(source, data, settings, max_errors, processes, progress, alone=len(files) == 1)
+
+
+def _tallies_of(
+    source: Any,
+    data: DataSettings,
+    settings: DoctorSettings,
+    max_errors: int,
+    processes: int,
+    progress: bool,
+    alone: bool,
 ) -> Iterator[Tally]:
     path = Path(source) if isinstance(source, str | Path) else None
     if path is not None and processes > 1 and ranges.can_be_cut(path, settings):
@@ -138,10 +161,12 @@ def _tallies(
             yield tally
         bar.close()
         return
-    yield _tally(source, data, settings, max_errors, progress)
+    yield _tally(source, data, settings, max_errors, progress, alone)
 
 
-def _tally(source: Any, data: DataSettings, settings: DoctorSettings, max_errors: int, progress: bool) -> Tally:
+def _tally(
+    source: Any, data: DataSettings, settings: DoctorSettings, max_errors: int, progress: bool, alone: bool
+) -> Tally:
     counting = Counting(data, settings, max_errors)
     name = source_name(source)
     bar = _bar(progress, Path(name).name, None, " rows")
@@ -150,8 +175,7 @@ def _tally(source: Any, data: DataSettings, settings: DoctorSettings, max_errors
             counting.row(row, origin)
             bar.update()
     except (DataError, RecursionError) as error:
-        unseen = isinstance(error, DataError) and error.code == "E-DATA-0001" and counting.tally.rows == 0
-        if unseen:  # no such file, say
+        if alone and isinstance(error, DataError) and error.code == NOT_THERE and not counting.tally.rows:
             raise
         counting.stopped(error, Origin(name, counting.tally.rows))
     finally:

@@ -12,7 +12,7 @@ from typing import Any
 from posttrain.data.codes import UNFORESEEN, Row, bad_row, broken_promise
 from posttrain.data.columns import rename_columns
 from posttrain.data.conversation import SYSTEM
-from posttrain.data.formats import all_formats, choose, detect
+from posttrain.data.formats import all_formats, choose, detect, require
 from posttrain.data.settings import DataSettings
 from posttrain.data.tokens import is_tokenized
 from posttrain.errors import UserError
@@ -26,7 +26,7 @@ TURN, PART = "\r\t\r", "\t\r\t"
 class Said:
     """`prompt` and `answers` in canonical form, for comparing; `asked` (the last user turn) and `spoken` (the last turn
     of each answer) as written; `length` counts the characters of all texts. `rest` is what else makes a row another
-    row: tools."""
+    row: tools. `is_answered`: the assistant says something that may be trained."""
 
     format: str
     method: str
@@ -37,6 +37,7 @@ class Said:
     length: int
     label: bool | None = None
     rest: str = ""
+    is_answered: bool = True
 
 
 class RowReader:
@@ -58,18 +59,37 @@ class RowReader:
             raise broken_promise(error, row, origin) from error
 
     def example(self, row: Row, origin: Origin) -> Example:
-        """The same as training would get it."""
-        self.read(row, origin)
-        return self._example(row, origin)[0]
+        """The same as training would get it. Raises DataError for a row that cannot be used."""
+        try:
+            example, described = self._example(row, origin)
+            check_trainable(said(example, described), row, origin)
+            return example
+        except UserError:
+            raise
+        except UNFORESEEN as error:
+            raise broken_promise(error, row, origin) from error
 
     def _example(self, row: Row, origin: Origin) -> tuple[Example, str]:
         """With its format, in words."""
         row = rename_columns(row, self.names, origin)
         found = self.format or detect(row, origin, self.formats)
-        if not found.matches(row):
-            what = f"is not of format {self.format_name!r} (columns {', '.join(row)})"
-            raise bad_row("E-DATA-0010", origin, what, row=row, hint="--format auto tells by the shape of each row")
+        require(found, self.format_name, row, origin)
         return found.parse(row, origin), found.describe(row)
+
+
+def check_trainable(said: Said, row: Row, origin: Origin) -> None:
+    """Raises DataError for a row that is right in form, and that no model can be trained on."""
+    if not said.is_answered:
+        hint = "add the answer, or drop the row; a prompt alone is data for GRPO, RLOO or PPO"
+        raise bad_row("E-DATA-0022", origin, "the row holds no turn of the assistant to train", row=row, hint=hint)
+    for text in (said.prompt, *said.answers):
+        if text.isascii():
+            continue
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # half of a surrogate pair, written as \\ud83d in the JSON
+            what = f"holds half a character ({text[error.start]!a}), which no tokenizer takes"
+            raise bad_row("E-DATA-0024", origin, what, row=ascii(text)) from None
 
 
 def _tokens(row: Row, origin: Origin) -> Said:
@@ -81,6 +101,7 @@ def _tokens(row: Row, origin: Origin) -> Said:
 
 def said(example: Example, described: str) -> Said:
     prompt, answers = example.prompt, example.completions
+    is_answered = all(map(_is_answered, answers))
     if prompt is None and isinstance(answers[0], list):
         prompt, answers = _split(answers[0])
     label = example.columns.get("label") if described.endswith("rated by `label`") else None
@@ -95,7 +116,15 @@ def said(example: Example, described: str) -> Said:
         length=sum([_length(content) for content in (prompt, *answers)]),
         label=label,
         rest=rest,
+        is_answered=is_answered,
     )
+
+
+def _is_answered(content: Content) -> bool:
+    """By its flags, where it has any; the roles decide otherwise."""
+    if not isinstance(content, list):
+        return True
+    return any(message.get("train", message["role"] == "assistant") is not False for message in content)
 
 
 def _split(messages: list[Message]) -> tuple[Content | None, tuple[Content, ...]]:
@@ -114,7 +143,7 @@ def _canonical(content: Content | None) -> str:
 
 def _turn(message: Message) -> str:
     text = message.get("content") or ""
-    if len(message) > 2:  # reasoning, tool calls, flags
+    if len(message) > 1 + ("content" in message):  # reasoning, tool calls, flags; a call may stand without content
         others: dict[str, Any] = {key: message[key] for key in sorted(message) if key not in ("role", "content")}
         text = f"{text}{PART}{json.dumps(others, ensure_ascii=False, default=str)}"
     return f"{message['role']}{PART}{text}{TURN}"

@@ -13,23 +13,34 @@ from posttrain.data.report import number
 
 MARKS = {
     "E-DATA-0060": ("reject", "the very answer that is chosen: there is nothing to learn from that"),
+    "W-DATA-0120": ("reject", "an answer that differs from the chosen one in white space, case or punctuation only"),
     "W-DATA-0108": ("are", "answered by a refusal or by words that stand for none ({share})"),
     "W-DATA-0112": ("hold", "control characters"),
     "W-DATA-0113": ("hold", "characters that change the direction of writing unseen"),
     "W-DATA-0114": ("hold", "what looks like a secret ({kinds})"),
     "W-DATA-0115": ("hold", "what looks like personal data ({kinds})"),
     "W-DATA-0116": ("seem", "to answer in another language than the question's ({kinds}), by frequent words"),
-    "W-DATA-0120": ("have", "several system turns, or one that does not come first: few templates know what to do"),
+    "W-DATA-0129": ("have", "several system turns, or one that does not come first: few templates know what to do"),
 }
 
 
 def judge(tally: Tally, settings: DoctorSettings, on_bad_row: str) -> Iterator[Finding]:
+    yield from unread(tally)
     yield from _bad_rows(tally, on_bad_row)
     yield from _formats(tally)
     yield from _marks(tally)
     yield from _labels(tally, settings)
     yield from _length_bias(tally, settings)
     yield from _languages(tally, settings)
+
+
+def unread(tally: Tally) -> Iterator[Finding]:
+    """An error under any policy: what was not read was not looked at either."""
+    for stop in tally.unread:
+        sentence = f"nothing can be read from here on: {REASONS.get(stop.code, 'unusable')}"
+        fix = stop.hint or "mend this place first"
+        shown = stop.message.splitlines()
+        yield Finding(stop.code, "error", 1, (stop.where,), sentence, fix, {"shown": shown, "unread": True})
 
 
 def _bad_rows(tally: Tally, on_bad_row: str) -> Iterator[Finding]:

@@ -17,6 +17,7 @@ class Kind:
 
 
 FIX = "posttrain data check FILE --fix OUT drops them"
+SEE = "posttrain data tokens FILE --model M --rows N shows one"
 KINDS: dict[str, Kind] = {
     "E-DATA-0060": Kind("error", "chosen equals rejected", FIX),
     "E-DATA-0061": Kind("error", "rows of the validation data", "take them out of one of the two, or split anew"),
@@ -46,7 +47,16 @@ KINDS: dict[str, Kind] = {
     "W-DATA-0117": Kind("info", "rows in another language", "fine if it is meant"),
     "W-DATA-0118": Kind("warning", "several formats", "fine if it is meant; --format NAME refuses all others"),
     "W-DATA-0119": Kind("info", "not looked for", "see the sentence"),
-    "W-DATA-0120": Kind(
+    "W-DATA-0120": Kind("warning", "chosen and rejected differ in form only", "fine if form is to be learnt"),
+    "W-DATA-0121": Kind("warning", "no token to stop at", "--chat-template NAME gives one whose turns end"),
+    "W-DATA-0122": Kind("warning", "tokens that straddle the answer's beginning", "end prompts before a space"),
+    "W-DATA-0123": Kind("info", "another text in use than in training", SEE),
+    "W-DATA-0124": Kind("warning", "thoughts left out by the template", SEE),
+    "W-DATA-0125": Kind("warning", "tools left out by the template", "--chat-template NAME of one that knows tools"),
+    "W-DATA-0126": Kind("warning", "special tokens in the text", "take them out where they are not meant"),
+    "W-DATA-0127": Kind("info", "no beginning-of-sequence token", "fine if the model was trained without"),
+    "W-DATA-0128": Kind("warning", "markers that are no tokens", "choose a template whose markers the tokenizer has"),
+    "W-DATA-0129": Kind(
         "warning", "odd system turns", "one system turn, the first; posttrain data tokens shows the row"
     ),
 }

@@ -10,18 +10,24 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from posttrain.data.codes import Row
 from posttrain.data.columns import rename_columns
 from posttrain.data.conversation import ALIASES
+from posttrain.data.doctor.census import as_trained, trained_rows
 from posttrain.data.doctor.content import RowReader, Said
 from posttrain.data.doctor.patterns import CONTROL
+from posttrain.data.pipeline import Pipeline
+from posttrain.data.report import DataReport
 from posttrain.data.settings import DataSettings
 from posttrain.data.sources import read_rows
 from posttrain.data.writing import write_rows
 from posttrain.errors import ConfigError, DataError
 from posttrain.types import Origin
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 RULES = {
     "dropped_unusable": "unusable rows left out",
@@ -34,11 +40,15 @@ RULES = {
 CONVERSATIONS = ("messages", "conversations", "conversation", "prompt", "completion", "chosen", "rejected")
 
 
-def repair(sources: list[Any], out: Path, data: DataSettings) -> dict[str, int]:
-    """Write the repaired rows of `sources` to `out`; how many rows were written and what each rule changed."""
+def repair(
+    sources: list[Any], out: Path, data: DataSettings, tokenizer: PreTrainedTokenizerBase | None = None
+) -> dict[str, int]:
+    """Write the repaired rows of `sources` to `out`; how many rows were written and what each rule changed. With a
+    tokenizer, rows that training with it would refuse are unusable too. Raises DataError where a source breaks off: a
+    copy of its beginning is no repaired copy."""
     check_target(sources, out)
     counts: Counter[str] = Counter()
-    write_rows(out, _repaired(sources, data, counts))
+    write_rows(out, _repaired(sources, data, counts, usable_with(tokenizer, data)))
     return {"written": counts["written"], **{rule: counts[rule] for rule in RULES}}
 
 
@@ -56,7 +66,22 @@ def check_target(sources: list[Any], out: Path) -> None:
         raise ConfigError(f"--fix {out}: there is no folder {out.parent}", hint="create it first")
 
 
-def _repaired(sources: list[Any], data: DataSettings, counts: Counter[str]) -> Iterator[Row]:
+Check = Callable[[Row, RowReader, Origin], None]
+
+
+def usable_with(tokenizer: PreTrainedTokenizerBase | None, data: DataSettings) -> Check:
+    """Raises DataError for a row that cannot be trained on with this model."""
+    pipeline = None if tokenizer is None else Pipeline(tokenizer, as_trained(data, "error"), DataReport("data"))
+
+    def check(row: Row, reader: RowReader, origin: Origin) -> None:
+        for part in trained_rows(row, reader, origin):
+            if pipeline is not None:
+                pipeline.one(part, origin)
+
+    return check
+
+
+def _repaired(sources: list[Any], data: DataSettings, counts: Counter[str], check: Check) -> Iterator[Row]:
     reader = RowReader(data)
     seen: set[Any] = set()
 
@@ -64,11 +89,12 @@ def _repaired(sources: list[Any], data: DataSettings, counts: Counter[str]) -> I
         counts["dropped_unusable"] += 1
 
     for source in sources:
-        for origin, row in _until_broken(source, drop):
+        for origin, row in read_rows(source, reject=drop):
             clean = _without_control(row)
             bare = Origin(origin.source, origin.row)
             try:
                 said = reader.read(clean, bare)
+                check(clean, reader, bare)
                 renamed = rename_columns(clean, data.column_map, bare)
             except DataError as error:
                 drop(error, origin)
@@ -82,16 +108,6 @@ def _repaired(sources: list[Any], data: DataSettings, counts: Counter[str]) -> I
             counts["renamed_roles"] += roles != renamed
             counts["written"] += 1
             yield roles
-
-
-def _until_broken(source: Any, reject: Callable[[DataError, Origin], None]) -> Iterator[tuple[Origin, Row]]:
-    """The rows of a source, up to a fault that none can be read after."""
-    try:
-        yield from read_rows(source, reject=reject)
-    except DataError as error:
-        if error.code == "E-DATA-0001":
-            raise
-        reject(error, Origin(str(source), 0))
 
 
 def _reason_to_drop(said: Said, seen: set[Any]) -> str | None:

@@ -6,6 +6,7 @@ for. Tallies of the parts of a file add up to the tally of the whole.
 from __future__ import annotations
 
 import heapq
+import re
 from array import array
 from collections import Counter
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from hashlib import blake2b
 import numpy as np
 
 from posttrain.data.codes import Row
-from posttrain.data.doctor.content import PART, TURN, RowReader, Said, has_odd_systems
+from posttrain.data.doctor.content import PART, TURN, RowReader, Said, check_trainable, has_odd_systems
 from posttrain.data.doctor.languages import language
 from posttrain.data.doctor.patterns import BIDI, CONTROL, is_refusal, personal_data, secrets
 from posttrain.data.doctor.settings import DoctorSettings
@@ -29,6 +30,7 @@ SPREAD = 0x9E3779B97F4A7C15
 COLUMNS = {"line": "i", "label": "b", "length": "i", "answer_length": "i", "rejected_length": "i"}
 HASHES = ("row", "prompt", "answer", "rejected")
 NO_LABEL = -1
+FORM = re.compile(r"[\W_]+")
 ZERO = bytes(8)
 
 
@@ -45,7 +47,8 @@ class Bad:
 @dataclass
 class Tally:
     """`hashes` and `numbers` have an entry for each usable row; a hash of 0 says that there is nothing to compare.
-    `line` is -1 where the source has none; `files` are the sources and the index of the first usable row of each."""
+    `line` is -1 where the source has none; `files` are the sources and the index of the first usable row of each;
+    `unread` says where the rest of a source could not be read."""
 
     rows: int = 0
     used: int = 0
@@ -60,6 +63,7 @@ class Tally:
     shown: dict[str, list[str]] = field(default_factory=dict)
     bad: dict[str, Cases] = field(default_factory=dict)
     bad_rows: list[Bad] = field(default_factory=list)
+    unread: list[Bad] = field(default_factory=list)
     sample: list[tuple[int, int, str]] = field(default_factory=list)
     """A key, the row's index, its text: the rows with the smallest keys."""
 
@@ -106,6 +110,7 @@ class Tally:
         for code, lines in other.shown.items():
             self.shown[code] = (self.shown.get(code, []) + lines)[:5]
         self.bad_rows = (self.bad_rows + other.bad_rows)[:max_errors]
+        self.unread += other.unread
 
     def _continues(self, name: str) -> bool:
         return bool(self.files) and self.files[-1][0] == name
@@ -127,7 +132,7 @@ class Counting:
         if not self.tally._continues(origin.source):
             self.tally.files.append((origin.source, self.tally.used))
         try:
-            said = self.reader.read(row, self.bare)
+            said = self._read(row, self.bare)
         except DataError as error:
             self._bad(self._located(row, origin) if self._is_shown() else error, origin)
         else:
@@ -139,15 +144,20 @@ class Counting:
         self._bad(error, origin)
 
     def stopped(self, error: DataError | RecursionError, origin: Origin) -> None:
-        """A fault that no row can be read after."""
+        """A fault that no row can be read after: not one bad row, whatever is done about those."""
         if isinstance(error, RecursionError):
-            message = f"{origin}  not valid JSON: nested too deeply to be read; nothing after it was looked at"
+            message = f"{origin}  not valid JSON: nested too deeply to be read"
             error = DataError(message, hint="write such a value as text", code="E-DATA-0002")
-        self._bad(error, origin)
+        self.tally.unread.append(Bad(error.code, str(origin), error.message, error.hint))
+
+    def _read(self, row: Row, origin: Origin) -> Said:
+        said = self.reader.read(row, origin)
+        check_trainable(said, row, origin)
+        return said
 
     def _located(self, row: Row, origin: Origin) -> DataError:
         try:
-            self.reader.read(row, origin)
+            self._read(row, origin)
         except DataError as error:
             return error
         raise AssertionError("a row that fails must fail again")
@@ -190,13 +200,15 @@ class Counting:
         if not content.isascii() and BIDI.search(content):
             tally.mark("W-DATA-0113", origin)
         if has_odd_systems(content):
-            tally.mark("W-DATA-0120", origin)
+            tally.mark("W-DATA-0129", origin)
         if found := list(secrets(content)):
             tally.mark("W-DATA-0114", origin, found)
         if found := list(personal_data(content)):
             tally.mark("W-DATA-0115", origin, found)
         if len(said.answers) > 1 and said.answers[0] == said.answers[1]:
             tally.mark("E-DATA-0060", origin)
+        elif len(said.answers) > 1 and _letters(said.answers[0]) == _letters(said.answers[1]):
+            tally.mark("W-DATA-0120", origin)
         if not said.spoken:
             return
         answer = said.spoken[0]
@@ -219,6 +231,12 @@ class Counting:
         self.tally.sample.append((key, self.tally.used, text))
         if len(self.tally.sample) > 2 * self.settings.near_rows:
             prune(self.tally.sample, self.settings.near_rows)
+
+
+def _letters(text: str) -> str:
+    """What of a text says something, but for its spelling: for telling answers that differ in form alone. An answer of
+    signs only is compared by them."""
+    return FORM.sub("", text).casefold() or text
 
 
 def prune(sample: list[tuple[int, int, str]], size: int) -> None:

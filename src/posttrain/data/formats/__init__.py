@@ -80,6 +80,8 @@ def detect(row: Row, origin: Origin, known: dict[str, Format]) -> Format:
     """The first format whose shape `row` has."""
     for name, other in OTHER_METHODS.items():
         if name not in known and other.matches(row):
+            if name == "rated":
+                rated.check_label(row, origin)
             raise _another_method(name, row, origin, known)
     if columns := {column for column in IMAGES if row.get(column) is not None}:
         what = f"has columns {_names(columns)}: images, which cannot be trained on for now"
@@ -88,6 +90,16 @@ def detect(row: Row, origin: Origin, known: dict[str, Format]) -> Format:
     if found is None:
         raise _unknown(row, origin, known)
     return found
+
+
+def require(found: Format, name: str, row: Row, origin: Origin) -> None:
+    """Raises DataError where `row` is not of the format that was asked for by `name`."""
+    if found.matches(row):
+        return
+    if found is OTHER_METHODS["rated"]:
+        rated.check_label(row, origin)
+    what = f"is not of format {name!r}, {found.SHAPE} (columns {', '.join(row)})"
+    raise bad_row("E-DATA-0010", origin, what, row=row, hint="format auto tells by the shape of each row")
 
 
 def _another_method(name: str, row: Row, origin: Origin, known: dict[str, Format]) -> DataError:

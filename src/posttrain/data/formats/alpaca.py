@@ -19,8 +19,8 @@ def matches(row: Row) -> bool:
 
 
 def describe(row: Row) -> str:
-    there = ", ".join(f"`{column}`" for column in row if column in COLUMNS)
-    return f"read as Alpaca: columns {there}, as a conversation"
+    """One description for all rows: those without `input`, `system` or `history` are of no other format."""
+    return "read as Alpaca: columns `instruction`, `input`, `output`, as a conversation"
 
 
 def parse(row: Row, origin: Origin) -> Example:

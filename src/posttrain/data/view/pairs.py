@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.data.codes import UNFORESEEN, Row, broken_promise
 from posttrain.data.columns import rename_columns
-from posttrain.data.formats import Format, all_formats, choose, detect, preference, rated
+from posttrain.data.formats import Format, all_formats, choose, detect, preference, rated, require
 from posttrain.data.settings import DataSettings
 from posttrain.data.tokens import is_tokenized
 from posttrain.data.view import PairView, RowView, View, token_view
@@ -39,6 +39,7 @@ def any_view(
         found = choose(settings.format, table) or detect(row, origin, table)
         if found not in (preference, rated):
             return token_view(row, tokenizer, settings, train_on, origin)
+        require(found, settings.format, row, origin)
         example = _parsed(found, row, origin)
     except DataError as error:
         return RowView(str(origin), error=error)
