@@ -146,14 +146,16 @@ class Turns:
 
     def _start(self, i: int) -> int:
         """Where what the model is given ends. The generation prompt may say more than the whole conversation does
-        there (an empty thought); then the turn begins where they part, as with a completion after its prompt."""
+        there (an empty thought); then the turn begins where they part, as with a completion after its prompt, or with
+        its content, if that happens to begin with the same characters."""
         given = self.chat.render(self.messages[:i], self.example, generation_prompt=True)
         if self.full.startswith(given):
             return len(given)
         common = common_length(given, self.full)
         if common < len(self._before(i)):
             raise NoPrefixError(_unlike(i))
-        return common
+        placed = self._placed(i)
+        return common if placed is None else min(common, len(placed[0]))
 
     def _first_start(self, upto: str) -> int:
         """A conversation that the assistant opens: the generation prompt is what asking for another turn adds."""
