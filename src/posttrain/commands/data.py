@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from posttrain.commands import data_change, data_check, data_tokens
+from posttrain.commands import data_change, data_check, data_fix, data_tokens
 
-VERBS: tuple[Any, ...] = (data_check, data_tokens, data_change)
+VERBS: tuple[Any, ...] = (data_check, data_tokens, data_change, data_fix)
 
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from posttrain.commands import EXIT_CODES
+from posttrain.commands.reading import add_policy, add_reading, data_settings, whole_number
+
+if TYPE_CHECKING:
+    from posttrain.data.settings import DataSettings
 
 
 def add(verbs: Any, common: argparse.ArgumentParser) -> None:
     reading = argparse.ArgumentParser(add_help=False, parents=[common])
     reading.add_argument("file", help="a file of examples, a folder of them, or a name on the hub")
-    reading.add_argument("--format", default="auto", help="name of the rows' format (default: each row is asked)")
-    reading.add_argument("--text-field", default="text", metavar="NAME", help="column of plain text")
-    reading.add_argument("--policy", choices=("error", "skip"), default="error", help="what to do with unusable rows")
+    add_reading(reading)
+    add_policy(reading, "what to do with unusable rows")
     writing = argparse.ArgumentParser(add_help=False, parents=[reading])
     writing.add_argument("-o", "--out", type=Path, required=True, help="where to write")
     writing.add_argument("--force", action="store_true", help="write over what is there")
@@ -24,56 +27,77 @@ def add(verbs: Any, common: argparse.ArgumentParser) -> None:
     convert.add_argument(
         "--to", required=True, metavar="FORMAT", help="messages, prompt-completion, sharegpt or alpaca"
     )
+    convert.add_argument("--keep", metavar="WHAT", help="of ratings: desirable (the good ones) or all, unrated; "
+                         "of pairs: chosen")  # fmt: skip
     convert.set_defaults(command=_convert)
 
     split = verbs.add_parser("split", parents=[writing], help="hold a part out", epilog=EXIT_CODES)
     split.add_argument("--val", type=float, default=0.1, metavar="SHARE", help="share of the rows (default: 0.1)")
-    split.add_argument("--seed", type=int, default=0)
+    split.add_argument("--seed", type=whole_number, default=0)
     split.add_argument("--by-group", metavar="COLUMN", help="rows of one value stay together (default: of one prompt)")
     split.set_defaults(command=_split)
 
     dedup = verbs.add_parser("dedup", parents=[writing], help="leave out rows that say the same", epilog=EXIT_CODES)
     dedup.add_argument("--key", choices=("row", "prompt"), default="row", help="what must be the same")
+    dedup.add_argument("--near", action="store_true", help="also rows that are nearly the same")
+    dedup.add_argument("--similarity", type=float, metavar="S", help="with --near: how near, up to 1 (default: 0.8)")
+    dedup.add_argument("--report", type=Path, metavar="R.json", help="with --near: which rows are nearly which")
     dedup.set_defaults(command=_dedup)
 
     stats = verbs.add_parser("stats", parents=[reading], help="formats, turns and lengths", epilog=EXIT_CODES)
     stats.add_argument("--model", metavar="M", help="count tokens as this model's tokenizer makes them")
+    stats.add_argument("--chat-template", metavar="NAME", help="with --model: another chat template than its own")
     stats.set_defaults(command=_stats)
 
 
-def _settings(options: argparse.Namespace) -> Any:
-    from posttrain.data.settings import DataSettings
-
-    return DataSettings(
-        format=options.format, text_field=options.text_field, on_bad_row=options.policy, assistant_only=None
-    )
+def _settings(options: argparse.Namespace, **more: Any) -> DataSettings:
+    return data_settings(options, [options.file], on_bad_row=options.policy, assistant_only=None, **more)
 
 
 def _convert(options: argparse.Namespace) -> int:
     from posttrain.data.change import convert
     from posttrain.data.writing import check_new_file
 
-    check_new_file(options.out, options.force)
-    return _say(options, convert(options.file, options.to, options.out, _settings(options)), options.out)
+    check_new_file(options.out, options.force, [options.file])
+    counts = convert(options.file, options.to, options.out, _settings(options), options.keep)
+    return _say(options, counts, options.out)
 
 
 def _split(options: argparse.Namespace) -> int:
     from posttrain.data.change import split
     from posttrain.data.writing import check_new_file
+    from posttrain.errors import ConfigError
 
-    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"-o {options.out}: no such folder can be made: {error.strerror}") from error
     for name in ("train.jsonl", "val.jsonl"):
-        check_new_file(options.out / name, options.force)
+        check_new_file(options.out / name, options.force, [options.file])
     counts = split(options.file, options.val, options.seed, options.out, _settings(options), options.by_group)
     return _say(options, counts, options.out)
 
 
 def _dedup(options: argparse.Namespace) -> int:
     from posttrain.data.change import dedup
-    from posttrain.data.writing import check_new_file
+    from posttrain.data.doctor.settings import DoctorSettings
+    from posttrain.data.writing import check_new_file, check_place, write_report
+    from posttrain.errors import ConfigError
 
-    check_new_file(options.out, options.force)
-    return _say(options, dedup(options.file, options.out, _settings(options), options.key == "prompt"), options.out)
+    check_new_file(options.out, options.force, [options.file])
+    if not options.near and (options.similarity is not None or options.report is not None):
+        raise ConfigError("--similarity and --report are for near duplicates", hint="--near looks for them")
+    if options.report is not None:
+        check_place(options.report, "--report", [options.file, options.out])
+    default = DoctorSettings.near_similarity
+    similarity = (default if options.similarity is None else options.similarity) if options.near else None
+    found = dedup(options.file, options.out, _settings(options), options.key == "prompt", similarity)
+    groups = found.pop("groups", None)
+    if options.report is not None:
+        write_report(options.report, {"schema_version": 1, "out": str(options.out), **found, "groups": groups})
+    for first, *others in (groups or [])[: 20 if options.verbose else 3] if not options.json else []:
+        print(f"  {', '.join(others[:3])}{', ...' if others[3:] else ''} nearly as {first}")
+    return _say(options, found if groups is None else {**found, "groups": len(groups)}, options.out)
 
 
 def _say(options: argparse.Namespace, counts: dict[str, int], out: Path) -> int:
@@ -88,13 +112,17 @@ def _say(options: argparse.Namespace, counts: dict[str, int], out: Path) -> int:
 
 def _stats(options: argparse.Namespace) -> int:
     from posttrain.data.change import stats
+    from posttrain.errors import ConfigError
 
+    if options.chat_template is not None and options.model is None:
+        raise ConfigError("--chat-template is what tokens are made with, so it needs --model",
+                          hint="--model PATH-OR-NAME")  # fmt: skip
     tokenizer = None
     if options.model:
         from posttrain.models.load import load_tokenizer
 
         tokenizer = load_tokenizer(options.model)
-    found = stats(options.file, _settings(options), tokenizer)
+    found = stats(options.file, _settings(options, chat_template=options.chat_template), tokenizer)
     if options.json:
         print(json.dumps(found))
         return 0

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.commands import EXIT_CODES
+from posttrain.commands.reading import READING, add_policy, add_reading, data_settings, given, whole_number
 
 if TYPE_CHECKING:
     from posttrain.data.doctor.check import CheckReport
     from posttrain.data.settings import DataSettings
 
 MAX_PROCESSES = 8
+CHECKING: dict[str, Any] = {
+    "val": None, "policy": "error", "model": None, "chat_template": None, "max_length": None, "strict": False,
+    "set": [], "near": None,
+}  # fmt: skip
+"""Options that belong to a command which is to be typed again, with their defaults."""
 SIGNS = {"error": "", "warning": "! ", "info": "· "}
 
 
@@ -24,13 +32,11 @@ def add(verbs: Any, common: argparse.ArgumentParser) -> None:
                              help="what a file is, how many rows, how long, and what is wrong with them")  # fmt: skip
     check.add_argument("files", nargs="+", metavar="FILE", help="files, folders or names on the hub, as one data set")
     check.add_argument("--val", metavar="FILE", help="validation data that must have nothing in common with it")
-    check.add_argument("--format", default="auto", help="name of the rows' format (default: each row is asked)")
-    check.add_argument("--text-field", default="text", metavar="NAME", help="column of plain text (default: text)")
-    check.add_argument("--map", action="append", default=[], metavar="COLUMN=NAME,...",
-                       help="rename columns first, e.g. question=prompt,answer=completion")  # fmt: skip
-    check.add_argument("--max-errors", type=int, default=50, metavar="N", help="bad rows to list (default: 50)")
-    check.add_argument("--policy", choices=("error", "skip"), default="error",
-                       help="whether rows that cannot be used are errors, or are skipped and warned of")  # fmt: skip
+    add_reading(check)
+    check.add_argument(
+        "--max-errors", type=whole_number, default=50, metavar="N", help="bad rows to list (default: 50)"
+    )
+    add_policy(check, "whether rows that cannot be used are errors, or are skipped and warned of")
     check.add_argument("--report", type=Path, metavar="R.json", help="write everything that was found")
     check.add_argument("--model", metavar="M", help="count tokens as this model's tokenizer makes them")
     check.add_argument("--chat-template", metavar="NAME", help="with --model: another chat template than its own")
@@ -38,7 +44,11 @@ def add(verbs: Any, common: argparse.ArgumentParser) -> None:
     check.add_argument("--strict", action="store_true", help="warnings are refused as well")
     check.add_argument("--fix", type=Path, metavar="OUT", help="write a repaired copy")
     check.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="another threshold")
-    check.add_argument("--processes", type=int, metavar="N", help="processes for large JSONL files (default: as cores)")
+    check.add_argument(
+        "--processes", type=whole_number, metavar="N", help="processes for large JSONL files (default: as cores)"
+    )
+    check.add_argument("--near", type=_rows_or_all, metavar="N|all",
+                       help="rows among which near duplicates are looked for (default: 50000; 0: none)")  # fmt: skip
     check.set_defaults(command=_check)
 
 
@@ -46,14 +56,17 @@ def _check(options: argparse.Namespace) -> int:
     from posttrain.data.doctor.check import check
     from posttrain.data.doctor.repair import check_target, repair
     from posttrain.data.doctor.settings import parse_settings
-    from posttrain.errors import ConfigError
+    from posttrain.data.writing import check_place, write_report
 
-    data, settings = _data_settings(options), parse_settings(options.set)
-    if options.max_length is not None and options.model is None:
-        raise ConfigError("--max-length counts tokens, so it needs --model", hint="--model PATH-OR-NAME")
-    _refuse_sources(options)
+    near = [] if options.near is None else [f"near_rows={sys.maxsize if options.near == 'all' else options.near}"]
+    settings, sources = parse_settings([*options.set, *near]), [*options.files, *([options.val] if options.val else [])]
+    _refuse_lonely(options)
+    if options.report:
+        check_place(options.report, "--report", sources)
     if options.fix:
-        check_target([*options.files, *([options.val] if options.val else [])], options.fix)
+        check_target(sources, options.fix)
+    data = data_settings(options, sources, on_bad_row=options.policy, max_length=options.max_length,
+                         chat_template=options.chat_template)  # fmt: skip
     common: dict[str, Any] = {
         "val": options.val,
         "data": data,
@@ -63,7 +76,7 @@ def _check(options: argparse.Namespace) -> int:
         "processes": _processes(options.processes),
         "progress": not (options.quiet or options.json),
     }
-    found = check(options.files, **common)
+    found = _as_typed(check(options.files, **common), options)
     document = found.to_dict()
     if not options.json:
         _print(found, options)
@@ -85,43 +98,31 @@ def _check(options: argparse.Namespace) -> int:
             _print_fix(document["fix"], found)
     document["refused"] = bool(found.errors or (options.strict and found.warnings))
     if options.report:
-        _write_report(options.report, document)
+        write_report(options.report, document)
+        print(f"report in {options.report}", file=sys.stderr)
     if options.json:
         print(json.dumps(document, allow_nan=False, ensure_ascii=False))
     return 3 if document["refused"] else 0
 
 
-def _data_settings(options: argparse.Namespace) -> DataSettings:
-    from posttrain.data.columns import parse_names
-    from posttrain.data.formats import all_formats, choose
-    from posttrain.data.settings import DataSettings
-
-    choose(options.format, all_formats(options.text_field))
-    return DataSettings(
-        format=options.format,
-        text_field=options.text_field,
-        column_map=parse_names(options.map),
-        on_bad_row=options.policy,
-        max_length=options.max_length,
-        chat_template=options.chat_template,
-    )
-
-
 def _without_names(data: DataSettings) -> DataSettings:
     """For the repaired copy, whose columns have their new names."""
-    import dataclasses
-
     return dataclasses.replace(data, column_map={})
 
 
-def _refuse_sources(options: argparse.Namespace) -> None:
-    """A report is not written over what is checked."""
+def _rows_or_all(text: str) -> str:
+    return text if text == "all" else str(whole_number(text))
+
+
+def _refuse_lonely(options: argparse.Namespace) -> None:
+    """What would have no effect is a mistake."""
     from posttrain.errors import ConfigError
 
-    for name in [*options.files, *([options.val] if options.val else [])]:
-        there = options.report is not None and options.report.exists() and os.path.exists(name)
-        if there and os.path.samefile(name, options.report):
-            raise ConfigError(f"--report {options.report} is what is checked", hint="name another file")
+    if options.max_length is not None and options.model is None:
+        raise ConfigError("--max-length counts tokens, so it needs --model", hint="--model PATH-OR-NAME")
+    if options.chat_template is not None and options.model is None:
+        raise ConfigError("--chat-template is what tokens are made with, so it needs --model",
+                          hint="--model PATH-OR-NAME")  # fmt: skip
 
 
 def _processes(asked: int | None) -> int:
@@ -175,14 +176,21 @@ def _print_finding(item: Any, found: CheckReport, options: argparse.Namespace) -
     details = item.details.get("shown") or item.details.get("pairs") or []
     for line in details[: 5 if options.verbose else 1]:
         print(f"  | {line}")
-    print(f"  = {_named(item.fix, options)}")
+    print(f"  = {item.fix}")
 
 
-def _named(fix: str, options: argparse.Namespace) -> str:
-    """The way out as it can be typed."""
-    import shlex
+def _as_typed(found: CheckReport, options: argparse.Namespace) -> CheckReport:
+    """With commands in its ways out that can be typed as they stand: the files' names, and the options given."""
+    findings = [dataclasses.replace(item, fix=_typed(item.fix, options)) for item in found.findings]
+    return dataclasses.replace(found, findings=findings)
 
-    return fix.replace("FILE", shlex.join(options.files)) if "FILE" in fix else fix
+
+def _typed(fix: str, options: argparse.Namespace) -> str:
+    reading = given(options, READING)
+    check = shlex.join(["posttrain", "data", "check", *options.files, *given(options, {**READING, **CHECKING})])
+    fix = fix.replace("posttrain data check FILE", check)
+    fix = fix.replace("check VALIDATION", shlex.join(["check", options.val or "VALIDATION", *reading]))
+    return f"{fix} {shlex.join(reading)}" if reading and "posttrain data fix " in fix else fix
 
 
 def _print_fix(counts: dict[str, Any], found: CheckReport) -> None:
@@ -200,17 +208,3 @@ def _print_fix(counts: dict[str, Any], found: CheckReport) -> None:
 
 def _several(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
-
-
-def _write_report(path: Path, document: dict[str, Any]) -> None:
-    """Beside it and renamed, so that a report is whole or not there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
-        temporary.write_text(
-            text + "\n", "utf-8", errors="backslashreplace"
-        )  # half of a surrogate pair, as JSON says it
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    print(f"report in {path}", file=sys.stderr)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.commands import EXIT_CODES
+from posttrain.commands.reading import add_reading, data_settings
 from posttrain.terminal import wants_colour
 
 ABOUT = "show every token of a row: trained, masked, special, cut off"
@@ -38,27 +39,29 @@ def add(verbs: Any, common: argparse.ArgumentParser) -> None:
         help="what is to be trained, by the names of dataset.train_on: assistant (its turns, or what follows a prompt; "
         "so is --mask alone), all; or completion (what follows a prompt, else all)",
     )
-    tokens.add_argument("--template", metavar="NAME", help="a chat template by name, or a .jinja file")
-    tokens.add_argument("--format", default="auto", help="the data format, if its shape does not tell")
-    tokens.add_argument("--text-field", default="text", metavar="COLUMN", help="the column of plain text")
+    tokens.add_argument("--chat-template", "--template", metavar="NAME",
+                        help="another chat template than the model's: a name, or a .jinja file")  # fmt: skip
+    add_reading(tokens)
     tokens.add_argument("--html", type=Path, metavar="OUT", help="write a page instead")
     tokens.set_defaults(command=_tokens)
 
 
 def _tokens(options: argparse.Namespace) -> int:
-    from posttrain.data.settings import DataSettings
     from posttrain.data.view import PairView, parse_rows, view_rows
     from posttrain.data.view.html import as_html
     from posttrain.data.view.text import as_text, legend
+    from posttrain.data.writing import check_place
     from posttrain.models.load import load_tokenizer
 
     rows = parse_rows(options.rows)
-    settings = DataSettings(
-        format=options.format,
-        text_field=options.text_field,
+    if options.html is not None:
+        check_place(options.html, "--html", [options.file])
+    settings = data_settings(
+        options,
+        [options.file],
         max_length=options.max_length,
         truncation_mode=options.truncation,
-        chat_template=options.template,
+        chat_template=options.chat_template,
     )
     views = view_rows(options.file, rows, load_tokenizer(options.model), settings, options.mask)
     if options.html is not None:

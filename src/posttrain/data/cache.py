@@ -27,6 +27,7 @@ import numpy as np
 from posttrain.data.mixing import Mixture
 from posttrain.data.report import Cases, DataReport
 from posttrain.data.settings import DataSettings
+from posttrain.errors import DataError
 from posttrain.types import Branch, Origin, Tokenized
 
 if TYPE_CHECKING:
@@ -210,7 +211,9 @@ def _make_room(folder: Path) -> None:
 
 
 def _plain_report(report: DataReport) -> dict[str, Any]:
-    return {name: _plain(value) for name, value in vars(report).items() if name != "first_error"}
+    plain = {name: _plain(value) for name, value in vars(report).items() if name != "first_error"}
+    first = report.first_error
+    return {**plain, "first_error": [first.message, first.hint, first.code] if first is not None else None}
 
 
 def _plain(value: Any) -> Any:
@@ -232,6 +235,9 @@ def _restored(value: Any, present: Any, name: str) -> Any:
         return Cases(value["count"], list(_origins(value["first"])))
     if isinstance(present, Counter):
         return Counter(value)
+    if name == "first_error" and value is not None:
+        message, hint, code = value
+        return DataError(message, hint=hint, code=code)
     if name == "left_out":
         return [(code, why) for code, why in value]
     if name == "skipped":

@@ -59,6 +59,7 @@ REASONS: dict[str, str] = {
     "E-DATA-0051": "rows that make no table",
     "E-DATA-0052": "not to be written in that format",
     "E-DATA-0053": "not to be split",
+    "E-DATA-0054": "not read back as written",
 }
 
 MAX_SEARCHED = 16 * 2**20

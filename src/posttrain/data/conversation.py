@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import difflib
 import json
+import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from posttrain.data.codes import Row, bad_row, kind
 from posttrain.data.flags import normalise, spoken
+from posttrain.data.strict_json import decode_json
 from posttrain.types import Message, Origin
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment", "documents")
@@ -64,6 +67,9 @@ def map_role(role: Any, field: str, row: Row, origin: Origin, extra: tuple[str, 
     known = (*ROLES, *ALIASES, *extra)
     similar = difflib.get_close_matches(spelt, known, n=1)
     hint = f'did you mean "{similar[0]}"?' if similar else f"roles: {', '.join(known)}"
+    if Path(origin.source).suffix:  # a file, that a command can be given
+        words = ["posttrain", "data", "fix", origin.source, "--rule", f"rename-role:{spelt}={[*similar, 'ROLE'][0]}"]
+        hint += f"  fix: {shlex.join(words)}"
     what = f"is {json.dumps(role, ensure_ascii=False, default=str)}"
     raise bad_row("E-DATA-0012", origin, what, field=field, seen=role, row=row, hint=hint)
 
@@ -140,10 +146,6 @@ def parse_tools(row: Row, origin: Origin) -> list[Any] | None:
 
 def parse_json(text: str, field: str, row: Row, origin: Origin) -> Any:
     try:
-        return json.loads(text, parse_constant=_no_number)
-    except ValueError as error:
+        return decode_json(text)
+    except (ValueError, RecursionError) as error:
         raise bad_row("E-DATA-0015", origin, f"is not valid JSON: {error}", field=field, seen=text, row=text) from None
-
-
-def _no_number(name: str) -> Any:
-    raise ValueError(f"{name} is no number in JSON")

@@ -15,35 +15,15 @@ from typing import Any
 from posttrain.data import lines
 from posttrain.data.codes import Reject, Row, bad_row, excerpt, kind
 from posttrain.data.lines import decode, raw_lines
+from posttrain.data.strict_json import DECODER, NotANumber, Repeated, TooLarge
 from posttrain.errors import DataError
 from posttrain.types import Origin
 
 Rows = Iterator[tuple[Origin, Row]]
 
 
-class _NotANumber(ValueError):
-    """NaN or an infinity: Python writes them, but they are not JSON."""
-
-
-def _refuse_constant(name: str) -> float:
-    raise _NotANumber(name)
-
-
-class _Repeated(ValueError):
-    """An object with a key that stands twice, of which JSON readers keep the one or the other."""
-
-
-def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _Repeated(next(key for key in keys if keys.count(key) > 1))
-    return made
-
-
-DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_once_each)
-LENIENT = json.JSONDecoder(parse_int=str)
-"""Finds the end of what the other one refuses."""
+LENIENT = json.JSONDecoder(parse_int=str, parse_float=str)
+"""Finds the end of what the strict one refuses."""
 SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -181,9 +161,9 @@ def _parse_at(text: str, position: int, path: Path, unreadable: Unreadable) -> t
 
 
 def _refused(error: ValueError, text: str, position: int, where: str) -> DataError:
-    if isinstance(error, _NotANumber):
+    if isinstance(error, NotANumber):
         return _not_a_number(error, text, position, where)
-    if isinstance(error, _Repeated):
+    if isinstance(error, Repeated):
         return _repeated(error, text, position, where)
     return DataError(f"{where}  not valid JSON: {error}", code="E-DATA-0002")  # an integer of thousands of digits
 
@@ -218,9 +198,9 @@ def _broken_array(what: str, text: str, position: int, path: Path) -> DataError:
 
 
 def _broken_line(error: ValueError, line: str, origin: Origin) -> DataError:
-    if isinstance(error, _NotANumber):
+    if isinstance(error, NotANumber):
         return _not_a_number(error, line, 0, str(origin))
-    if isinstance(error, _Repeated):
+    if isinstance(error, Repeated):
         return _repeated(error, line, 0, str(origin))
     if not isinstance(error, json.JSONDecodeError):  # an integer of thousands of digits
         return bad_row("E-DATA-0002", origin, f"not valid JSON: {error}", row=line)
@@ -250,7 +230,8 @@ def _broken(where: str, what: str, text: str, position: int, cut_off: str | None
 
 
 def _not_a_number(error: ValueError, text: str, start: int, where: str) -> DataError:
-    message = f"{where}  {error} is not JSON\n  | {_around(text, max(text.find(str(error), start), start))}"
+    what = f"{error} is read as infinity" if isinstance(error, TooLarge) else f"{error} is not JSON"
+    message = f"{where}  {what}\n  | {_around(text, max(text.find(str(error), start), start))}"
     return DataError(message, hint="write null, or leave the field out", code="E-DATA-0005")
 
 

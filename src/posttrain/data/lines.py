@@ -1,9 +1,13 @@
-"""Lines of text files, as UTF-8 or a complaint that names the line; a byte order mark and CRLF are fine."""
+"""Lines of text files, compressed or not, as UTF-8 or a complaint that names the line; a byte order mark and CRLF are
+fine."""
 
 from __future__ import annotations
 
+import gzip
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from posttrain.data.codes import excerpt
 from posttrain.errors import DataError
@@ -22,19 +26,33 @@ def raw_lines(path: Path, limited: bool = True) -> Iterator[bytes]:
     """Lines as bytes: they end at a line feed only, so a U+2028 inside a string cuts nothing. Where `limited`, a line
     that is too long comes as its beginning, which `decode` refuses."""
     limit = MAX_LINE if limited else -1
-    with open(path, "rb") as file:
+    with _opened(path) as file:
         first = True
-        while raw := file.readline(limit):
+        while raw := _next(file, limit, path):
             if first and raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
                 hint = f"iconv -f UTF-16 -t UTF-8 {path} > fixed{path.suffix}"
                 raise DataError(f"{path}: the file is UTF-16, not UTF-8", hint=hint, code="E-DATA-0003")
             if limited and len(raw) == limit and not raw.endswith(b"\n"):
                 raw = _TooLong(raw[:1000])
-                while (more := file.readline(limit)) and not more.endswith(b"\n"):
+                while (more := _next(file, limit, path)) and not more.endswith(b"\n"):
                     pass
             marked = first and raw.startswith(b"\xef\xbb\xbf")
             yield raw[3:] if marked else raw
             first = False
+
+
+def _opened(path: Path) -> BinaryIO | gzip.GzipFile:
+    return gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb")
+
+
+def _next(file: BinaryIO | gzip.GzipFile, limit: int, path: Path) -> bytes:
+    try:
+        return file.readline(limit)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        message = f"{path}: the compressed file is damaged or breaks off: {error}"
+        raise DataError(
+            message, hint="write it again; gzip -t tells whether it is whole", code="E-DATA-0007"
+        ) from error
 
 
 def too_long(origin: Origin, beginning: str) -> DataError:

@@ -16,6 +16,7 @@ from posttrain.data.codes import UNFORESEEN, Row, bad_row, broken_promise, excer
 from posttrain.data.columns import rename_columns
 from posttrain.data.encode import Encoded, Encoder
 from posttrain.data.formats import choose, detect, formats, require
+from posttrain.data.mixing import Mixture, check_used
 from posttrain.data.remarks import remark_on_bos, remark_on_text
 from posttrain.data.render import Rendered, Supervision, render
 from posttrain.data.report import DataReport
@@ -44,11 +45,18 @@ class Pipeline:
         self.format = choose(settings.format, self.formats)
         self.chat: Chat | None = None
         self.missing: tuple[str, ...] = ()
+        self.bad: set[Origin] | None = None
         if is_a_program(settings.chat_template):
             self.chat = self._open_chat()
 
     def run(self, dataset: Any, name: str) -> Iterator[Tokenized]:
-        yield from self.run_rows(_with_progress(read_rows(dataset, name, self._reject), dataset, name))
+        self.bad = set() if isinstance(dataset, Mixture) else None  # whose parts come again and again
+        used_of: set[str] = set()
+        for tokenized in self.run_rows(_with_progress(read_rows(dataset, name, self._reject), dataset, name)):
+            used_of.add(tokenized.origin.source)
+            yield tokenized
+        if isinstance(dataset, Mixture):
+            check_used(dataset, used_of)
 
     def run_rows(self, rows: Rows) -> Iterator[Tokenized]:
         while chunk := list(islice(rows, CHUNK)):
@@ -64,22 +72,26 @@ class Pipeline:
         (tokenized,) = self._chunk([(origin, row)])
         return tokenized
 
-    def _chunk(self, chunk: list[tuple[Origin, Row]]) -> Iterator[Tokenized]:
-        ready: list[Rendered | Tokenized] = []
+    def _chunk(self, chunk: list[tuple[Origin, Row]]) -> list[Tokenized]:
+        ready: list[tuple[Rendered | Tokenized, str]] = []
         for origin, row in chunk:
             try:
                 ready.append(self._read_safely(row, origin))
             except DataError as error:
                 self._skip(error, origin)
-        encoded = iter(self.encoder.encode([item for item in ready if isinstance(item, Rendered)]))
-        for item in ready:
+        encoded = iter(self.encoder.encode([item for item, _ in ready if isinstance(item, Rendered)]))
+        used: list[Tokenized] = []
+        for item, described in ready:
             done = Encoded(item, False) if isinstance(item, Tokenized) else next(encoded)
             limited = self._accept(done, item)
             if limited is not None:
-                yield limited
+                self.report.formats[described] += 1
+                used.append(limited)
+        return used
 
-    def _read_safely(self, row: Row, origin: Origin) -> Rendered | Tokenized:
-        """What no check foresaw is still a complaint about the row; the user's own function fails in its own way."""
+    def _read_safely(self, row: Row, origin: Origin) -> tuple[Rendered | Tokenized, str]:
+        """With its format, in words. What no check foresaw is still a complaint about the row; the user's own function
+        fails in its own way."""
         try:
             return self._read(row, origin)
         except UserError:
@@ -89,21 +101,21 @@ class Pipeline:
                 raise
             raise broken_promise(error, row, origin) from error
 
-    def _read(self, row: Row, origin: Origin) -> Rendered | Tokenized:
+    def _read(self, row: Row, origin: Origin) -> tuple[Rendered | Tokenized, str]:
         row = rename_columns(row, self.settings.column_map, origin)
         if is_tokenized(row):
             if self.settings.formatting_func is not None:
                 raise ConfigError(f"{origin}: the row is tokenised already, so formatting_func has nothing to format")
-            self.report.formats["read as tokens: column `input_ids`"] += 1
-            return from_tokens(row, origin, self.supervision, len(self.tokenizer), self.settings.columns)
-        example = self._parse(row, origin)
+            tokens = from_tokens(row, origin, self.supervision, len(self.tokenizer), self.settings.columns)
+            return tokens, "read as tokens: column `input_ids`"
+        example, described = self._parse(row, origin)
         if example.is_conversational:
             self.report.conversational += 1
             self.chat = self.chat or self._open_chat()
         rendered = render(example, self.tokenizer, self.chat, self.supervision)
         if self.chat is not None and rendered.is_chat:
             remark_on_text(rendered, self.chat, self.missing, self.report)
-        return rendered
+        return rendered, described
 
     def _open_chat(self) -> Chat:
         name = self.settings.chat_template
@@ -112,14 +124,12 @@ class Pipeline:
         chat.check()
         return chat
 
-    def _parse(self, row: Row, origin: Origin) -> Example:
+    def _parse(self, row: Row, origin: Origin) -> tuple[Example, str]:
         if self.settings.formatting_func is not None:
-            self.report.formats["read by formatting_func, as text"] += 1
-            return _formatted(self.settings.formatting_func, row, origin)
+            return _formatted(self.settings.formatting_func, row, origin), "read by formatting_func, as text"
         chosen = self.format or detect(row, origin, self.formats)
         require(chosen, self.settings.format, row, origin)
-        self.report.formats[chosen.describe(row)] += 1
-        return chosen.parse(row, origin)
+        return chosen.parse(row, origin), chosen.describe(row)
 
     def _accept(self, done: Encoded, item: Rendered | Tokenized) -> Tokenized | None:
         """What of it is used: limited to `max_length`, or nothing if there is nothing to train."""
@@ -139,9 +149,10 @@ class Pipeline:
             return whole
         limited = _limit(whole, self.settings)
         if limited.num_supervised == 0:
-            report.drop("E-DATA-0030", whole.origin)
-            report.tokens_lost += whole.num_tokens
-            report.supervised_lost += whole.num_supervised
+            if not self._is_known(whole.origin):
+                report.drop("E-DATA-0030", whole.origin)
+                report.tokens_lost += whole.num_tokens
+                report.supervised_lost += whole.num_supervised
             return None
         if limited is not whole:
             report.truncated.add(whole.origin)
@@ -157,7 +168,18 @@ class Pipeline:
     def _skip(self, error: DataError, origin: Origin) -> None:
         if self.settings.on_bad_row == "error":
             raise error
-        self.report.skip(error, origin)
+        if not self._is_known(origin):
+            self.report.skip(error, origin)
+
+    def _is_known(self, origin: Origin) -> bool:
+        """Whether this row of a mixture was found bad before; it is then no other row."""
+        if self.bad is None:
+            return False
+        if origin in self.bad:
+            self.report.rows -= 1
+            return True
+        self.bad.add(origin)
+        return False
 
 
 def _formatted(function: Callable[[Row], object], row: Row, origin: Origin) -> Example:

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import difflib
 import glob
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from posttrain.data.codes import Reject, Row, bad_row, excerpt, kind, refuse
 from posttrain.data.json_files import read_json, read_json_lines
-from posttrain.data.mixing import Mixture, mixed_rows
-from posttrain.data.tables import clean_arrow_row, read_csv, read_parquet
+from posttrain.data.mixing import Mixture, Part, mixed_rows
+from posttrain.data.parquet import clean_arrow_row, read_parquet
+from posttrain.data.tables import read_csv
 from posttrain.data.text_files import read_text
-from posttrain.errors import DataError
+from posttrain.errors import ConfigError, DataError
 from posttrain.types import Origin
 
 Rows = Iterator[tuple[Origin, Row]]
@@ -33,6 +36,9 @@ READERS: dict[str, Callable[[Path, Reject], Rows]] = {
     ".parquet": read_parquet,
     ".txt": read_text,
 }
+GZIPPED = (".jsonl", ".json", ".csv", ".tsv", ".txt")
+"""Read as they are from `.jsonl.gz` and so on."""
+logger = logging.getLogger("posttrain")
 HUB_NAME = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.\[\]:%+-]+))?")
 
 
@@ -76,7 +82,11 @@ def files_of(source: Any) -> list[Any]:
 
 def _dispatch(source: Any, name: str, reject: Reject) -> Rows:
     if isinstance(source, Mixture):
-        return mixed_rows(source, lambda part: _dispatch(part.source, part.name, reject))
+
+        def read(part: Part, is_again: bool) -> Rows:  # a bad row is told of once, however often its part is read
+            return _dispatch(part.source, part.name, _pass_over if is_again else reject)
+
+        return mixed_rows(source, read)
     if isinstance(source, str | Path):
         return _read_path(Path(source), str(source), reject)
     datasets = sys.modules.get("datasets")  # whoever passes a data set has imported it already
@@ -90,6 +100,10 @@ def _dispatch(source: Any, name: str, reject: Reject) -> Rows:
         f"{name}: cannot read rows from {kind(source)}",
         hint="give a path, a datasets.Dataset, a datasets.IterableDataset or a list of dicts",
     )
+
+
+def _pass_over(error: DataError, origin: Origin) -> None:
+    """It was told of before."""
 
 
 def _read_objects(source: Iterable[Any], name: str, reject: Reject) -> Rows:
@@ -129,7 +143,7 @@ def _read_path(path: Path, given: str, reject: Reject) -> Rows:
 
 def hub_name(given: str, root: Path = Path()) -> re.Match[str] | None:
     """The parts of a name on the hub; None for what names a file, or a folder that is there."""
-    is_file_name = (root / given.partition("/")[0]).is_dir() or Path(given).suffix.lower() in READERS
+    is_file_name = (root / given.partition("/")[0]).is_dir() or kind_of(Path(given)) in READERS
     return None if is_file_name else HUB_NAME.fullmatch(given)
 
 
@@ -151,8 +165,14 @@ def _read_hub(name: re.Match[str], given: str) -> Rows:
     return _read_dataset(dataset, given)
 
 
+def kind_of(path: Path) -> str:
+    """The suffix that tells how a file is read: of `a.jsonl.gz` it is `.jsonl`."""
+    suffix, inner = path.suffix.lower(), Path(path.stem).suffix.lower()
+    return inner if suffix == ".gz" and inner in GZIPPED else suffix
+
+
 def _read_file(path: Path, reject: Reject) -> Rows:
-    reader = READERS.get(path.suffix.lower())
+    reader = READERS.get(kind_of(path))
     if reader is None:
         known = ", ".join(READERS)
         raise DataError(f"{path}: unknown file type {path.suffix!r}", hint=f"known: {known}")
@@ -175,11 +195,21 @@ def _is_saved(folder: Path) -> bool:
 
 
 def _files_in(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in READERS)
+    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    files = [path for path in entries if kind_of(path) in READERS]
+    if files and (others := tuple(path.name for path in entries if path not in files)):
+        _say_passed_over(str(folder), others)
+    return files
 
 
 def _found(pattern: str) -> list[Path]:
     return [Path(found) for found in sorted(glob.glob(pattern, recursive=True))]
+
+
+@lru_cache
+def _say_passed_over(folder: str, names: tuple[str, ...]) -> None:
+    """Once, though a folder may be read again and again."""
+    logger.warning("data     %s: passed over %s, of no known type", folder, excerpt(", ".join(names)))
 
 
 def _read_files(files: list[Path], given: str, reject: Reject) -> Rows:
@@ -194,6 +224,26 @@ def _missing(path: Path, given: str) -> DataError:
         return DataError(f"{given}: no such file (there is no folder {path.parent} either)", hint="check the path")
     names = [entry.name for entry in path.parent.iterdir()]
     similar = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
-    there = [name for name in sorted(names) if Path(name).suffix.lower() in READERS]
+    there = [name for name in sorted(names) if kind_of(Path(name)) in READERS]
     hint = f"in {path.parent} there is: {excerpt(', '.join(there) or 'no data file')}"
     return DataError(f"{given}: no such file", hint=f"did you mean {' or '.join(similar)}?" if similar else hint)
+
+
+def check_columns(names: Mapping[str, str], sources: Iterable[Any]) -> None:
+    """Raises ConfigError for a column to be renamed that no row has. Most files are read for a row and no further; what
+    cannot be read is for whoever reads on."""
+    missing, seen = set(names), dict[str, None]()
+    for source in sources:
+        try:
+            for _, row in read_rows(source, reject=lambda *_: None) if missing else ():
+                missing.difference_update(row)
+                seen.update(dict.fromkeys(row))
+                if not missing:
+                    return
+        except DataError:
+            continue
+    if missing and seen:
+        name = min(missing)
+        similar = difflib.get_close_matches(name, seen, n=1)
+        hint = f"did you mean {similar[0]}?" if similar else f"columns: {excerpt(', '.join(seen))}"
+        raise ConfigError(f"--map {name}={names[name]}: no row has a column {name!r}", hint=hint)

@@ -1,9 +1,8 @@
-"""Readers of tables: CSV (with a header; semicolons and tabs are recognised by it) and what Arrow hands out."""
+"""Reader of CSV, with a header; semicolons and tabs are recognised by it."""
 
 from __future__ import annotations
 
 import csv
-import json
 import logging
 import re
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from posttrain.data.cells import parsed
 from posttrain.data.codes import Reject, Row, bad_row, excerpt, refuse
 from posttrain.data.columns import BOOLEANS
 from posttrain.data.lines import decode, raw_lines
@@ -19,14 +19,13 @@ from posttrain.types import Origin
 
 Rows = Iterator[tuple[Origin, Row]]
 
-CHAT_COLUMNS = ("messages", "conversations", "prompt", "completion", "chosen", "rejected", "tools")
 QUOTED = re.compile(r'"[^"]*"')
 logger = logging.getLogger("posttrain")
 
 
 def read_csv(path: Path, reject: Reject) -> Rows:
-    """All values are text, but for columns of messages written as JSON. A row may run over several lines inside quotes;
-    its origin is the first."""
+    """All values are text, but for what formats look for and a cell holds as JSON, and for ratings. A row may run over
+    several lines inside quotes; its origin is the first."""
     csv.field_size_limit(2**31 - 1)  # the default refuses cells over 128 KiB
     bad: dict[int, DataError] = {}
     lines = _lines(path, bad)
@@ -76,21 +75,15 @@ def _header(names: list[str], path: Path, first: str) -> list[str]:
 
 
 def _cell(name: str, value: str, origin: Origin) -> Any:
-    """Messages written as JSON become messages, and a label that is spelt true or false becomes one; a prompt may be
-    text that happens to begin like JSON."""
+    """What is written as JSON as what it stands for; so is a `label` of true or false, which a table cannot tell from
+    the word."""
     if name == "label":
         return BOOLEANS.get(value.strip().lower(), value)
-    if name not in CHAT_COLUMNS or not value.lstrip().startswith(("[", "{")):
-        return value
     try:
-        parsed = json.loads(value)
+        return parsed(name, value)
     except (ValueError, RecursionError) as error:
-        if name in ("messages", "conversations"):
-            what = f"is not valid JSON: {error}"
-            raise bad_row("E-DATA-0011", origin, what, field=name, row=value, hint="a CSV cell holds JSON") from None
-        return value
-    is_chat = isinstance(parsed, list) and all(isinstance(item, dict) for item in parsed)
-    return parsed if is_chat or name in ("messages", "conversations") else value
+        what = f"is not valid JSON: {error}"
+        raise bad_row("E-DATA-0011", origin, what, field=name, row=value, hint="a CSV cell holds JSON") from None
 
 
 def _records(
@@ -119,60 +112,3 @@ def _records(
         elif values:
             yield line, values
         row += bool(values)
-
-
-def read_parquet(path: Path, reject: Reject) -> Rows:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise DataError(f"{path}: Parquet needs pyarrow", hint="pip install 'posttrain[data]'") from error
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a Parquet file: {error}") from error
-    row, batches = 0, file.iter_batches()
-    while True:
-        try:
-            batch = next(batches, None)
-        except (pyarrow.ArrowException, OSError) as error:
-            message = f"{path}[{row}]: the file is damaged from about this row on: {error}"
-            raise DataError(
-                message, hint="write it again; what comes before can be read", code="E-DATA-0007"
-            ) from error
-        if batch is None:
-            return
-        for values in _batch_rows(batch):
-            origin = Origin(str(path), row)
-            row += 1
-            if isinstance(values, UnicodeDecodeError):
-                message = f"{origin}  a text is not UTF-8: {values.reason} at byte {values.start}"
-                reject(DataError(message, hint="write the column as UTF-8", code="E-DATA-0003"), origin)
-            else:
-                yield origin, clean_arrow_row(values)
-
-
-def _batch_rows(batch: Any) -> Iterator[Row | UnicodeDecodeError]:
-    """The rows of an Arrow batch, or why one of them cannot be read."""
-    try:
-        yield from batch.to_pylist()
-    except UnicodeDecodeError:
-        for index in range(batch.num_rows):
-            try:
-                yield from batch.slice(index, 1).to_pylist()
-            except UnicodeDecodeError as error:
-                yield error
-
-
-def clean_arrow_row(row: Row) -> Row:
-    """Arrow gives every struct of a column all keys that any of them has, so one row's tool argument shows up as a
-    null in all other rows: in messages and tools these nulls are dropped. Other columns stay as they are."""
-    return {key: _without_nulls(value) if key in CHAT_COLUMNS else value for key, value in row.items()}
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    return value

@@ -5,78 +5,84 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shlex
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from posttrain.data.codes import Row
+from posttrain.data.codes import Row, excerpt
+from posttrain.data.parquet import NO_CHARACTER, columns_of, no_table, write_parquet
 from posttrain.errors import ConfigError, DataError
 
 KINDS = (".jsonl", ".json", ".csv", ".parquet")
+TABLES = (".csv", ".parquet")
 
 
-def check_new_file(path: Path, force: bool = False) -> None:
-    """Raises ConfigError where `path` cannot be written: another kind of file, one that is there, no folder for it."""
+def check_new_file(path: Path, force: bool = False, sources: Iterable[Any] = ()) -> None:
+    """Raises ConfigError where `path` cannot be written: another kind of file, one that is there, one that is read from
+    (`sources`, even with `force`), no folder for it."""
     if path.suffix.lower() not in KINDS:
         raise ConfigError(f"{path}: rows are written as {', '.join(KINDS)}", hint=f"{path.stem}.jsonl")
+    check_place(path, sources=sources)
     if path.exists() and not force:
         raise ConfigError(f"{path}: there is such a file already", hint="--force writes over it")
+
+
+def check_place(path: Path, option: str = "", sources: Iterable[Any] = ()) -> None:
+    """Raises ConfigError where no file `path` can come to be, and where it is one of `sources`: found out before any
+    work is done. `option` is what named it."""
+    said = f"{option} {path}".strip()
+    if path.is_dir():
+        raise ConfigError(f"{said} is a folder", hint="name a file in it")
     if not path.parent.is_dir():
-        raise ConfigError(f"{path}: there is no folder {path.parent}", hint="create it first")
+        raise ConfigError(f"{said}: there is no folder {path.parent}", hint=f"mkdir -p {shlex.quote(str(path.parent))}")
+    if not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"{said}: nothing can be written into {path.parent}", hint="name a folder of your own")
+    for source in sources:
+        if isinstance(source, str | Path) and path.exists() and os.path.exists(source) and path.samefile(source):
+            raise ConfigError(f"{said} is what is read; it is never written over", hint="name another file")
 
 
-def write_rows(path: Path, rows: Iterable[Row]) -> int:
-    """Write `rows` as they come (all of them are held for CSV and Parquet, whose columns must be known); how many."""
+def write_rows(path: Path, rows: Iterable[Row], check: Callable[[Path], None] | None = None) -> int:
+    """Write `rows` as they come (all of them are held for CSV and Parquet, whose columns must be known); how many.
+    `check` is given the whole file before it is in place, and may refuse it."""
     kind = path.suffix.lower()
-    if kind == ".parquet":
-        return _write_parquet(path, list(rows))
-    with _Replacing(path) as write:
-        if kind == ".json":
-            return _write_array(write, iter(rows))
-        if kind == ".csv":
-            return _write_csv(write, list(rows))
-        count = 0
-        for count, row in enumerate(rows, start=1):  # noqa: B007 - the last number is the count
-            write(_line(row) + "\n")
-        return count
+    with _replacing(path, check) as temporary:
+        if kind == ".parquet":
+            return write_parquet(temporary, path, list(rows))
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            if kind == ".json":
+                return _write_array(file.write, iter(rows))
+            if kind == ".csv":
+                return _write_csv(file, path, list(rows))
+            count = 0
+            for count, row in enumerate(rows, start=1):  # noqa: B007 - the last number is the count
+                file.write(_line(row) + "\n")
+            return count
 
 
-def _write_csv(write: Callable[[str], Any], rows: list[Row]) -> int:
-    """Lists and objects become JSON in their cells, and are read back as such where they are messages."""
-
-    class Lines:
-        def write(self, text: str) -> Any:
-            return write(text)
-
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    writer = csv.DictWriter(Lines(), columns, restval="", lineterminator="\n")
+def _write_csv(file: TextIO, path: Path, rows: list[Row]) -> int:
+    """Lists and objects become JSON in their cells, and are read back as such where a format has a place for them."""
+    writer = csv.DictWriter(file, columns_of(rows), restval="", lineterminator="\n")
     writer.writeheader()
-    for row in rows:
-        writer.writerow(
-            {name: _line(value) if isinstance(value, list | dict) else value for name, value in row.items()}
-        )
+    try:
+        for row in rows:
+            writer.writerow(
+                {name: _line(value) if isinstance(value, list | dict) else value for name, value in row.items()}
+            )
+    except UnicodeEncodeError as error:
+        raise no_table(path, NO_CHARACTER) from error
     return len(rows)
 
 
-def _write_parquet(path: Path, rows: list[Row]) -> int:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise DataError(f"{path}: Parquet needs pyarrow", hint="pip install 'posttrain[data]'") from error
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        table = pyarrow.Table.from_pylist([{name: row.get(name) for name in columns} for row in rows])
-        parquet.write_table(table, temporary)
-        os.replace(temporary, path)
-    except (pyarrow.ArrowException, OverflowError) as error:
-        hint = "Parquet wants one type a column: write .jsonl"
-        raise DataError(f"{path}: the rows do not fit into a table: {error}", hint=hint, code="E-DATA-0051") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    return len(rows)
+def write_report(path: Path, document: dict[str, Any]) -> None:
+    """One JSON object, for people to read as well."""
+    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
+    with _replacing(path, None) as temporary:
+        # Half of a surrogate pair, in what is quoted of a row, as JSON says it.
+        temporary.write_text(text + "\n", "utf-8", errors="backslashreplace")
 
 
 def _write_array(write: Callable[[str], Any], rows: Iterator[Row]) -> int:
@@ -89,7 +95,11 @@ def _write_array(write: Callable[[str], Any], rows: Iterator[Row]) -> int:
 
 def _line(row: Any) -> str:
     """Characters as they are, but for half of a surrogate pair, which no UTF-8 can hold."""
-    text = json.dumps(row, ensure_ascii=False, allow_nan=False, default=str)
+    try:
+        text = json.dumps(row, ensure_ascii=False, allow_nan=False, default=str)
+    except ValueError as error:
+        message = f"a row holds NaN or an infinity, which JSON has not\n  | {excerpt(repr(row))}"
+        raise DataError(message, hint="write null, or leave the field out", code="E-DATA-0005") from error
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -97,29 +107,22 @@ def _line(row: Any) -> str:
     return text
 
 
-class _Replacing:
-    """A file that is whole under its name or not there: written beside it, synced, renamed."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self) -> Callable[[str], Any]:
-        handle, self.temporary = tempfile.mkstemp(prefix=f".{self.path.name}-", dir=self.path.parent)
-        self.file = os.fdopen(handle, "w", encoding="utf-8", newline="\n")
-        return self.file.write
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        try:
-            if kind is None:
-                self.file.flush()
-                os.fsync(self.file.fileno())
-            self.file.close()
-            if kind is None:
-                os.chmod(self.temporary, 0o666 & ~_umask())
-                os.replace(self.temporary, self.path)
-        finally:
-            if os.path.exists(self.temporary):
-                os.unlink(self.temporary)
+@contextmanager
+def _replacing(path: Path, check: Callable[[Path], None] | None) -> Iterator[Path]:
+    """A file that is whole under its name or not there: written beside it, synced, looked at, renamed."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix.lower(), dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        if check is not None:
+            check(temporary)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _umask() -> int:

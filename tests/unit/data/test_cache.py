@@ -43,6 +43,10 @@ def entries(folder: Path) -> list[Path]:
 
 
 def assert_same(one: Prepared, other: Prepared) -> None:
+    assert vars(one.report).keys() == vars(other.report).keys()
+    firsts = [report.first_error for report in (one.report, other.report)]
+    assert [str(first) for first in firsts] == [str(firsts[0])] * 2
+    assert len({first and first.code for first in firsts}) == 1
     assert one.report.to_dict() == other.report.to_dict()
     assert one.report.summary() == other.report.summary()
     assert len(one.samples) == len(other.samples)

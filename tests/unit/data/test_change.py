@@ -15,6 +15,7 @@ from posttrain.data.change import convert, dedup, split, stats
 from posttrain.data.settings import DataSettings
 from posttrain.data.sources import read_rows
 from posttrain.errors import ConfigError, DataError
+from tests.doctor_files import codes, plain, row
 
 S = DataSettings()
 CHAT = {
@@ -139,16 +140,70 @@ def test_dedup(tmp_path: Path) -> None:
         {"prompt": "a", "completion": "c"},
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
     ]
-    assert dedup(rows, tmp_path / "a.jsonl", S) == {"written": 3, "dropped": 1, "skipped": 0}
-    assert lines(tmp_path / "a.jsonl") == [rows[0], rows[2], rows[3]]
-    assert dedup(rows, tmp_path / "b.jsonl", S, by_prompt=True)["written"] == 2
+    assert dedup(rows, tmp_path / "a.jsonl", S) == {"written": 2, "dropped": 2, "skipped": 0}
+    assert lines(tmp_path / "a.jsonl") == [rows[0], rows[2]]
+    assert dedup(rows, tmp_path / "b.jsonl", S, by_prompt=True)["written"] == 1
+
+
+SAME = {
+    "text": {"prompt": "Two plus two?", "completion": " Four."},
+    "messages": row("Two plus two?", "Four."),
+    "alpaca": {"instruction": "Two plus two?", "input": "", "output": "Four."},
+    "sharegpt": {"conversations": [{"from": "human", "value": "Two plus two?"}, {"from": "gpt", "value": "Four."}]},
+    "cut": {"prompt": [{"role": "user", "content": "Two plus two?"}],
+            "completion": [{"role": "assistant", "content": "Four."}]},
+}  # fmt: skip
+CHATS = {
+    "messages": CHAT,
+    "cut": {"prompt": CHAT["messages"][:-1], "completion": CHAT["messages"][-1:]},
+    "cut early": {"prompt": CHAT["messages"][:2], "completion": CHAT["messages"][2:]},
+}
+
+
+@pytest.mark.parametrize("same", [SAME, CHATS], ids=["question", "chat"])
+def test_one_conversation_in_several_formats_is_one(same: dict[str, Any], tmp_path: Path) -> None:
+    rows = [*same.values()]
+    assert dedup(rows, tmp_path / "a.jsonl", S)["written"] == 1
+    others = plain(40)
+    for seed in range(5):
+        split([*rows, *others], 0.3, seed, tmp_path, S)
+        train, val = lines(tmp_path / "train.jsonl"), lines(tmp_path / "val.jsonl")
+        assert sum(one in train for one in rows) in (0, len(rows))
+        assert len(train) + len(val) == len(rows) + 40
+    for one in rows:
+        for other in rows:
+            assert "E-DATA-0061" in codes([one], [other])
+    assert codes(rows)[0] == "W-DATA-0101"
+
+
+YAML = ["a:\n  b: 1\n  c: 2", "a:\n  b: 1\nc: 2", "a:\n b: 1\n c: 2", "a:\n  b: 1\n\tc: 2", "a: b: 1 c: 2"]
+
+
+def test_white_space_inside_an_answer_counts(tmp_path: Path) -> None:
+    rows = [row("Write YAML.", text) for text in YAML]
+    assert dedup(rows, tmp_path / "a.jsonl", S)["dropped"] == 0
+    assert dedup([*rows, row("Write YAML.", YAML[0] + "\n")], tmp_path / "a.jsonl", S)["dropped"] == 1
+    asked = [row(f"What is {text}?", "YAML.") for text in YAML]
+    assert dedup(asked, tmp_path / "a.jsonl", S, by_prompt=True)["dropped"] == 0
+    composed, decomposed = row("é?", "caf\u00e9"), row("é?", "cafe\u0301")
+    assert dedup([composed, decomposed], tmp_path / "a.jsonl", S)["dropped"] == 0
 
 
 def test_stats() -> None:
     found = stats([CHAT, {"prompt": "abc", "completion": "de"}], S)
     assert found["rows"] == 2
     assert found["characters"]["row"]["p0"] == 5
+    assert (found["characters"]["prompt"]["p0"], found["characters"]["answer"]["p0"]) == (3, 2)
+    assert found["turns"] == {"2": 1, "5": 1}
     assert sum(rows for *_, rows in found["histogram"]) == 2
+
+
+def test_stats_count_what_is_said() -> None:
+    silent = {"messages": [{"role": "system", "content": ""}, *row("abc", "de")["messages"]]}
+    found = stats([CALLS, silent, {"text": "plain"}, {"input_ids": [1, 2]}], S)
+    assert found["turns"] == {"1": 2, "3": 1, "4": 1}
+    assert found["characters"]["prompt"] | {"p0": 0, "p100": 5} == found["characters"]["prompt"]  # "Add." and "3"
+    assert found["characters"]["answer"]["p0"] == 2
 
 
 @pytest.fixture

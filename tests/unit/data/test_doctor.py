@@ -138,7 +138,8 @@ def test_bad_rows_are_findings(tmp_path: Path) -> None:
     assert {f.code: f.first[0] for f in report.findings} == {
         "E-DATA-0012": f"{path}:1", "E-DATA-0002": f"{path}:2", "E-DATA-0014": f"{path}:3", "E-DATA-0003": f"{path}:5"
     }  # fmt: skip
-    assert finding(report, "E-DATA-0012").fix == 'did you mean "user"?'
+    fix = f"posttrain data fix {path} --rule rename-role:usr=user"
+    assert finding(report, "E-DATA-0012").fix == f'did you mean "user"?  fix: {fix}'
     assert report.bad_rows[0]["message"].startswith(f'{path}:1:24  "messages[0].role" is "usr"')
     skipping = examine(path, data=DataSettings(on_bad_row="skip"))
     assert (skipping.errors, skipping.warnings) == (0, 4)

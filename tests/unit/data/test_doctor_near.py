@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from posttrain.data.doctor.near import shingles
+from posttrain.data.doctor.sketches import shingles
 from tests.doctor_files import codes, examine, finding, name, plain, row
 
 STORY = " ".join(name(i) for i in range(60))

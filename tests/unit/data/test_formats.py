@@ -107,7 +107,7 @@ def test_template_arguments_and_tools() -> None:
     [
         ('{"city": "Par', "is not valid JSON: Unterminated string"),
         ("{'city': 'Paris'}", "is not valid JSON: Expecting property name"),
-        ('{"x": NaN}', "is not valid JSON: NaN is no number in JSON"),
+        ('{"x": NaN}', "is not valid JSON: NaN is no number of JSON's"),
         ('["Paris"]', "is a list, not an object"),
         ('"Paris"', "is text, not an object"),
         (["Paris"], "is a list, not an object"),
@@ -229,7 +229,8 @@ def test_a_mistyped_role_is_found_in_the_file(tmp_path: Path) -> None:
     assert first == f'{path}:2:{column}  "messages[1].role" is "assitant"'
     assert '"role": "assitant"' in evidence
     assert len(evidence) < 120
-    assert hint == '  = did you mean "assistant"?'
+    fix = f"posttrain data fix {path} --rule rename-role:assitant=assistant"
+    assert hint == f'  = did you mean "assistant"?  fix: {fix}'
 
 
 def test_a_mistyped_role_in_an_array(tmp_path: Path) -> None:
@@ -238,7 +239,7 @@ def test_a_mistyped_role_in_an_array(tmp_path: Path) -> None:
     ((origin, read),) = read_rows(path)
     with pytest.raises(DataError, match=r'train.json:3:13  "conversations\[0\].from" is "humann"') as caught:
         detect(read, origin, formats()).parse(read, origin)
-    assert caught.value.hint == 'did you mean "human"?'
+    assert caught.value.hint == f'did you mean "human"?  fix: posttrain data fix {path} --rule rename-role:humann=human'
 
 
 def test_choosing_a_format_by_name() -> None:

@@ -67,7 +67,87 @@ def test_what_cannot_be_mixed(tmp_path: Path) -> None:
         posttrain.mix([MANY], stop="never")
     with pytest.raises(ConfigError, match="cannot begin an iterator again"):
         posttrain.mix([iter(MANY), FEW])
-    with pytest.raises(ConfigError, match="set 2 has no usable row"):
-        texts(posttrain.mix([MANY, []]))
     with pytest.raises(DataError, match=r"no\.jsonl: no such file"):
         texts(posttrain.mix([MANY, tmp_path / "no.jsonl"]))
+
+
+BAD = [{"text": "fine"}, {"text": ""}, {"nothing": 1}, *({"text": f"c{i}"} for i in range(20))]
+
+
+def test_a_bad_row_is_counted_once_however_often_its_part_comes(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "good"}\nbroken\n' + "".join(f'{{"text": "d{i}"}}\n' for i in range(20)))
+    mixture = posttrain.mix([MANY, path, BAD], [8, 1, 1])
+    report = prepare(mixture, chatml_tokenizer(), DataSettings(on_bad_row="skip")).report
+    assert {reason: cases.count for reason, cases in report.skipped.items()} == {
+        "broken JSON": 1, "empty text": 1, "unknown format": 1
+    }  # fmt: skip
+    assert report.rows == report.used + 3
+    assert len(report.left_out) == 3
+    cut = posttrain.mix([MANY, [{"prompt": "x " * 50, "completion": "y"}, {"text": "z"}]], [9, 1])
+    report = prepare(cut, chatml_tokenizer(), DataSettings(on_bad_row="skip", max_length=16)).report
+    assert report.skipped["answer cut off by max_length"].count == 1
+    assert report.rows == report.used + 1
+
+
+@pytest.mark.parametrize("stop", ["all", "first"])
+@pytest.mark.parametrize("where", ["file", "list", "unusable", "folder"])
+def test_a_part_without_a_usable_row_is_named(tmp_path: Path, stop: str, where: str) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.jsonl").write_text("broken\n" * 3)
+    (tmp_path / "u.jsonl").write_text('{"text": ""}\n' * 3)
+    sources = {"file": tmp_path / "data" / "a.jsonl", "list": [], "unusable": tmp_path / "u.jsonl",
+               "folder": tmp_path / "data"}  # fmt: skip
+    source: object = sources[where]
+    name = source if where != "list" else "set 2"
+    for parts in ([FEW, source], [source, FEW]) if where != "list" else ([FEW, source],):
+        with pytest.raises(DataError) as caught:
+            prepare(posttrain.mix(parts, stop=stop), chatml_tokenizer(), DataSettings(on_bad_row="skip"))
+        assert caught.value.message == f"{name} has no usable row to mix in"
+        assert caught.value.code == "E-DATA-0006"
+
+
+def test_parts_that_are_folders_globs_and_mixtures(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    inner = posttrain.mix([FEW, tmp_path / "a"])
+    mixture = posttrain.mix([inner, str(tmp_path / "b" / "*.jsonl"), tmp_path / "b"])
+    prepared = prepare(mixture, chatml_tokenizer(), DataSettings(on_bad_row="skip"))
+    assert prepared.report.num_skipped == 0
+
+
+def test_what_people_give_mix() -> None:
+    import numpy as np
+
+    same = texts(posttrain.mix([MANY, FEW], [3, 1]))
+    for weights in (np.array([3, 1]), np.array([3.0, 1.0], np.float32), (3, 1), (w for w in (3, 1)), [np.int64(3), 1]):
+        assert texts(posttrain.mix([MANY, FEW], weights)) == same
+    assert posttrain.mix({"a.jsonl": 3, "b.jsonl": 1}) == posttrain.mix(["a.jsonl", "b.jsonl"], [3, 1])
+
+
+@pytest.mark.parametrize(
+    ("sources", "weights", "says"),
+    [
+        ("train.jsonl", None, "a mixture is made of a list of data sets, saw 'train.jsonl'"),
+        (Path("train.jsonl"), None, "a mixture is made of a list of data sets"),
+        (7, None, "a mixture is made of a list of data sets, saw a number"),
+        ({"a.jsonl": 1}, [1], "has the weights in it"),
+        ({"train": MANY}, None, "is not a positive number"),
+        ([{"text": "a"}, {"text": "b"}], None, "set 1 of a mixture is a dict: one row"),
+        (["a.jsonl"], 3, "mixture weights are 3"),
+        (["a.jsonl"], "3", "mixture weights are '3'"),
+        (["a.jsonl"], {"a.jsonl": 3}, "is not a positive number"),
+        ([], None, "a mixture of 0 data sets"),
+    ],
+)
+def test_what_is_no_mixture(sources: object, weights: object, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        posttrain.mix(sources, weights)  # type: ignore[arg-type]
+    assert says in caught.value.message
+
+
+def test_one_data_set_is_no_mixture() -> None:
+    datasets = pytest.importorskip("datasets")
+    with pytest.raises(ConfigError, match="saw a Dataset"):
+        posttrain.mix(datasets.Dataset.from_list(FEW))

@@ -274,3 +274,11 @@ def test_importing_loads_nothing_heavy() -> None:
 def test_arrays_are_compact() -> None:
     branch = run(ROWS).samples[0][0].branches[0]
     assert (branch.ids.dtype, branch.supervised.dtype) == (np.int32, bool)
+
+
+def test_formats_are_those_of_rows_that_are_used() -> None:
+    rows = [{"text": "a"}, {"text": " "}, {"prompt": "a", "completion": ""}, {"instruction": "a", "output": ""}]
+    report = prepare(rows, chatml_tokenizer(), DataSettings(on_bad_row="skip")).report
+    assert report.formats == {"read as text: column `text`": 1}
+    long = [{"prompt": "x " * 40, "completion": "y"}, {"text": "a"}]
+    assert prepare(long, chatml_tokenizer(), DataSettings(max_length=8)).report.formats == report.formats

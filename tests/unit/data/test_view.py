@@ -78,7 +78,8 @@ def test_rows_of_a_file(tmp_path: Path) -> None:
     assert [len(item.pieces) > 0 for item in found] == [True, True, False, False]
     assert joined(found[0], "masked") + joined(found[0], "trained") == "three</s>"
     assert [item.error.code for item in found if item.error] == ["E-DATA-0002", "E-DATA-0012"]
-    assert found[3].to_dict()["error"]["hint"] == 'did you mean "assistant"?'
+    fix = f"posttrain data fix {file} --rule rename-role:assitant=assistant"
+    assert found[3].to_dict()["error"]["hint"] == f'did you mean "assistant"?  fix: {fix}'
     with pytest.raises(ConfigError, match="has no row 9") as caught:
         view_rows(str(file), [9], plain_tokenizer())
     assert caught.value.hint == "its rows are 0 to 3"

@@ -1,6 +1,7 @@
 """What a row says, whatever its format: the prompt, the answers, and the words of both that a person would read.
 
-The answer of a whole conversation is its last assistant turn; all before it is the prompt.
+A prompt and its completion are one conversation, written as text or as messages or cut in two: its last assistant turn
+is the answer, all before it the prompt. So the same question and answer are the same in every format.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from posttrain.types import Content, Example, Message, Origin
 
 TURN, PART = "\r\t\r", "\t\r\t"
 """What ends a turn, and what parts a role from its words, in canonical text: white space that stands in no text."""
+
+
+SPACE = " \t\r\n"
 
 
 @dataclass(slots=True)
@@ -51,19 +55,23 @@ class RowReader:
 
     def read(self, row: Row, origin: Origin) -> Said:
         """Raises DataError for a row that cannot be used."""
-        try:
-            return _tokens(row, origin) if is_tokenized(row) else said(*self._example(row, origin))
-        except UserError:
-            raise
-        except UNFORESEEN as error:
-            raise broken_promise(error, row, origin) from error
+        return _tokens(row, origin) if is_tokenized(row) else self.parsed(row, origin)[1]
 
     def example(self, row: Row, origin: Origin) -> Example:
         """The same as training would get it. Raises DataError for a row that cannot be used."""
+        return self.trainable(row, origin)[0]
+
+    def trainable(self, row: Row, origin: Origin) -> tuple[Example, Said]:
+        """With what it says."""
+        example, what = self.parsed(row, origin)
+        check_trainable(what, row, origin)
+        return example, what
+
+    def parsed(self, row: Row, origin: Origin) -> tuple[Example, Said]:
+        """Both of a row that is not tokens."""
         try:
             example, described = self._example(row, origin)
-            check_trainable(said(example, described), row, origin)
-            return example
+            return example, said(example, described)
         except UserError:
             raise
         except UNFORESEEN as error:
@@ -100,10 +108,8 @@ def _tokens(row: Row, origin: Origin) -> Said:
 
 
 def said(example: Example, described: str) -> Said:
-    prompt, answers = example.prompt, example.completions
-    is_answered = all(map(_is_answered, answers))
-    if prompt is None and isinstance(answers[0], list):
-        prompt, answers = _split(answers[0])
+    is_answered = all(map(_is_answered, example.completions))
+    prompt, answers = _conversation(example)
     label = example.columns.get("label") if described.endswith("rated by `label`") else None
     rest = "" if not example.tools else json.dumps(example.tools, default=str)
     return Said(
@@ -118,6 +124,23 @@ def said(example: Example, described: str) -> Said:
         rest=rest,
         is_answered=is_answered,
     )
+
+
+def _conversation(example: Example) -> tuple[Content | None, tuple[Content, ...]]:
+    """The prompt and the answers as messages, but for plain text, which nobody says."""
+    prompt, answers = example.prompt, example.completions
+    if prompt is None:
+        return _split(answers[0]) if isinstance(answers[0], list) else (None, answers)
+    before = as_messages(prompt, "user")
+    after = [as_messages(answer, "assistant") for answer in answers]
+    if len(after) > 1:
+        return before, tuple(after)
+    return _split([*before, *after[0]]) if after else (before, ())
+
+
+def as_messages(content: Content, role: str) -> list[Message]:
+    """`content` as what `role` says, if it is text; nothing said is no message."""
+    return content if isinstance(content, list) else [{"role": role, "content": content}] if content else []
 
 
 def _is_answered(content: Content) -> bool:
@@ -136,13 +159,14 @@ def _split(messages: list[Message]) -> tuple[Content | None, tuple[Content, ...]
 
 
 def _canonical(content: Content | None) -> str:
+    """White space at the ends of a text tells no two rows apart: a completion of text often begins with a space."""
     if not isinstance(content, list):
-        return content or ""
+        return (content or "").strip(SPACE)
     return "".join([_turn(message) for message in content])
 
 
 def _turn(message: Message) -> str:
-    text = message.get("content") or ""
+    text = (message.get("content") or "").strip(SPACE)
     if len(message) > 1 + ("content" in message):  # reasoning, tool calls, flags; a call may stand without content
         others: dict[str, Any] = {key: message[key] for key in sorted(message) if key not in ("role", "content")}
         text = f"{text}{PART}{json.dumps(others, ensure_ascii=False, default=str)}"

@@ -8,7 +8,6 @@ line, and it is not in the way of the million that are right.
 from __future__ import annotations
 
 import codecs
-import json
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from posttrain.data.doctor.settings import DoctorSettings
 from posttrain.data.doctor.tally import Counting, Tally
 from posttrain.data.json_files import read_json_lines
 from posttrain.data.settings import DataSettings
+from posttrain.data.strict_json import LENIENT
 from posttrain.errors import DataError, UserError
 from posttrain.types import Origin
 
@@ -134,16 +134,9 @@ def _lines(part: Range) -> Iterator[tuple[int, int, int, bytes]]:
             line += 1
 
 
-def _refuse(name: str) -> float:
-    raise ValueError(name)
-
-
-DECODER = json.JSONDecoder(parse_constant=_refuse)
-
-
 def _decoded(raw: bytes) -> Any:
     try:
-        return DECODER.decode(raw.decode("utf-8"))
+        return LENIENT.decode(raw.decode("utf-8"))
     except (ValueError, RecursionError):
         return None
 

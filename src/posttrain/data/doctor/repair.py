@@ -1,4 +1,5 @@
-"""`--fix`: a copy of the rows without what can be mended without asking. The file it came from is never touched.
+"""`--fix`: a copy of the rows without what can be mended without asking. The file it came from is never touched. `data
+fix` does the same by chosen rules.
 
 Rules: rows that cannot be used, exact duplicates and pairs that choose what they reject are left out; control
 characters are taken out of all texts; columns and roles get the names that formats look for. All else stays as it is.
@@ -6,8 +7,8 @@ characters are taken out of all texts; columns and roles get the names that form
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +19,9 @@ from posttrain.data.conversation import ALIASES
 from posttrain.data.doctor.census import as_trained, trained_rows
 from posttrain.data.doctor.content import RowReader, Said
 from posttrain.data.doctor.patterns import CONTROL
+from posttrain.data.doctor.rules import CONVERSATIONS, RENAME, Rules, rename_roles, unmatched
 from posttrain.data.pipeline import Pipeline
-from posttrain.data.report import DataReport
+from posttrain.data.report import Cases, DataReport
 from posttrain.data.settings import DataSettings
 from posttrain.data.sources import read_rows
 from posttrain.data.writing import write_rows
@@ -37,7 +39,6 @@ RULES = {
     "renamed_columns": "rows with columns renamed",
     "renamed_roles": "rows with roles renamed",
 }
-CONVERSATIONS = ("messages", "conversations", "conversation", "prompt", "completion", "chosen", "rejected")
 
 
 def repair(
@@ -47,9 +48,9 @@ def repair(
     tokenizer, rows that training with it would refuse are unusable too. Raises DataError where a source breaks off: a
     copy of its beginning is no repaired copy."""
     check_target(sources, out)
-    counts: Counter[str] = Counter()
-    write_rows(out, _repaired(sources, data, counts, usable_with(tokenizer, data)))
-    return {"written": counts["written"], **{rule: counts[rule] for rule in RULES}}
+    changes: dict[str, Cases] = {}
+    written = write_rows(out, mended(sources, data, Rules(), changes, usable_with(tokenizer, data)))
+    return {"written": written, **{rule: changes.get(rule, Cases()).count for rule in RULES}}
 
 
 def check_target(sources: list[Any], out: Path) -> None:
@@ -81,38 +82,65 @@ def usable_with(tokenizer: PreTrainedTokenizerBase | None, data: DataSettings) -
     return check
 
 
-def _repaired(sources: list[Any], data: DataSettings, counts: Counter[str], check: Check) -> Iterator[Row]:
-    reader = RowReader(data)
-    seen: set[Any] = set()
+def mended(
+    sources: list[Any], data: DataSettings, rules: Rules, changes: dict[str, Cases], check: Check
+) -> Iterator[Row]:
+    """The rows that are left of `sources`, repaired by `rules`; what each changed is added to `changes`."""
+    reader = RowReader(dataclasses.replace(data, column_map={}))
+    seen, roles_seen, roles_used = set[Any](), set[str](), set[str]()
+
+    def note(change: str, origin: Origin) -> None:
+        changes.setdefault(change, Cases()).add(origin)
 
     def drop(error: DataError, origin: Origin) -> None:
-        counts["dropped_unusable"] += 1
+        if not rules.has("drop-unusable"):
+            raise DataError(error.message, hint="--rule drop-unusable leaves such lines out", code=error.code)
+        note("dropped_unusable", origin)
 
     for source in sources:
         for origin, row in read_rows(source, reject=drop):
-            clean = _without_control(row)
             bare = Origin(origin.source, origin.row)
             try:
-                said = reader.read(clean, bare)
-                check(clean, reader, bare)
-                renamed = rename_columns(clean, data.column_map, bare)
+                named = rename_columns(row, data.column_map, bare)
             except DataError as error:
                 drop(error, origin)
                 continue
-            if rule := _reason_to_drop(said, seen):
-                counts[rule] += 1
-                continue
-            roles = _with_usual_roles(renamed)
-            counts["stripped_control_characters"] += clean != row
-            counts["renamed_columns"] += list(renamed) != list(clean)
-            counts["renamed_roles"] += roles != renamed
-            counts["written"] += 1
+            spelt, used = rename_roles(named, rules.roles, roles_seen)
+            clean = _without_control(spelt) if rules.has("strip-control-characters") else spelt
+            roles = clean
+            try:
+                said = reader.read(clean, bare)
+                check(clean, reader, bare)
+                rule = _reason_to_drop(said, seen, rules)
+            except DataError as error:
+                if rules.has("drop-unusable"):
+                    drop(error, origin)
+                    continue
+                note("unusable", origin)
+            else:
+                if rule:
+                    note(rule, origin)
+                    continue
+                roles = _with_usual_roles(clean) if rules.has("rename-roles") else clean
+            roles_used |= used
+            changed = {
+                "renamed_columns": list(named) != list(row),
+                "stripped_control_characters": clean != spelt,
+                "renamed_roles": roles != clean,
+                **{f"{RENAME}:{old}={rules.roles[old]}": True for old in used},
+            }
+            for change in (name for name, is_so in changed.items() if is_so):
+                note(change, origin)
             yield roles
+    if missing := unmatched(rules.roles, roles_used, roles_seen):
+        raise missing
 
 
-def _reason_to_drop(said: Said, seen: set[Any]) -> str | None:
-    if len(said.answers) > 1 and said.answers[0] == said.answers[1]:
+def _reason_to_drop(said: Said, seen: set[Any], rules: Rules) -> str | None:
+    if rules.has("drop-equal-pairs") and len(said.answers) > 1 and said.answers[0] == said.answers[1]:
         return "dropped_equal_pairs"
+    if not rules.has("drop-duplicates"):
+        return None
     key = hash((said.prompt, said.answers, said.label, said.rest))
     if key in seen:
         return "dropped_duplicates"

@@ -26,7 +26,7 @@ class DoctorSettings:
     near_words: int = 3
     near_permutations: int = 128
     near_characters: int = 4000
-    near_rows: int = 20_000
+    near_rows: int = 50_000
     seed: int = 0
     repeated_answer_share: float = 0.05
     repeated_answer_rows: int = 5
@@ -48,6 +48,11 @@ class DoctorSettings:
         for name in ("near_words", "near_permutations", "near_characters", "parallel_bytes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}", hint="give a number from 1 on")
+
+    def cut(self, text: str) -> str:
+        """The beginning and the end of it, where it is longer than what is looked at."""
+        half = self.near_characters // 2
+        return text if len(text) <= 2 * half else f"{text[:half]} {text[-half:]}"
 
 
 def parse_settings(overrides: Iterable[str]) -> DoctorSettings:

@@ -226,9 +226,7 @@ class Counting:
         key = ((int.from_bytes(row_hash, "little") ^ self.mix) * SPREAD) & MASK
         if key > self.key_limit:
             return
-        half = self.settings.near_characters // 2
-        text = content if len(content) <= 2 * half else f"{content[:half]} {content[-half:]}"
-        self.tally.sample.append((key, self.tally.used, text))
+        self.tally.sample.append((key, self.tally.used, self.settings.cut(content)))
         if len(self.tally.sample) > 2 * self.settings.near_rows:
             prune(self.tally.sample, self.settings.near_rows)
 

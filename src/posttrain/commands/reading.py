@@ -1,0 +1,61 @@
+"""The options that say how a file of examples is to be read: the same for every verb of `posttrain data`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from posttrain.data.settings import DataSettings
+
+READING: dict[str, Any] = {"format": "auto", "text_field": "text", "map": []}
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--format", default="auto", help="name of the rows' format (default: each row is asked)")
+    parser.add_argument("--text-field", default="text", metavar="NAME", help="column of plain text (default: text)")
+    parser.add_argument("--map", action="append", default=[], metavar="COLUMN=NAME,...",
+                        help="rename columns first, e.g. question=prompt,answer=completion")  # fmt: skip
+
+
+def add_policy(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--policy", choices=("error", "skip"), default="error", help=what)
+
+
+def data_settings(options: argparse.Namespace, sources: Iterable[Any], **more: Any) -> DataSettings:
+    """As the options say. Raises ConfigError for an unknown format, and for a column to be renamed that no row of
+    `sources` has."""
+    from posttrain.data.columns import parse_names
+    from posttrain.data.formats import all_formats, choose
+    from posttrain.data.settings import DataSettings
+    from posttrain.data.sources import check_columns
+
+    choose(options.format, all_formats(options.text_field))
+    names = parse_names(options.map)
+    settings = DataSettings(format=options.format, text_field=options.text_field, column_map=names, **more)
+    check_columns(names, sources)
+    return settings
+
+
+def given(options: argparse.Namespace, defaults: dict[str, Any]) -> list[str]:
+    """The words of those options that are not at their defaults, to be typed again."""
+    words: list[str] = []
+    for name, default in defaults.items():
+        value, flag = getattr(options, name), "--" + name.replace("_", "-")
+        if value == default:
+            continue
+        for one in value if isinstance(value, list) else [value]:
+            words += [flag] if one is True else [flag, str(one)]
+    return words
+
+
+def whole_number(text: str) -> int:
+    """For argparse: a whole number from 0 on."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is less than 0")
+    return value
+
+
+whole_number.__name__ = "whole number"  # which argparse says of what is none

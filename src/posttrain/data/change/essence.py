@@ -1,0 +1,49 @@
+"""What must survive a change of format: who says what, calls and tools, flags, ratings, and how many answers there are.
+
+Left out: how it is written. The ids of tool calls, for which ShareGPT has no place, only join what stands in order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from typing import Any
+
+from posttrain.data.change.reading import hashed
+from posttrain.data.doctor.content import Said, as_messages
+from posttrain.types import Content, Example, Message
+
+NOT_SAID = ("name", "tool_call_id")
+
+
+def essence(example: Example, said: Said) -> int:
+    """A number that is the same for examples that train the same."""
+    if example.prompt is None and isinstance(example.completions[0], str):
+        conversations: list[Any] = [example.completions[0]]
+    else:
+        before = _turns(example.prompt or [], "user")
+        conversations = [before + _turns(answer, "assistant") for answer in example.completions]
+    tools = [tool.get("function", tool) if isinstance(tool, dict) else tool for tool in example.tools or []]
+    parts = [said.method, said.label, conversations, tools, dict(example.template_kwargs)]
+    return hashed(json.dumps(parts, sort_keys=True, default=str))
+
+
+def _turns(content: Content, role: str) -> list[dict[str, Any]]:
+    return [_turn(message) for message in as_messages(content, role)]
+
+
+def _turn(message: Message) -> dict[str, Any]:
+    turn = {key: value for key, value in message.items() if key not in NOT_SAID and value is not None}
+    turn["content"] = message.get("content") or ""
+    if message.get("tool_calls"):
+        turn["tool_calls"] = [_call(call.get("function", call)) for call in message["tool_calls"]]
+    return turn
+
+
+def _call(function: dict[str, Any]) -> list[Any]:
+    """Name and arguments, which some write as an object and some as JSON in a text."""
+    arguments = function.get("arguments", function.get("parameters", {}))
+    if isinstance(arguments, str):
+        with contextlib.suppress(ValueError):
+            arguments = json.loads(arguments)
+    return [function.get("name"), arguments]

@@ -1,0 +1,87 @@
+"""The formats that rows are written in: a function each, from an example to a row without the user's own columns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+from posttrain.data.codes import Row, bad_row
+from posttrain.data.doctor.content import as_messages
+from posttrain.errors import DataError
+from posttrain.types import Example, Message
+
+
+def cannot(example: Example, to: str, why: str, hint: str | None = "choose another format") -> DataError:
+    return bad_row("E-DATA-0052", example.origin, f"cannot be written as {to}: {why}", hint=hint)
+
+
+def _messages(example: Example, to: str) -> list[Message]:
+    """All of a supervised example as one conversation. Plain text has no turns."""
+    (completion,) = example.completions
+    if isinstance(completion, str) and example.prompt is None:
+        raise cannot(example, to, "plain text has no turns")
+    return [*as_messages(example.prompt or [], "user"), *as_messages(completion, "assistant")]
+
+
+def _to_messages(example: Example) -> Row:
+    return {"messages": _messages(example, "messages")}
+
+
+def _to_prompt_completion(example: Example) -> Row:
+    """Text stays text; a conversation is cut before its last assistant turn."""
+    if isinstance(example.prompt, str) and isinstance(example.completions[0], str):
+        return {"prompt": example.prompt, "completion": example.completions[0]}
+    messages = _messages(example, "prompt-completion")
+    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
+    if last == 0:
+        raise cannot(example, "prompt-completion", "nothing stands before an answer of the assistant")
+    return {"prompt": messages[:last], "completion": messages[last:]}
+
+
+TO_SHAREGPT = {"user": "human", "assistant": "gpt", "tool": "observation"}
+
+
+def _to_sharegpt(example: Example) -> Row:
+    turns: list[Row] = []
+    for message in _messages(example, "ShareGPT"):
+        flags: Row = {key: message[key] for key in ("train", "train_detail") if key in message}
+        calls, content = message.get("tool_calls"), message.get("content")
+        unknown = set(message) - {"role", "content", "tool_calls", "name", "tool_call_id", *flags}
+        if unknown:
+            raise cannot(example, "ShareGPT", f"it has no place for {', '.join(sorted(unknown))}")
+        if content or not calls:
+            turns.append({"from": TO_SHAREGPT.get(message["role"], message["role"]), "value": content or "", **flags})
+        if calls:
+            functions = [call.get("function", call) for call in calls]
+            value = functions[0] if len(functions) == 1 else functions
+            whole = {key: flag for key, flag in flags.items() if key == "train"}  # a call's text has no ranges
+            turns.append({"from": "function_call", "value": json.dumps(value, ensure_ascii=False), **whole})
+    return {"conversations": turns}
+
+
+def _to_alpaca(example: Example) -> Row:
+    """`instruction` and `output`; earlier pairs become `history`, a system message `system`."""
+    messages = _messages(example, "Alpaca")
+    plain = all(set(m) <= {"role", "content"} and isinstance(m.get("content"), str) for m in messages)
+    if not plain:
+        raise cannot(example, "Alpaca", "it has no place for tool calls, flags or thoughts")
+    row: Row = {}
+    if messages[0]["role"] == "system":
+        row["system"] = messages[0]["content"]
+        messages = messages[1:]
+    roles = [message["role"] for message in messages]
+    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+        raise cannot(example, "Alpaca", "it wants the user and the assistant in turns")
+    texts = [message["content"] for message in messages]
+    pairs = [[question, answer] for question, answer in zip(texts[::2], texts[1::2], strict=True)]
+    row |= {"instruction": pairs[-1][0], "input": "", "output": pairs[-1][1]}
+    return {**row, "history": pairs[:-1]} if len(pairs) > 1 else row
+
+
+TARGETS: dict[str, Callable[[Example], Row]] = {
+    "messages": _to_messages,
+    "chatml": _to_messages,
+    "prompt-completion": _to_prompt_completion,
+    "sharegpt": _to_sharegpt,
+    "alpaca": _to_alpaca,
+}

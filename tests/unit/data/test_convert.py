@@ -1,0 +1,192 @@
+"""What a file of another format must not lose: ratings, rejected answers, a user's own columns; and that it is read
+again before it is in place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from posttrain.cli import main
+from posttrain.data.change import convert
+from posttrain.data.doctor.check import check
+from posttrain.data.formats import rated as rated_format
+from posttrain.data.settings import DataSettings
+from posttrain.data.sources import read_rows
+from posttrain.errors import ConfigError, DataError
+from tests.doctor_files import pair, rated, row, write
+
+S = DataSettings()
+SKIP = DataSettings(on_bad_row="skip")
+RATED = [rated("1 + 1?", "2", True), rated("1 + 1?", "3", False), rated("2 + 2?", "4", True)]
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [found for _, found in read_rows(path)]
+
+
+def refused(rows: Any, to: str, out: Path, **options: Any) -> DataError:
+    with pytest.raises(DataError) as caught:
+        convert(rows, to, out, options.pop("settings", S), **options)
+    assert not out.exists()
+    assert not list(out.parent.glob(".*")), "nothing half written"
+    return caught.value
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+def test_ratings_that_would_be_lost_are_refused(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rated_format, "ANSWERS", rated_format.ANSWERS[:-1])  # Alpaca as it is read elsewhere
+    out = tmp_path / f"a.{suffix}"
+    error = refused(RATED, "alpaca", out)
+    assert error.code == "E-DATA-0052"
+    assert error.message == (
+        "data[0]  cannot be written as alpaca: its rating (`label`) would be lost, and bad answers trained on like "
+        "good ones"
+    )
+    assert "--keep desirable" in (error.hint or "")
+    assert refused(RATED, "alpaca", out, settings=SKIP).message.endswith("not a single row is left to write")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+def test_only_the_answers_rated_good(tmp_path: Path, suffix: str) -> None:
+    out = tmp_path / f"a.{suffix}"
+    assert convert(RATED, "alpaca", out, S, keep="desirable") == {"written": 2, "left_out": 1, "skipped": 0}
+    kept = lines(out)
+    assert [(one["instruction"], one["output"]) for one in kept] == [("1 + 1?", "2"), ("2 + 2?", "4")]
+    assert not any("label" in one for one in kept)
+
+
+@pytest.mark.parametrize("to", ["messages", "prompt-completion", "sharegpt", "alpaca"])
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_ratings_stay_ratings_where_there_is_a_place_for_them(tmp_path: Path, to: str, suffix: str) -> None:
+    out = tmp_path / f"a.{suffix}"
+    convert(RATED, to, out, S)
+    found = check(str(out))
+    assert found.labels == {"good": 2, "bad": 1}
+    convert(RATED, to, tmp_path / "all.jsonl", S, keep="all")
+    assert check(str(tmp_path / "all.jsonl")).labels == {}
+    assert len(lines(tmp_path / "all.jsonl")) == 3
+
+
+@pytest.mark.parametrize("to", ["messages", "prompt-completion", "sharegpt", "alpaca"])
+def test_a_pair_never_loses_its_rejected_answer_unasked(tmp_path: Path, to: str) -> None:
+    rows, out = [pair("Q?", "good", "bad")], tmp_path / "a.jsonl"
+    assert "rejected answer would be lost" in refused(rows, to, out).message
+    convert(rows, to, out, S, keep="chosen")
+    convert(str(out), "messages", tmp_path / "b.jsonl", S)
+    assert lines(tmp_path / "b.jsonl") == [row("Q?", "good")]
+
+
+def test_what_is_to_be_kept_says_nothing_of_the_others(tmp_path: Path) -> None:
+    convert(RATED, "alpaca", tmp_path / "b.jsonl", S, keep="chosen")
+    assert check(str(tmp_path / "b.jsonl")).labels == {"good": 2, "bad": 1}
+    assert "rejected" in refused([pair("Q?", "a", "b")], "alpaca", tmp_path / "a.jsonl", keep="desirable").message
+    with pytest.raises(ConfigError, match="known: desirable, all, chosen"):
+        convert(RATED, "alpaca", tmp_path / "a.jsonl", S, keep="good")
+    bad = [one for one in RATED if not one["label"]]
+    assert refused(bad, "alpaca", tmp_path / "a.jsonl", keep="desirable").hint == "no answer is rated good"
+
+
+def test_plain_rows_do_not_become_ratings(tmp_path: Path) -> None:
+    rows = [{"instruction": "Q?", "output": "A", "label": True}]
+    named = DataSettings(format="alpaca")
+    error = refused(rows, "messages", tmp_path / "a.jsonl", settings=named)
+    assert "a plain example would be read back as a rated one" in error.message
+    convert(rows, "messages", tmp_path / "a.jsonl", named, keep="all")
+    assert lines(tmp_path / "a.jsonl") == [row("Q?", "A")]
+
+
+def test_own_columns_that_mean_something_in_the_new_format(tmp_path: Path) -> None:
+    error = refused([{**row("Q?", "A"), "input": "mine"}], "alpaca", tmp_path / "a.jsonl")
+    assert "its own column `input` means something there" in error.message
+    assert error.hint == "rename it: --map input=own_input"
+    history = {**row("Q?", "A"), "history": [["a", "b"]]}
+    assert "would not be read back with the same words" in refused([history], "alpaca", tmp_path / "a.jsonl").message
+    other = {"instruction": "Q?", "output": "A", "messages": row("another", "one")["messages"]}
+    assert convert([row("1", "2"), other], "messages", tmp_path / "b.jsonl", SKIP)["skipped"] == 0
+    named = DataSettings(format="alpaca")
+    assert "`messages`" in refused([other], "messages", tmp_path / "a.jsonl", settings=named).message
+
+
+def test_a_file_is_read_again_before_it_is_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("posttrain.data.writing._line", lambda _: '{"prompt": "another", "completion": "row"}')
+    error = refused([row("Q?", "A")], "prompt-completion", tmp_path / "a.jsonl")
+    assert error.code == "E-DATA-0054"
+    assert error.message == f"{tmp_path}/a.jsonl: row 0 of the new file would not be read back as it was: it says " + (
+        "something else"
+    )
+
+
+def test_text_that_looks_like_messages_is_not_let_through_as_such(tmp_path: Path) -> None:
+    text = '[{"role": "user", "content": "Hi"}]'
+    error = refused([{"prompt": text, "completion": "JSON"}], "prompt-completion", tmp_path / "a.csv")
+    assert error.code == "E-DATA-0054"
+    assert error.hint == "write .jsonl, which holds every row as it is"
+    for text in ("[]", "{}", '[{"name": "x"}]', "[1]"):
+        convert([{"prompt": "List?", "completion": text}], "prompt-completion", tmp_path / "b.csv", S)
+        assert lines(tmp_path / "b.csv") == [{"prompt": "List?", "completion": text}]
+
+
+def test_alpaca_with_earlier_turns_as_a_table(tmp_path: Path) -> None:
+    rows = [
+        {"instruction": "c", "input": "", "output": "d", "system": "s", "history": [["a", "b,\n\"x\""]]},
+        {"instruction": "e", "input": "", "output": "f"},
+    ]  # fmt: skip
+    for suffix in ("csv", "parquet"):
+        convert(rows, "alpaca", tmp_path / f"a.{suffix}", S)
+        convert(str(tmp_path / f"a.{suffix}"), "alpaca", tmp_path / f"{suffix}.jsonl", S)
+        assert lines(tmp_path / f"{suffix}.jsonl") == rows
+
+
+TOOLS = [
+    {"function": {"name": "f", "parameters": {"type": "object", "properties": {"x": {"type": "string"}}}}},
+    {"function": {"name": "g", "parameters": {"type": "object", "properties": {"x": {"enum": [1, "a"]}}}}},
+    {"function": {"name": "h", "parameters": {"type": "object", "properties": {"y": [1]}}}},
+]
+
+
+def test_tools_of_different_shapes_as_parquet(tmp_path: Path) -> None:
+    def calls(arguments: dict[str, Any], tool: Any) -> dict[str, Any]:
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        turns = [{"role": "user", "content": "Go."}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        return {"messages": turns, "tools": [{"type": "function", **tool}]}
+
+    rows = [calls({"x": "1"}, TOOLS[0]), calls({"x": 1, "n": None}, TOOLS[1]), calls({"y": [1, "a"]}, TOOLS[2])]
+    convert(rows, "messages", tmp_path / "a.parquet", S)
+    convert(str(tmp_path / "a.parquet"), "messages", tmp_path / "b.jsonl", S)
+    assert lines(tmp_path / "b.jsonl") == rows
+
+
+@pytest.mark.parametrize("to", ["messages", "sharegpt", "prompt-completion"])
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_the_real_tool_calls_as_tables(shared_data: Path, tmp_path: Path, to: str, suffix: str) -> None:
+    out = tmp_path / f"a.{suffix}"
+    assert convert(str(shared_data / "glaive_toolcall_en_demo.json"), to, out, S) == {"written": 300, "skipped": 0}
+    assert check(str(out)).usable == 300
+
+
+def test_the_real_ratings_and_pairs(shared_data: Path, tmp_path: Path) -> None:
+    kto, dpo = str(shared_data / "kto_en_demo.json"), str(shared_data / "dpo_en_demo.json")
+    out = tmp_path / "a.jsonl"
+    convert(kto, "alpaca", out, S)
+    assert check(str(out)).labels == check(kto).labels
+    good = check(kto).labels["good"]
+    done = convert(kto, "prompt-completion", out, S, keep="desirable")
+    assert done["written"] == good
+    out.unlink()
+    assert "rejected" in refused(dpo, "messages", out).message
+    assert convert(dpo, "messages", out, S, keep="chosen")["written"] == 300
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = write(tmp_path / "pairs.jsonl", [pair("Q?", "a", "b")]), tmp_path / "a.jsonl"
+    words = ["data", "convert", str(source), "--to", "alpaca", "-o", str(out)]
+    assert main(words) == 3
+    said = capsys.readouterr().err
+    assert f"E-DATA-0052 {source}:1  cannot be written as alpaca: its rejected answer would be lost" in said
+    assert "  = --keep chosen writes the chosen answers" in said
+    assert not out.exists()
+    assert main([*words, "--keep", "chosen", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"written": 1, "left_out": 0, "skipped": 0, "out": str(out)}
