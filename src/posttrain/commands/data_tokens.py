@@ -1,9 +1,11 @@
-"""`posttrain data tokens`: what the model sees of a file's rows, every token of them."""
+"""`posttrain data tokens`: what the model sees of a file's rows, every token of them; of a preference pair both answers
+side by side."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,10 +29,15 @@ def add(verbs: Any, common: argparse.ArgumentParser) -> None:
         "--truncation", choices=("keep_start", "keep_end"), default="keep_start", help="which end is kept"
     )
     tokens.add_argument(
+        "--mask",
         "--train-on",
+        dest="mask",
+        nargs="?",
         choices=("assistant", "completion", "all"),
+        const="assistant",
         default="assistant",
-        help="what is to be trained (assistant: its turns, or what follows a prompt)",
+        help="what is to be trained, by the names of dataset.train_on: assistant (its turns, or what follows a prompt; "
+        "so is --mask alone), all; or completion (what follows a prompt, else all)",
     )
     tokens.add_argument("--chat-template", "--template", metavar="NAME",
                         help="another chat template than the model's: a name, or a .jinja file")  # fmt: skip
@@ -40,7 +47,7 @@ def add(verbs: Any, common: argparse.ArgumentParser) -> None:
 
 
 def _tokens(options: argparse.Namespace) -> int:
-    from posttrain.data.view import parse_rows, view_rows
+    from posttrain.data.view import PairView, parse_rows, view_rows
     from posttrain.data.view.html import as_html
     from posttrain.data.view.text import as_text, legend
     from posttrain.data.writing import check_place
@@ -56,7 +63,7 @@ def _tokens(options: argparse.Namespace) -> int:
         truncation_mode=options.truncation,
         chat_template=options.chat_template,
     )
-    views = view_rows(options.file, rows, load_tokenizer(options.model), settings, options.train_on)
+    views = view_rows(options.file, rows, load_tokenizer(options.model), settings, options.mask)
     if options.html is not None:
         options.html.write_text(as_html(views, f"{options.file} as {options.model} sees it"), "utf-8")
     if options.json:
@@ -66,6 +73,7 @@ def _tokens(options: argparse.Namespace) -> int:
     else:
         encoding = sys.stdout.encoding or "ascii"
         color = wants_colour(options.color, sys.stdout)
-        print(*(as_text(view, color, encoding) for view in views), sep="\n", end="")
-        print(legend(color, encoding))
+        width = shutil.get_terminal_size((100, 24)).columns
+        print(*(as_text(view, color, encoding, width) for view in views), sep="\n", end="")
+        print(legend(color, encoding, pairs=any(isinstance(view, PairView) for view in views)))
     return 3 if any(view.error is not None for view in views) else 0

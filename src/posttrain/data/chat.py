@@ -13,14 +13,26 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from posttrain.data.codes import excerpt
 from posttrain.data.flags import spoken
-from posttrain.data.rendering import LimitError, RenderError, Span, plain, rendered, with_reasoning
+from posttrain.data.rendering import (
+    BrokenTemplateError,
+    LimitError,
+    RenderError,
+    Span,
+    plain,
+    rendered,
+    with_reasoning,
+)
 from posttrain.data.sandbox import SANDBOX
 from posttrain.data.templates import is_ours
+from posttrain.errors import ConfigError
 from posttrain.types import Example, Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from posttrain.data.layout import Fault
 
 PROBE = "a text to look for"
 MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -28,10 +40,12 @@ MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 @dataclass(frozen=True)
 class Chat:
-    """A tokenizer's chat template, or `template` in its place. `end_tokens` are its added tokens, longest first."""
+    """A tokenizer's chat template, or in its place `template`, which was asked for as `name`. `end_tokens` are the
+    tokenizer's added tokens, longest first."""
 
     tokenizer: PreTrainedTokenizerBase
     template: str | None
+    name: str | None = None
     end_tokens: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -58,6 +72,11 @@ class Chat:
     def _shapes(self) -> dict[str, str]:
         return {}
 
+    @cached_property
+    def layouts(self) -> dict[tuple[object, ...], Fault | None]:
+        """What layout.py has found, by shape of conversation."""
+        return {}
+
     def _shape(self, template: str) -> str:
         """How `template` takes content, found by showing it some: `any`, `text` alone, or `parts` alone (those of
         models that also see images, which leave a plain text out without a word)."""
@@ -72,11 +91,33 @@ class Chat:
         values = {"messages": [{"role": "user", "content": content}], "tools": None, "documents": None}
         try:
             text = SANDBOX.render(template, {**values, "add_generation_prompt": False, **plain(self._special_tokens)})
-        except LimitError:
+        except (LimitError, BrokenTemplateError):
             raise
         except RenderError:
             return False
         return PROBE in text
+
+    def check(self) -> None:
+        """Raises ConfigError (E-DATA-0047) for a template that cannot be read at all, before any row is."""
+        template = str(self.tokenizer.get_chat_template(self.template, None))
+        try:
+            self._shape(template)
+        except BrokenTemplateError as error:
+            raise self.broken(error, template) from None
+        except LimitError:  # said of the first conversation
+            pass
+
+    def broken(self, error: BrokenTemplateError, template: str) -> ConfigError:
+        """What is said of a template that cannot be read."""
+        line = error.line or 0
+        whose = "the tokenizer's chat template" if self.template is None else "chat_template"
+        where = f"{whose}, line {line}" if line else whose
+        if self.template is not None and self.name not in (None, self.template):  # a file
+            where = f"{self.name}:{line}" if line else str(self.name)
+        lines = template.split("\n")
+        shown = f"\n  | {excerpt(lines[line - 1].strip())}" if 0 < line <= len(lines) else ""
+        hint = 'mend it, or choose another, e.g. chat_template="chatml"'
+        return ConfigError(f"{where}: no Jinja template: {error.what}{shown}", hint=hint, code="E-DATA-0047")
 
     def render(self, messages: list[Message], example: Example, generation_prompt: bool = False) -> str:
         """The text of `messages`; with `generation_prompt`, what the model is given to answer. Raises RenderError."""

@@ -54,6 +54,8 @@ REASONS: dict[str, str] = {
     "E-DATA-0043": "message left out by the template",
     "E-DATA-0044": "two beginning-of-sequence tokens",
     "E-DATA-0045": "no process for chat templates",
+    "E-DATA-0046": "turns out of order",
+    "E-DATA-0047": "broken chat template",
     "E-DATA-0050": "two columns of one name",
     "E-DATA-0051": "rows that make no table",
     "E-DATA-0052": "not to be written in that format",

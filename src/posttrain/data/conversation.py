@@ -15,6 +15,7 @@ from posttrain.data.strict_json import decode_json
 from posttrain.types import Message, Origin
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment", "documents")
+SYSTEM = ("system", "developer")
 ALIASES: dict[str, str] = {
     "human": "user",
     "prompter": "user",
@@ -102,6 +103,21 @@ def _check_tool_calls(calls: Any, field: str, row: Row, origin: Origin) -> None:
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             what = "is no tool call: an object with a `name` is wanted"
             raise bad_row("E-DATA-0015", origin, what, field=f"{field}[{i}]", seen=call, row=row)
+        where = f"{field}[{i}].function.arguments" if "function" in call else f"{field}[{i}].arguments"
+        parse_arguments(function.get("arguments"), where, row, origin)
+
+
+def parse_arguments(arguments: Any, field: str, row: Row, origin: Origin) -> Mapping[str, Any]:
+    """An object, or one written as JSON (as OpenAI has it): what a model is trained to write must be what a caller can
+    read. Null and empty text are calls without arguments."""
+    if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
+        return {}
+    parsed = parse_json(arguments, field, row, origin) if isinstance(arguments, str) else arguments
+    if not isinstance(parsed, Mapping):
+        hint = 'arguments have names: {"city": "Paris"}'
+        what = f"is {kind(parsed)}, not an object"
+        raise bad_row("E-DATA-0015", origin, what, field=field, seen=arguments, row=row, hint=hint)
+    return parsed
 
 
 def check_answers(messages: list[Message], field: str, row: Row, origin: Origin) -> None:

@@ -2,11 +2,14 @@
 
 The completion begins where the tokens of prompt and completion part from those of the prompt alone, as in TRL: usually
 at its end; earlier where tokens merge across the boundary, which is reported, for the model is then trained on a
-context that it does not see when it is used. What the assistant says is carried from characters to tokens by offsets.
+context that it does not see when it is used. What the assistant says is carried from characters to tokens by offsets:
+a token that holds both a turn's characters and what stands before or after it is trained, as in TRL. Where flags of the
+data part a turn, a token is trained only if all its characters are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,8 +35,8 @@ class Tokens(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoded:
-    """`boundary_moved`: the prompt's own tokens do not stand unchanged before the completion, or a turn begins or ends
-    within a token (which then is trained)."""
+    """`boundary_moved`: the prompt's own tokens do not stand unchanged before the completion, or what is trained begins
+    or ends within a token."""
 
     tokenized: Tokenized
     boundary_moved: bool
@@ -75,6 +78,7 @@ class Encoder:
         if rendered.spans is not None and tokens.offsets is not None:
             extents = without_gaps(tokens.offsets)
             supervised &= within(rendered.spans, extents)
+            supervised &= wholly_within(rendered.spans, extents) | ~holds_any(rendered.cuts, extents)
             moved = moved or cut_in_two(rendered.spans, extents)
         columns = {name: rendered.example.columns[name] for name in self.columns if name in rendered.example.columns}
         branch = Branch(tokens.ids, supervised)
@@ -142,7 +146,23 @@ def within(spans: list[Span], offsets: np.ndarray) -> np.ndarray:
 
 def cut_in_two(spans: list[Span], offsets: np.ndarray) -> bool:
     """Whether a token holds characters of `spans` and others, so that its being trained is a choice, not a fact."""
-    edges = np.array(spans, dtype=np.int64).reshape(-1)
-    starts, ends = offsets[:, 0], offsets[:, 1]
-    inside = (starts < edges[:, None]) & (edges[:, None] < ends)
-    return bool(inside.any())
+    return bool(holds_any([edge for span in spans for edge in span], offsets).any())
+
+
+def wholly_within(spans: list[Span], offsets: np.ndarray) -> np.ndarray:
+    """Which tokens hold no character that is in none of `spans`."""
+    ends = offsets[:, 1]
+    is_in = np.zeros(int(ends.max(initial=0)) + 1, dtype=np.int64)
+    for start, end in spans:
+        is_in[start:end] = 1
+    before = np.concatenate([[0], np.cumsum(is_in)])
+    inside: np.ndarray = before[ends] - before[offsets[:, 0]] == ends - offsets[:, 0]
+    return inside
+
+
+def holds_any(places: Sequence[int], offsets: np.ndarray) -> np.ndarray:
+    """Which tokens one of `places` lies within, so that it has characters on both sides."""
+    found = np.zeros(len(offsets), dtype=bool)
+    for place in places:
+        found |= (offsets[:, 0] < place) & (place < offsets[:, 1])
+    return found

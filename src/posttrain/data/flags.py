@@ -15,6 +15,8 @@ from posttrain.types import Message, Origin
 
 KEYS = ("train", "training", "weight")
 DETAIL = "train_detail"
+OFFSETS = ("begin_offset", "end_offset")
+RANGE = 'a range is {"begin_offset": 0, "end_offset": 8, "train": false}, both ends inclusive'
 
 
 def spoken(message: Message) -> Message:
@@ -31,17 +33,18 @@ def normalise(message: Message, field: str, row: Row, origin: Origin) -> Message
     text, for few templates of language models know parts. Raises E-DATA-0042 for what is no flag, or where two
     disagree."""
     flag = _flag(message, field, row, origin)
-    detail = [_range(item, f"{field}.{DETAIL}[{i}]", row, origin) for i, item in _details(message, field, row, origin)]
+    ranges = [(where := f"{field}.{DETAIL}[{i}]", _range(item, where, row, origin))
+              for i, item in _details(message, field, row, origin)]  # fmt: skip
     clean = spoken(message)
     content = message.get("content")
     if isinstance(content, list):
         clean["content"], parts = _joined(content, f"{field}.content", row, origin)
-        detail += parts
+        ranges += parts
     if flag is not None:
         clean["train"] = flag
-    if detail:
-        clean[DETAIL] = detail
-        _check_ranges(clean, field, row, origin)
+    if ranges:
+        _check_ranges(ranges, clean.get("content"), row, origin)
+        clean[DETAIL] = [item for _, item in ranges]
     return clean
 
 
@@ -63,40 +66,62 @@ def _boolean(value: object, field: str, row: Row, origin: Origin) -> bool:
 
 
 def _details(message: Message, field: str, row: Row, origin: Origin) -> list[tuple[int, Any]]:
-    detail = message.get(DETAIL) or []
-    if not isinstance(detail, list):
+    detail = message.get(DETAIL)
+    if not isinstance(detail, list | None):
         raise bad_row("E-DATA-0042", origin, f"is {kind(detail)}, not a list", field=f"{field}.{DETAIL}", row=row)
-    return list(enumerate(detail))
+    return list(enumerate(detail or []))
 
 
 def _range(item: Any, field: str, row: Row, origin: Origin) -> list[Any]:
+    """`[begin, end, train]` with `end` exclusive: as Axolotl writes it, or in the form that it has here already."""
     if isinstance(item, list | tuple) and len(item) == 3:
-        return [item[0], item[1], item[2]]
-    begin, end = (item.get("begin_offset"), item.get("end_offset")) if isinstance(item, Mapping) else (None, None)
-    if not (isinstance(begin, int) and isinstance(end, int) and 0 <= begin <= end):
-        hint = 'a range is {"begin_offset": 0, "end_offset": 8, "train": false}, both ends inclusive'
-        raise bad_row("E-DATA-0042", origin, "is no range of characters", field=field, row=row, hint=hint)
-    flag = _flag(item, field, row, origin)
-    if flag is None:
-        raise bad_row("E-DATA-0042", origin, "does not say whether to train", field=field, row=row)
-    return [begin, end + 1, flag]
+        begin, end = (_offset(item[i], f"{field}[{i}]", item, row, origin) for i in (0, 1))
+        flag = _boolean(item[2], f"{field}[2]", row, origin)
+    elif isinstance(item, Mapping):
+        begin, end = (_offset(item.get(key), f"{field}.{key}", item, row, origin) for key in OFFSETS)
+        end += 1
+        said = _flag(item, field, row, origin)
+        if said is None:
+            raise bad_row("E-DATA-0042", origin, "does not say whether to train", field=field, seen=item, row=row)
+        flag = said
+    else:
+        what = f"is {kind(item)}, no range of characters"
+        raise bad_row("E-DATA-0042", origin, what, field=field, seen=item, row=row, hint=RANGE)
+    if begin >= end:
+        what = f"is no range of characters: it ends at {end - 1}, before it begins"
+        raise bad_row("E-DATA-0042", origin, what, field=field, seen=item, row=row, hint=RANGE)
+    return [begin, end, flag]
 
 
-def _check_ranges(message: Message, field: str, row: Row, origin: Origin) -> None:
-    content = message.get("content")
+def _offset(value: Any, field: str, item: Any, row: Row, origin: Origin) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    what = "is missing" if value is None else f"is {value}" if isinstance(value, int | float) else f"is {kind(value)}"
+    raise bad_row(
+        "E-DATA-0042", origin, f"{what}, not a place in the content", field=field, seen=item, row=row, hint=RANGE
+    )
+
+
+def _check_ranges(ranges: list[tuple[str, list[Any]]], content: Any, row: Row, origin: Origin) -> None:
+    """Each with its field: within the content, and no two on one another, for they would have to agree."""
     length = len(content) if isinstance(content, str) else 0
-    furthest = max(end for _, end, _ in message[DETAIL])
-    if furthest > length:
-        what = f"ends at character {furthest - 1}, but the content has {length} characters"
-        raise bad_row("E-DATA-0042", origin, what, field=f"{field}.{DETAIL}", row=row)
+    before, reached = "", 0
+    for field, (begin, end, _) in sorted(ranges, key=lambda item: item[1][:2]):
+        if end > length:
+            what = f"ends at character {end - 1}, but the content has {length} characters"
+            raise bad_row("E-DATA-0042", origin, what, field=field, row=row, hint="characters are counted from 0")
+        if begin < reached:
+            what = f"overlaps {before} (characters {begin} to {min(end, reached) - 1})"
+            raise bad_row("E-DATA-0042", origin, what, field=field, row=row, hint="let a character stand in one range")
+        before, reached = field, end
 
 
-def _joined(parts: list[Any], field: str, row: Row, origin: Origin) -> tuple[str, list[list[Any]]]:
-    """The text of all parts, and the ranges of those that have a flag."""
+def _joined(parts: list[Any], field: str, row: Row, origin: Origin) -> tuple[str, list[tuple[str, list[Any]]]]:
+    """The text of all parts, and the ranges of those that have a flag, each with its field."""
     text, ranges = "", []
     for i, part in enumerate(parts):
         flag = _flag(part, f"{field}[{i}]", row, origin)
         if flag is not None and part["text"]:
-            ranges.append([len(text), len(text) + len(part["text"]), flag])
+            ranges.append((f"{field}[{i}]", [len(text), len(text) + len(part["text"]), flag]))
         text += part["text"]
     return text, ranges

@@ -22,7 +22,7 @@ if __name__ == "__main__":  # a child process without site packages: they are wh
     sys.path[:] = json.loads(sys.argv[1])
 
 from jinja2 import nodes
-from jinja2.exceptions import SecurityError, TemplateError
+from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Macro
@@ -115,15 +115,20 @@ def _compiled(template: str) -> Any:
 def answer(template: str, values: Mapping[str, Any], marked: bool = False, limit: int | None = None) -> dict[str, Any]:
     """What `template` makes of `values` (`messages`, `tools`, ...; plain JSON): `{"rendered": text}`, or with `marked`
     `{"rendered": [text, spans]}`, the characters `[start, end)` between generation markers; `{"error": why}` where it
-    fails or refuses; `{"limit": why}` where it goes beyond bounds, such as `limit` characters of output."""
+    fails or refuses; `{"broken": why, "line": n}` where it is no template; `{"limit": why}` where it goes beyond
+    bounds, such as `limit` characters of output."""
     try:
         return {"rendered": _marked(template, values, limit) if marked else _write(template, values, "", limit)}
     except _Beyond as error:
         return {"limit": str(error)}
     except (MemoryError, RecursionError) as error:
         return {"limit": f"it takes too much {'memory' if isinstance(error, MemoryError) else 'recursion'}"}
+    except TemplateSyntaxError as error:
+        return {"broken": (error.message or "it cannot be read")[:2000], "line": error.lineno}
+    except SyntaxError as error:  # what Jinja takes and Python does not: a `break` outside of a loop
+        return {"broken": error.msg, "line": None}
     except Exception as error:  # a template is code of its own
-        return {"error": _said_by(error)[:2000]}
+        return {"error": (str(error) or type(error).__name__)[:2000]}
 
 
 def _marked(template: str, values: Mapping[str, Any], limit: int | None) -> tuple[str, list[Span]]:
@@ -147,12 +152,6 @@ def _write(template: str, values: Mapping[str, Any], marks: str, limit: int | No
         return "".join(pieces)
     finally:
         _MARKS.reset(token)
-
-
-def _said_by(error: Exception) -> str:
-    text = str(error) or type(error).__name__
-    line = getattr(error, "lineno", None)
-    return f"{text} (line {line} of the template)" if line and type(error).__name__ == "TemplateSyntaxError" else text
 
 
 def _unused(text: str) -> str:

@@ -23,7 +23,7 @@ from posttrain.data.render import Rendered, Supervision, render
 from posttrain.data.report import DataReport
 from posttrain.data.settings import DataSettings
 from posttrain.data.sources import Rows, read_rows
-from posttrain.data.templates import missing_tokens, resolve_template
+from posttrain.data.templates import is_a_program, missing_tokens, resolve_template
 from posttrain.data.tokens import from_tokens, is_tokenized
 from posttrain.errors import ConfigError, DataError, UserError
 from posttrain.types import Branch, Example, Origin, Tokenized
@@ -47,6 +47,8 @@ class Pipeline:
         self.chat: Chat | None = None
         self.missing: tuple[str, ...] = ()
         self.bad: set[Origin] | None = None
+        if is_a_program(settings.chat_template):
+            self.chat = self._open_chat()
 
     def run(self, dataset: Any, name: str) -> Iterator[Tokenized]:
         self.bad = set() if isinstance(dataset, Mixture) else None  # whose parts come again and again
@@ -125,7 +127,9 @@ class Pipeline:
     def _open_chat(self) -> Chat:
         name = self.settings.chat_template
         self.missing = missing_tokens(self.tokenizer, name)
-        return Chat(self.tokenizer, resolve_template(self.tokenizer, name))
+        chat = Chat(self.tokenizer, resolve_template(self.tokenizer, name), name)
+        chat.check()
+        return chat
 
     def _parse(self, row: Row, origin: Origin) -> tuple[Example, str]:
         if self.settings.formatting_func is not None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from posttrain.data.chat import Chat
 from posttrain.data.codes import bad_row
 from posttrain.data.flags import has_flags
+from posttrain.data.layout import has_odd_systems
 from posttrain.data.render import Rendered
 from posttrain.data.report import DataReport
 from posttrain.types import Example, Message, Tokenized
@@ -32,6 +33,7 @@ def remark_on_text(rendered: Rendered, chat: Chat, missing: tuple[str, ...], rep
         "given_otherwise": rendered.given_otherwise,
         "thought_lost": rendered.thought_lost,
         "tools_left_out": _leaves_tools_out(rendered),
+        "odd_systems": has_odd_systems([message for talk in _talks(rendered.example) for message in talk]),
         "special_in_text": _holds_special(rendered.example, chat),
     }
     for name, is_one in cases.items():

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from posttrain.data.chat import Chat
 from posttrain.data.codes import bad_row, excerpt
 from posttrain.data.flags import has_flags
-from posttrain.data.rendering import REASONING, LimitError, RenderError, Span
+from posttrain.data.layout import find_fault
+from posttrain.data.rendering import REASONING, BrokenTemplateError, LimitError, RenderError, Span
 from posttrain.data.turns import NoPrefixError, Turns
 from posttrain.errors import ConfigError, DataError
 from posttrain.types import Example, Message
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 
 LETTERS = re.compile(r"[\W_]+")
 """What is neither letter nor digit."""
+HINTS = {
+    "E-DATA-0043": "give it another role, drop it, or choose a template that knows the role",
+    "E-DATA-0046": "the chat template does not keep to the order of the messages: mend it, or choose another",
+}
 WAY_OUT = "mark the assistant's part in the template with {% generation %}, or use prompt-completion data"
 
 
@@ -52,7 +57,8 @@ class Supervision:
 @dataclass(frozen=True)
 class Rendered:
     """`full` is the text of the whole sequence. `prompt` is what the model is given, where only what follows it is to
-    be trained; `spans` are the characters that the assistant says, where only those are. `given_otherwise`: in use, the
+    be trained; `spans` are the characters that the assistant says, where only those are, and `cuts` are where flags of
+    the data part what is trained from what is not within a turn. `given_otherwise`: in use, the
     model is given another text than what stands before a turn of its own here. `thought_lost`: the template leaves a
     thought out."""
 
@@ -60,6 +66,7 @@ class Rendered:
     full: str
     prompt: str | None = None
     spans: list[Span] | None = None
+    cuts: tuple[int, ...] = ()
     given_otherwise: bool = False
     thought_lost: bool = False
 
@@ -108,9 +115,11 @@ def _render_chat(example: Example, chat: Chat, supervision: Supervision) -> Rend
     if of_completion:
         _check_prompt_flags(before, example)
     full, spans, prompt, otherwise = "", None, None, False
+    cuts: tuple[int, ...] = ()
     try:
         full = chat.render(messages, example)
         turns = Turns(chat, messages, example, full)
+        _check_layout(chat, messages, example, len(before) if of_completion else None, of_assistant, full)
         if of_completion:
             prompt = chat.render(before, example, generation_prompt=True)
             otherwise = not full.startswith(prompt)
@@ -118,18 +127,24 @@ def _render_chat(example: Example, chat: Chat, supervision: Supervision) -> Rend
             spans = turns.spans()
             otherwise = otherwise or turns.given_otherwise()
         if has_flags(messages):
-            spans = _with_flags(spans if spans is not None else [(0, len(full))], turns.flagged())
+            turns_only, flagged = spans if spans is not None else [(0, len(full))], turns.flagged()
+            spans, cuts = _with_flags(turns_only, flagged), _cuts(turns_only, flagged)
     except LimitError as error:
         hint = "a template that takes this much is broken or hostile: look at it, or choose another"
         message = f"{example.origin}: the chat template is out of bounds: {error}"
         raise ConfigError(message, hint=hint, code="E-DATA-0041") from None
+    except BrokenTemplateError as error:
+        raise chat.broken(error, chat.text(example)) from None
     except NoPrefixError as error:
         raise bad_row("E-DATA-0021", example.origin, str(error), row=full, hint=WAY_OUT) from None
+    except DataError:
+        raise
     except (RenderError, TypeError, ValueError, KeyError, IndexError) as error:
         raise _template_error(example, messages, error) from error
     _check_calls(messages, example, full)
     _check_left_out(messages, example, full)
-    return Rendered(example, full, prompt, spans, otherwise, any(_thought_lost(message, full) for message in messages))
+    thought_lost = any(_thought_lost(message, full) for message in messages)
+    return Rendered(example, full, prompt, spans, cuts, otherwise, thought_lost)
 
 
 def _with_flags(spans: list[Span], flagged: list[tuple[Span, bool]]) -> list[Span]:
@@ -138,6 +153,12 @@ def _with_flags(spans: list[Span], flagged: list[tuple[Span, bool]]) -> list[Spa
         kept = [part for a, b in spans for part in ((a, min(b, start)), (max(a, end), b)) if part[0] < part[1]]
         spans = sorted([*kept, (start, end)] if train and start < end else kept)
     return spans
+
+
+def _cuts(spans: list[Span], flagged: list[tuple[Span, bool]]) -> tuple[int, ...]:
+    """Where `flagged` begin or end, other than where `spans` do."""
+    edges = {edge for span, _ in flagged for edge in span}
+    return tuple(sorted(edges - {edge for span in spans for edge in span}))
 
 
 def _check_prompt_flags(prompt: list[Message], example: Example) -> None:
@@ -166,6 +187,18 @@ def _check_calls(messages: list[Message], example: Example, full: str) -> None:
                 raise bad_row("E-DATA-0023", example.origin, what, field=f"messages[{i}]", row=full, hint=hint)
 
 
+def _check_layout(
+    chat: Chat, messages: list[Message], example: Example, num_given: int | None, of_assistant: bool, full: str
+) -> None:
+    """A template that turns the order round would have others' words trained as the assistant's."""
+    fault = find_fault(chat, messages, example, num_given, of_assistant)
+    if fault is not None:
+        content = messages[fault.index].get("content")
+        hint = HINTS[fault.code]
+        where = f"messages[{fault.index}]"
+        raise bad_row(fault.code, example.origin, fault.what, field=where, seen=content, row=full, hint=hint)
+
+
 def _check_left_out(messages: list[Message], example: Example, full: str) -> None:
     """A template that does not know a role leaves the message out without a word."""
     for i, message in enumerate(messages):
@@ -175,8 +208,7 @@ def _check_left_out(messages: list[Message], example: Example, full: str) -> Non
         lines = [line.strip() for line in content.splitlines() if line.strip()]
         if lines and not any(line in full for line in lines) and not _is_in(content, full):
             what = f"is of role {message['role']}, which the chat template leaves out"
-            hint = "give it another role, drop it, or choose a template that knows the role"
-            where = f"messages[{i}]"
+            where, hint = f"messages[{i}]", HINTS["E-DATA-0043"]
             raise bad_row("E-DATA-0043", example.origin, what, field=where, seen=content, row=full, hint=hint)
 
 

@@ -18,8 +18,18 @@ class LimitError(RenderError):
     """The template takes more time or memory, or writes more, than any conversation needs."""
 
 
+class BrokenTemplateError(RenderError):
+    """The template is no program of Jinja's, whatever it is given: what is wrong, and in which line if that is told."""
+
+    def __init__(self, what: str, line: int | None):
+        super().__init__(what)
+        self.what, self.line = what, line
+
+
 def rendered(reply: Mapping[str, Any]) -> Any:
-    """The rendering in an answer of jinja.py's. Raises RenderError, LimitError."""
+    """The rendering in an answer of jinja.py's. Raises RenderError, LimitError, BrokenTemplateError."""
+    if "broken" in reply:
+        raise BrokenTemplateError(reply["broken"], reply["line"])
     if "limit" in reply:
         raise LimitError(reply["limit"])
     if "error" in reply:

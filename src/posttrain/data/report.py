@@ -23,6 +23,8 @@ REMARKS = {
     "thought_lost": "hold thoughts that the chat template leaves out, so that they are not trained",
     "tools_left_out": "have tools that the chat template leaves out, so that the model does not see what it may call",
     "special_in_text": "hold special tokens in what others than the assistant say: they are encoded as these tokens",
+    "odd_systems": "hold several system turns, or one that does not come first (W-DATA-0129): the chat template writes "
+    "them where they stand, as few models have seen it",
     "without_bos": "begin without the token that the tokenizer puts before plain text: the chat template writes none",
 }
 """What is said of rows whose rendering differs from what their author may expect."""
@@ -50,8 +52,9 @@ class DataReport:
     whose prompt alone has other tokens than in front of its completion, or in which a turn begins or ends within a
     token. `given_otherwise` are rows in which the model is given another text, in use, than stands before a turn of its
     own; `thought_lost` and `tools_left_out`, whose thoughts or tools the template leaves out; `special_in_text`, whose
-    user or tool text holds special tokens; `without_bos`, that begin without the token which the tokenizer puts before
-    plain text. `written_as_text` counts the rows that hold each marker of a named template that is no token of the
+    user or tool text holds special tokens; `odd_systems`, with a system turn that is not the first message;
+    `without_bos`, that begin without the token which the tokenizer puts before plain text. `written_as_text` counts the
+    rows that hold each marker of a named template that is no token of the
     tokenizer."""
 
     source: str
@@ -73,6 +76,7 @@ class DataReport:
     thought_lost: Cases = field(default_factory=Cases)
     tools_left_out: Cases = field(default_factory=Cases)
     special_in_text: Cases = field(default_factory=Cases)
+    odd_systems: Cases = field(default_factory=Cases)
     without_bos: Cases = field(default_factory=Cases)
     written_as_text: Counter[str] = field(default_factory=Counter)
     left_out: list[tuple[str, str]] = field(default_factory=list)

@@ -72,17 +72,36 @@ class Turns:
         return self._by_placeholder(i, error)
 
     def content(self, i: int, begin: int = 0, end: int | None = None) -> Span:
-        """Where the characters `[begin, end)` of the content of message `i` stand. Raises NoPrefixError where the
-        template writes it otherwise than it is, white space at its ends aside."""
+        """Where the characters `[begin, end)` of the content of message `i` stand. A space that the template writes
+        before the content belongs to its first character, for most tokenizers make one token of a space and its word.
+        Raises NoPrefixError where the template writes the content otherwise than it is, white space at its ends
+        aside."""
         text = self.messages[i].get("content") or ""
-        first, last = self.said(i) if self.messages[i]["role"] == "assistant" else self.whole(i)
-        at = self.full.find(text, first, last) if isinstance(text, str) else -1
-        if at < 0 and isinstance(text, str) and (trimmed := self.full.find(text.strip(), first, last)) >= 0:
-            at = trimmed - (len(text) - len(text.lstrip()))
-        if at < 0:
+        is_assistant = self.messages[i]["role"] == "assistant"
+        first, last = self.said(i) if is_assistant else self.whole(i)
+        at, left_out, length = self._written(i, text, first, last)
+        start, stop = (
+            at + min(max(offset - left_out, 0), length) for offset in (begin, len(text) if end is None else end)
+        )
+        if start == at:
+            start = first + len(self.full[first:at].rstrip(None if is_assistant else " "))
+        return start, stop
+
+    def _written(self, i: int, text: str, first: int, last: int) -> tuple[int, int, int]:
+        """Where `text`, the content of message `i`, begins in its turn `[first, last)`, how many of its first
+        characters (white space) are left out, and how many are written. It is where another text in its place stands,
+        or the one place where it is found."""
+        said = text.strip()
+        lead = len(text) - len(text.lstrip())
+        if (placed := self._placed(i)) is not None and first <= len(placed[0]) <= last:
+            at = len(placed[0])
+            if self.full.startswith(text, at):
+                return at, 0, len(text)
+            if self.full.startswith(said, at):
+                return at, lead, len(said)
+        if not said or self.full.count(said, first, last) != 1:
             raise NoPrefixError(f"messages[{i}] is rendered otherwise than written, so its parts cannot be found")
-        stop = at + (len(text) if end is None else end)
-        return min(max(at + begin, first), last), min(max(stop, first), last)
+        return self.full.find(said, first, last), lead, len(said)
 
     def flagged(self) -> list[tuple[Span, bool]]:
         """What the messages' own flags say, in the order in which it is to be applied: spans, and whether they are
@@ -127,14 +146,16 @@ class Turns:
 
     def _start(self, i: int) -> int:
         """Where what the model is given ends. The generation prompt may say more than the whole conversation does
-        there (an empty thought); then the turn begins where they part, as with a completion after its prompt."""
+        there (an empty thought); then the turn begins where they part, as with a completion after its prompt, or with
+        its content, if that happens to begin with the same characters."""
         given = self.chat.render(self.messages[:i], self.example, generation_prompt=True)
         if self.full.startswith(given):
             return len(given)
-        common = _common(given, self.full)
+        common = common_length(given, self.full)
         if common < len(self._before(i)):
             raise NoPrefixError(_unlike(i))
-        return common
+        placed = self._placed(i)
+        return common if placed is None else min(common, len(placed[0]))
 
     def _first_start(self, upto: str) -> int:
         """A conversation that the assistant opens: the generation prompt is what asking for another turn adds."""
@@ -178,6 +199,16 @@ class Turns:
     def _around_content(self, i: int) -> tuple[str, int] | None:
         """What stands before the content of message `i`, and where its turn ends; None where the template shows
         something else in place of another content, or the message has none."""
+        placed = self._placed(i)
+        if placed is None:
+            return None
+        before, after = placed
+        upto = [*self.messages[:i], {**self.messages[i], "content": PLACEHOLDER}]
+        _, _, alone = self.chat.render(upto, self.example).partition(PLACEHOLDER)
+        return before, len(self.full) - len(after) + self._length_inside(i, alone, after)
+
+    def _placed(self, i: int) -> tuple[str, str] | None:
+        """What stands before and after the content of message `i`, found by putting another text in its place."""
         content = self.messages[i].get("content")
         if not isinstance(content, str) or not content.strip() or PLACEHOLDER in self.full:
             return None
@@ -185,10 +216,7 @@ class Turns:
         before, _, after = self.chat.render(others, self.example).partition(PLACEHOLDER)
         end = len(self.full) - len(after)
         fits = self.full.startswith(before) and self.full.endswith(after) and len(before) <= end
-        if not fits or PLACEHOLDER in after:
-            return None
-        _, _, alone = self.chat.render(others[: i + 1], self.example).partition(PLACEHOLDER)
-        return before, end + self._length_inside(i, alone, after)
+        return None if not fits or PLACEHOLDER in after else (before, after)
 
     def _after_header(self, i: int, before: str) -> int:
         """Where the turn begins, if its content begins after `before`: after the generation prompt, where that stands
@@ -206,6 +234,6 @@ def _unlike(i: int) -> str:
     return f"messages[:{i}] alone are rendered unlike the beginning of the whole conversation"
 
 
-def _common(a: str, b: str) -> int:
+def common_length(a: str, b: str) -> int:
     """How many leading characters two texts share."""
     return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -32,6 +32,11 @@ PAIRS = [
 ]
 RATINGS = [rated(f"Question {i}?", f"Answer {i}.", i % 2 == 0) for i in range(40)]
 
+
+def chat(*roles: str) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": f"{role} {i}"} for i, role in enumerate(roles)]}
+
+
 # Of each code: rows that have it, how many, and the nearest rows that do not. Validation rows come second in a pair.
 CASES: dict[str, tuple[Any, int, Any]] = {
     "E-DATA-0060": ([pair("Q?", "same", "same"), pair("R?", "a", "b")], 1, [pair("Q?", "same", "other")]),
@@ -63,6 +68,11 @@ CASES: dict[str, tuple[Any, int, Any]] = {
                     [row(f"{i}?", f"{ENGLISH} {i}") for i in range(40)]),
     "W-DATA-0120": ([pair("Q?", "The end.", "the  end")], 1, [pair("Q?", "The end.", "An end.")]),
     "W-DATA-0118": ([*plain(3), {"text": "Plain."}], 1, plain(3)),
+    "W-DATA-0129": ([chat("system", "system", "user", "assistant"), chat("user", "system", "assistant"),
+                     chat("user", "assistant", "developer", "user", "assistant"), {
+                         "prompt": chat("system", "user")["messages"],
+                         "chosen": chat("system", "assistant")["messages"], "rejected": chat("assistant")["messages"]}],
+                    4, [chat("system", "user", "assistant"), row("a\r\t\rsystem", "b")]),
 }  # fmt: skip
 ELSEWHERE = {"W-DATA-0107", "W-DATA-0119", *(f"W-DATA-01{n}" for n in range(21, 29))}
 """Tested in test_doctor_lengths.py, test_doctor_near.py and test_doctor_models.py."""

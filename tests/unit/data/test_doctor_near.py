@@ -33,6 +33,13 @@ def test_exact_duplicates_are_not_near_ones() -> None:
     assert codes([told(), told()]) == ["W-DATA-0101"]
 
 
+def test_ratings_that_contradict_one_another_are_not_near_duplicates() -> None:
+    good, bad = ({**told(), "label": label} for label in (True, False))
+    assert codes([good, bad]) == ["E-DATA-0062"]
+    assert codes([good, {**told("The end."), "label": True}]) == ["W-DATA-0102"]
+    assert sorted(codes([good, bad, {**told("The end."), "label": False}])) == ["E-DATA-0062", "W-DATA-0102"]
+
+
 def test_the_threshold_is_a_setting() -> None:
     rows = [told(), told(" ".join(name(i) for i in range(100, 120)))]
     assert "W-DATA-0102" not in codes(rows)

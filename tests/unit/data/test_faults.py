@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from posttrain.data import lines
+from posttrain.data.doctor.check import check
 from posttrain.data.prepare import DataSettings, prepare
-from posttrain.errors import DataError
+from posttrain.errors import ConfigError, DataError
 from tests.tiny_tokenizers import chatml_tokenizer
 
 GOOD: dict[str, Any] = {"prompt": "One and one?", "completion": " Two."}
@@ -39,12 +40,20 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     "empty turn": (CHAT, chat(USER, {"role": "assistant", "content": ""}), "E-DATA-0013", '"messages[1]"'),
     "no turn to train": (CHAT, chat(USER, {**ANSWER, "train": False}), "E-DATA-0022", "no token of the row"),
     "half a character": (GOOD, {"prompt": "a", "completion": "\ud800"}, "E-DATA-0024", "half a character"),
-    "template error": (CHAT, chat(USER, {"role": "assistant", "tool_calls": [{"function": {}}]}), "E-DATA-0015",
-                       '"messages[1].tool_calls[0]"'),
+    "call without a name": (CHAT, chat(USER, {"role": "assistant", "tool_calls": [{"function": {"arguments": "{}"}}]}),
+                            "E-DATA-0015", '"messages[1].tool_calls[0]"'),
+    "broken arguments": (CHAT, chat(USER, {"role": "assistant", "tool_calls": [
+        {"function": {"name": "add", "arguments": '{"a": '}}]}), "E-DATA-0015",
+        '"messages[1].tool_calls[0].function.arguments" is not valid JSON'),
+    "broken range": (CHAT, chat(USER, {**ANSWER, "train_detail": [
+        {"begin_offset": 3, "end_offset": 9, "train": True}]}), "E-DATA-0042",
+        '"messages[1].train_detail[0]" ends at character 9'),
+    "another method's": (GOOD, {"prompt": "a", "chosen": "b", "rejected": "b"}, "E-DATA-0017", "preference pairs"),
 }  # fmt: skip
-IN_CSV = ("empty completion", "white space only")
-NOT_IN_PARQUET = ("int for str", "list for str", "half a character", "mixed schemas", "template error")
-IN_PARQUET = tuple(name for name in ROWS if name not in NOT_IN_PARQUET)
+NOT_IN: dict[str, tuple[str, ...]] = {
+    "csv": ("int for str", "list for str", "half a character", "missing field", "mixed schemas", "another method's"),
+    "parquet": ("int for str", "list for str", "half a character"),
+}
 
 RAW: dict[str, tuple[bytes, str, str]] = {
     "broken": (b'{"prompt": "a", completion: "b"}', "E-DATA-0002", "not valid JSON"),
@@ -69,41 +78,55 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["prompt", "completion"])
+        writer = csv.DictWriter(file, list(dict.fromkeys(column for row in rows for column in row)))
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()} for row in rows)
 
 
 def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    columns = dict.fromkeys(column for row in rows for column in row)
+    parquet.write_table(pyarrow.Table.from_pylist([{**columns, **row} for row in rows]), path)
 
 
 WRITERS: dict[str, Callable[[Path, list[dict[str, Any]]], None]] = {
     "jsonl": write_jsonl, "json": write_json, "csv": write_csv, "parquet": write_parquet,
 }  # fmt: skip
-CASES = [
-    (kind, fault)
-    for kind in WRITERS
-    for fault in ROWS
-    if (kind != "csv" or fault in IN_CSV) and (kind != "parquet" or fault in IN_PARQUET)
-]
+CASES = [(kind, fault) for kind in WRITERS for fault in ROWS if fault not in NOT_IN.get(kind, ())]
+POSITIONS = [(kind, position) for kind in WRITERS for position in (0, 2, 4)]
+"""The first row of five, one in the middle, the last."""
 
 
-def read(path: Path, policy: str) -> Any:
-    settings = DataSettings(on_bad_row=policy, assistant_only=None)
-    return prepare(path, chatml_tokenizer(), settings)
+def place(kind: str, position: int) -> str:
+    """Where a complaint about that row of a file says that it is (an object of a JSON array has several lines)."""
+    return {"jsonl": f":{position + 1}", "json": ":", "csv": f":{position + 2}", "parquet": f"[{position}]"}[kind]
 
 
-def assert_named_and_skipped(path: Path, code: str, words: str, place: str, good: int, bad: int = 1) -> None:
+def write(path: Path, kind: str, good: dict[str, Any], bad: dict[str, Any], position: int) -> Path:
+    rows = [good] * 4
+    rows.insert(position, bad)
+    WRITERS[kind](path / f"a.{kind}", rows)
+    return path / f"a.{kind}"
+
+
+def read(path: Path, policy: str, template: str | None = None, **options: Any) -> Any:
+    settings = DataSettings(on_bad_row=policy, assistant_only=None, **options)
+    tokenizer = chatml_tokenizer()
+    tokenizer.chat_template = template or tokenizer.chat_template
+    return prepare(path, tokenizer, settings)
+
+
+def assert_named_and_skipped(
+    path: Path, code: str, words: str, place: str, good: int, bad: int = 1, template: str | None = None
+) -> None:
     with pytest.raises(DataError) as caught:
-        read(path, "error")
+        read(path, "error", template)
     assert caught.value.code == code, caught.value
     assert f"{path}{place}" in str(caught.value)
     assert words in str(caught.value)
-    report = read(path, "skip").report
+    report = read(path, "skip", template).report
     assert (report.used, report.num_skipped, report.rows) == (good, bad, good + bad)
 
 
@@ -111,12 +134,82 @@ def assert_named_and_skipped(path: Path, code: str, words: str, place: str, good
 @pytest.mark.parametrize("position", [0, 2, 4])
 def test_a_bad_row(kind: str, fault: str, position: int, tmp_path: Path) -> None:
     good, bad, code, words = ROWS[fault]
-    rows = [good] * 4
-    rows.insert(position, bad)
-    path = tmp_path / f"a.{kind}"
-    WRITERS[kind](path, rows)
-    place = f"[{position}]" if kind == "parquet" else ":"
-    assert_named_and_skipped(path, code, words, place, good=4)
+    path = write(tmp_path, kind, good, bad, position)
+    assert_named_and_skipped(path, code, words, place(kind, position), good=4)
+
+
+@pytest.mark.parametrize(("kind", "position"), POSITIONS)
+@pytest.mark.parametrize("policy", ["error", "skip"])
+def test_a_prompt_that_leaves_no_room_for_its_answer(kind: str, position: int, policy: str, tmp_path: Path) -> None:
+    """It is not trained, whatever the policy, and counted and named; a data set of nothing else is an error."""
+    bad = {"prompt": GOOD["prompt"] * 10, "completion": GOOD["completion"]}
+    path = write(tmp_path, kind, GOOD, bad, position)
+    report = read(path, policy, max_length=20).report
+    assert (report.used, report.num_skipped, report.rows) == (4, 1, 5)
+    ((code, why),) = report.left_out
+    assert code == "E-DATA-0030"
+    assert f"{path}{place(kind, position)}" in why
+    assert "answer cut off by max_length" in report.summary()
+    with pytest.raises(DataError, match="max_length=3 leaves no token to train in any row") as caught:
+        read(path, policy, max_length=3)
+    assert caught.value.code == "E-DATA-0031"
+    assert read(path, policy, max_length=20, truncation_mode="keep_end").report.used == 5
+
+
+@pytest.mark.parametrize(("kind", "position"), POSITIONS)
+@pytest.mark.parametrize("policy", ["error", "skip"])
+def test_a_pair_of_one_answer(kind: str, position: int, policy: str, tmp_path: Path) -> None:
+    pair = {"prompt": "One and one?", "chosen": " Two.", "rejected": " Three."}
+    path = write(tmp_path, kind, pair, {**pair, "rejected": " Two."}, position)
+    report = check(path, data=DataSettings(on_bad_row=policy))
+    (found,) = [finding for finding in report.findings if finding.code == "E-DATA-0060"]
+    assert (found.severity, found.count) == ("error", 1)
+    assert found.first[0].startswith(f"{path}{place(kind, position)}")
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+TWO_SYSTEMS = chat(SYSTEM, {**SYSTEM, "content": "Be kind."}, USER, ANSWER)
+FIRST_ONLY = (
+    "{% for m in messages %}{% if loop.first or m.role != 'system' %}"
+    "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(("kind", "position"), POSITIONS)
+@pytest.mark.parametrize("policy", ["error", "skip"])
+def test_two_system_turns(kind: str, position: int, policy: str, tmp_path: Path) -> None:
+    """Said by the check and in training where the template writes both, an error where it leaves one out."""
+    path = write(tmp_path, kind, CHAT, TWO_SYSTEMS, position)
+    report = read(path, policy).report
+    assert (report.used, report.odd_systems.count) == (5, 1)
+    assert f"{report.odd_systems.first[0]}".startswith(f"{path}{place(kind, position)}")
+    (found,) = [found for found in check(path).findings if found.code == "W-DATA-0129"]
+    assert (found.severity, found.count) == ("warning", 1)
+    assert found.first[0].startswith(f"{path}{place(kind, position)}")
+    words = '"messages[1]" is of role system, which the chat template leaves out'
+    assert_named_and_skipped(path, "E-DATA-0043", words, place(kind, position), good=4, template=FIRST_ONLY)
+
+
+@pytest.mark.parametrize(("kind", "position"), POSITIONS)
+def test_a_row_that_the_template_refuses(kind: str, position: int, tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}"
+        "{% endif %}{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+    )
+    path = write(tmp_path, kind, CHAT, chat(SYSTEM, USER, ANSWER), position)
+    words = "the chat template refuses the conversation (system → user → assistant): System role not supported"
+    assert_named_and_skipped(path, "E-DATA-0020", words, place(kind, position), good=4, template=template)
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("policy", ["error", "skip"])
+def test_a_broken_template_is_nobodys_row(kind: str, policy: str, tmp_path: Path) -> None:
+    path = write(tmp_path, kind, CHAT, {"messages": [{"role": "nobody"}]}, 4)  # which is not even read
+    with pytest.raises(ConfigError, match=r"line 2: no Jinja template: unexpected '}'") as caught:
+        read(path, policy, chat_template="{% for m in messages %}\n{{ m.content }{% endfor %}")
+    assert caught.value.code == "E-DATA-0047"
+    assert str(path) not in str(caught.value)
 
 
 @pytest.mark.parametrize("position", [0, 2, 4])
@@ -237,16 +330,6 @@ def test_text_in_parquet_that_is_not_utf_8(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     parquet.write_table(table, path)
     assert_named_and_skipped(path, "E-DATA-0003", "not UTF-8", "[1]", good=2)
-
-
-def test_two_system_turns_are_trained_where_the_template_says_both(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    system = {"role": "system", "content": "Be brief."}
-    write_jsonl(path, [chat(system, {**system, "content": "Be kind."}, *CHAT["messages"])])
-    sample = read(path, "error").samples[0][0]
-    text = chatml_tokenizer().decode(sample.branches[0].ids)
-    assert "Be brief." in text
-    assert "Be kind." in text
 
 
 def test_the_place_shown_is_that_of_the_field(tmp_path: Path) -> None:

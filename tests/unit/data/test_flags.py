@@ -89,11 +89,47 @@ def test_ranges_of_characters_as_axolotl_writes_them() -> None:
     assert trained({"conversations": turns}) == [" is Paris." + END]
 
 
-def test_a_range_that_cuts_a_token_is_counted() -> None:
-    detail = [{"begin_offset": 0, "end_offset": 1, "train": False}]
-    answer = {"role": "assistant", "content": "Hello there", "train_detail": detail}
-    prepared = run({"messages": [QUESTION, answer]})
-    assert prepared.report.boundary_moved.count == 1
+@pytest.mark.parametrize(
+    ("begin", "end", "train", "runs"),
+    [  # the tokens of the answer are Hello, ␣there and the end of the turn
+        (0, 1, False, [" there" + END]),  # a part of Hello is left out, so that Hello is
+        (0, 1, True, []),
+        (4, 5, False, [END]),  # the edges of both
+        (4, 5, True, []),
+        (0, 4, False, [" there" + END]),  # where tokens end
+        (0, 4, True, ["Hello"]),
+        (5, 10, False, ["Hello", END]),
+        (5, 10, True, [" there"]),
+        (6, 10, False, ["Hello", END]),  # the space is no one's
+        (6, 10, True, []),
+    ],
+)
+@pytest.mark.parametrize("marked", [False, True])
+def test_a_token_is_trained_only_if_all_its_characters_are(
+    begin: int, end: int, train: bool, runs: list[str], marked: bool
+) -> None:
+    ids = chatml_tokenizer()("Hello there")["input_ids"]
+    assert chatml_tokenizer().convert_ids_to_tokens(ids) == ["Hello", "Ġthere"]
+    detail = [{"begin_offset": begin, "end_offset": end, "train": train}]
+    answer = {"role": "assistant", "content": "Hello there", "train_detail": detail, "train": not train}
+    after = [THANKS, WELCOME]  # so that something is trained at all
+    row = {"messages": [QUESTION, answer, *after]}
+    assert trained(row, marked=marked) == [*runs, "You are welcome 🙂" + END]
+    is_cut = (begin, end) not in ((0, 4), (5, 10))
+    assert run(row, marked=marked).report.boundary_moved.count == is_cut
+
+
+def test_parts_of_an_answer_that_its_own_thought_holds_too() -> None:
+    """What is flagged is the content, not the first place where its text stands."""
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.reasoning_content %}"
+        "{{ '<think>' + m.reasoning_content + '</think>' }}{% endif %}{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    parts = [{"type": "text", "text": "Four", "train": False}, {"type": "text", "text": " it is."}]
+    answer = {"role": "assistant", "content": parts, "reasoning_content": "Four it is."}
+    row = {"messages": [QUESTION, answer]}
+    assert trained(row, chat_template=template) == ["<think>Four it is.</think>", " it is." + END]
 
 
 def test_sharegpt() -> None:
@@ -136,7 +172,32 @@ def test_templates_do_not_see_flags() -> None:
         ({"weight": 0.5}, r'"messages\[2\].weight" is 0.5'),
         ({"train": "yes"}, r'"messages\[2\].train" is text'),
         ({"train": True, "weight": 0}, "contradict each other"),
-        ({"train_detail": {"train": True}}, "is an object, not a list"),
+        ({"train_detail": {"train": True}}, r'"messages\[2\].train_detail" is an object, not a list'),
+        ({"train_detail": ""}, r'"messages\[2\].train_detail" is text, not a list'),
+        ({"train_detail": ["Four"]}, r'"messages\[2\].train_detail\[0\]" is text, no range of characters'),
+        ({"train_detail": [{"end_offset": 1, "train": True}]}, r'train_detail\[0\].begin_offset" is missing'),
+        ({"train_detail": [{"begin_offset": 1, "train": True}]}, r'train_detail\[0\].end_offset" is missing'),
+        ({"train_detail": [{"begin_offset": "0", "end_offset": 1, "train": True}]}, r'begin_offset" is text, not a pl'),
+        ({"train_detail": [{"begin_offset": 0, "end_offset": 1.5, "train": True}]}, r'end_offset" is 1.5, not a place'),
+        ({"train_detail": [{"begin_offset": False, "end_offset": 1, "train": True}]}, r'begin_offset" is False, not a'),
+        ({"train_detail": [{"begin_offset": -1, "end_offset": 1, "train": True}]}, r'begin_offset" is -1, not a place'),
+        ({"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": "no"}]}, r'train_detail\[0\].train" is text'),
+        ({"train_detail": [[0, 2, True], [1, 3, True]]}, r'train_detail\[1\]" overlaps messages\[2\].train_detail\[0'),
+        (
+            {
+                "train_detail": [
+                    {"begin_offset": 2, "end_offset": 4, "train": True},
+                    {"begin_offset": 0, "end_offset": 2, "train": False},
+                ]
+            },
+            r'train_detail\[0\]" overlaps messages\[2\].train_detail\[1\] \(characters 2 to 2\)',
+        ),
+        ({"train_detail": [[0, 9, True]]}, r'train_detail\[0\]" ends at character 8, but the content has 5 characters'),
+        ({"train_detail": [[0, 2, "x"]]}, r'train_detail\[0\]\[2\]" is text'),
+        (
+            {"content": [{"type": "text", "text": "Four.", "train": True}], "train_detail": [[0, 2, False]]},
+            r'messages\[2\].content\[0\]" overlaps messages\[2\].train_detail\[0\]',
+        ),
         ({"train_detail": [{"begin_offset": 3, "end_offset": 1, "train": True}]}, "is no range of characters"),
         ({"train_detail": [{"begin_offset": 0, "end_offset": 1}]}, "does not say whether to train"),
         ({"train_detail": [{"begin_offset": 0, "end_offset": 99, "train": True}]}, "ends at character 99, but the con"),
@@ -145,6 +206,13 @@ def test_templates_do_not_see_flags() -> None:
 def test_what_is_no_flag_is_refused(flag: dict[str, Any], says: str) -> None:
     with pytest.raises(DataError, match=says) as caught:
         run(messages({}, {}, flag, {}, {}))
+    assert caught.value.code == "E-DATA-0042"
+
+
+def test_ranges_of_a_call_of_sharegpt_are_refused() -> None:
+    call = {"from": "function_call", "value": '{"name": "add", "arguments": {}}', "train_detail": [[0, 3, False]]}
+    with pytest.raises(DataError, match=r"\"conversations\[1\].train_detail\[0\]\" ends at character 2, but") as caught:
+        run({"conversations": [{"from": "human", "value": "Add."}, call]}, chat_template="chatml")
     assert caught.value.code == "E-DATA-0042"
 
 

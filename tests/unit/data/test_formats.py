@@ -102,6 +102,40 @@ def test_template_arguments_and_tools() -> None:
     assert '"chat_template_kwargs" is text' in error({**row, "chat_template_kwargs": "a"}).message
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ('{"city": "Par', "is not valid JSON: Unterminated string"),
+        ("{'city': 'Paris'}", "is not valid JSON: Expecting property name"),
+        ('{"x": NaN}', "is not valid JSON: NaN is no number of JSON's"),
+        ('["Paris"]', "is a list, not an object"),
+        ('"Paris"', "is text, not an object"),
+        (["Paris"], "is a list, not an object"),
+        (7, "is a number, not an object"),
+    ],
+)
+def test_arguments_of_a_call_that_nobody_can_read(arguments: Any, says: str) -> None:
+    function = {"name": "weather", "arguments": arguments}
+    answer = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+    found = error({"messages": [USER, answer]})
+    assert found.code == "E-DATA-0015"
+    assert f'"messages[1].tool_calls[0].function.arguments" {says}' in found.message
+    assert (arguments if "is not valid" in says else json.dumps(arguments)) in found.message  # the value is shown
+    bare = error({"prompt": [USER], "completion": [{**answer, "tool_calls": [function]}]})
+    assert f'"completion[0].tool_calls[0].arguments" {says}' in bare.message
+    pair = [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": json.dumps(function)}]
+    turn = error({"conversations": pair})
+    assert (turn.code, f'"conversations[1].value.arguments" {says}' in turn.message) == ("E-DATA-0015", True)
+
+
+@pytest.mark.parametrize("arguments", [None, "", "{}", '{"city": "Paris"}', {"city": "Paris"}])
+def test_arguments_as_they_are_written(arguments: Any) -> None:
+    """Not changed: templates differ in whether they want an object or its text."""
+    call = {"function": {"name": "weather", "arguments": arguments}}
+    answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+    assert parse({"messages": [USER, answer]}).completions == ([USER, answer],)
+
+
 def test_prompt_completion() -> None:
     assert parse({"prompt": "2+2=", "completion": "4"}).completions == ("4",)
     example = parse({"prompt": [USER], "completion": [ASSISTANT]})

@@ -167,6 +167,13 @@ def test_a_generation_prompt_that_training_does_not_have_is_counted() -> None:
         assert "is given another text than in training" in report.notes()[-1]
 
 
+def test_an_answer_that_begins_like_the_generation_prompt_is_trained_whole() -> None:
+    tokenizer = plain_tokenizer(template=CHATML.replace("assistant\n' }}{% endif", "assistant\n<think>\n' }}{% endif"))
+    row = {"messages": [QUESTION, {"role": "assistant", "content": "<th> is a tag"}, THANKS, WELCOME]}
+    runs = trained(row, tokenizer, assistant_only=True)
+    assert runs == ["<th> is a tag<|im_end|>\n", "You are welcome 🙂<|im_end|>\n"]
+
+
 def test_a_merge_across_the_boundary_is_reported() -> None:
     tokenizer = plain_tokenizer()
     row = {"prompt": "What is two plu", "completion": "s two?"}

@@ -433,6 +433,77 @@ def test_masks_of_a_models_own_template_without_markers(name: str, contents: lis
     assert found.supervised.tolist() == marked.supervised.tolist()
 
 
+def flagged_answer(parts: list[tuple[str, bool | None]], whole: bool | None) -> dict[str, Any]:
+    content = [
+        {"type": "text", "text": text, **({} if train is None else {"train": train})} for text, train in parts if text
+    ]
+    return {"role": "assistant", "content": content, **({} if whole is None else {"train": whole})}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("flags", "whole", "runs"),
+    [
+        ((False, None), None, [" it is{end}"]),
+        ((None, False), None, ["{before}Four", "{end}"]),
+        ((True, None), False, ["{before}Four"]),
+        ((None, True), False, [" it is"]),
+        ((False, True), None, [" it is{end}"]),
+    ],
+)
+def test_parts_of_an_answer(name: str, flags: tuple[bool | None, ...], whole: bool | None, runs: list[str]) -> None:
+    """A space that the template writes before the answer goes with its first word: most tokenizers make one token of
+    both."""
+    answer = flagged_answer([("Four", flags[0]), (" it is", flags[1])], whole)
+    found = trained(name, {"messages": [TURNS[0], answer, *TURNS[2:]]})
+    end, _, before = AROUND[name]
+    assert found[:-1] == [run.format(before=before, end=end) for run in runs]
+    assert found[-1] == answers(name, "I am an assistant")[-1]
+
+
+PARTS = st.lists(st.tuples(CONTENT, st.sampled_from([True, False, None])), min_size=1, max_size=4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=25, deadline=None)
+@given(parts=PARTS, whole=st.sampled_from([True, False, None]))
+def test_flags_of_generated_parts(name: str, parts: list[tuple[str, bool | None]], whole: bool | None) -> None:
+    """Token by token: those that a flag's edge cuts are trained only if all their characters are."""
+    content = "".join(text for text, _ in parts)
+    if not content.strip() or "think>" in content:
+        return
+    tokenizer = tokenizer_of(name)
+    plain = {"role": "assistant", "content": content}
+    kwargs = {"chat_template_kwargs": {"date_string": "1 May 2026"}}
+    unflagged = run(name, {"messages": [*TURNS, QUESTION, plain], **kwargs}, tokenizer).samples[0][0].branches[0]
+    flagged = {"messages": [*TURNS, QUESTION, flagged_answer(parts, whole)], **kwargs}
+    branch = run(name, flagged, tokenizer).samples[0][0].branches[0]
+    assert branch.ids.tolist() == unflagged.ids.tolist()
+    full = tokenizer.decode(branch.ids)
+    offsets = tokenizer(full, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    said = content.strip() if name in TRIMS else content
+    at = full.rindex(said + AROUND[name][1])
+    asked = full.rindex(QUESTION["content"]) + len(QUESTION["content"])
+    first = next(a for (a, b), was in zip(offsets, unflagged.supervised, strict=True) if was and b > asked)
+    is_trained = [True] * len(full)
+    if whole is False:
+        is_trained[first:] = [False] * (len(full) - first)
+    place = at - (content.index(said) if name in TRIMS else 0)
+    edges = {first} if whole is not None else set()
+    for text, train in parts:
+        start, end = max(place, at), min(place + len(text), at + len(said))
+        start = first + len(full[first:at].rstrip()) if start == at else start
+        if train is not None and start < end:
+            is_trained[start:end] = [train] * (end - start)
+            edges |= {start, end}
+        place += len(text)
+    expected = [
+        bool(was) and (all if any(a < edge < b for edge in edges - {first}) else any)(is_trained[a:b])
+        for was, (a, b) in zip(unflagged.supervised, offsets, strict=True)
+    ]
+    assert branch.supervised.tolist() == expected
+
+
 def test_the_packaged_models_own_template() -> None:
     folder = Path.home() / ".cache" / "posttrain" / "models" / "smollm2-135m-instruct"
     if not (folder / "chat_template.jinja").is_file():

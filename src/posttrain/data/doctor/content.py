@@ -12,6 +12,7 @@ from typing import Any
 
 from posttrain.data.codes import UNFORESEEN, Row, bad_row, broken_promise
 from posttrain.data.columns import rename_columns
+from posttrain.data.conversation import SYSTEM
 from posttrain.data.formats import all_formats, choose, detect, require
 from posttrain.data.settings import DataSettings
 from posttrain.data.tokens import is_tokenized
@@ -187,3 +188,11 @@ def _last(content: Content | None, role: str) -> str:
             text = message.get("content")
             return text if isinstance(text, str) else ""
     return ""
+
+
+ODD_SYSTEMS = tuple(f"{TURN}{role}{PART}" for role in SYSTEM)
+
+
+def has_odd_systems(canonical: str) -> bool:
+    """Whether there are several system turns, or one that is not the first."""
+    return any(beginning in canonical for beginning in ODD_SYSTEMS)

@@ -20,6 +20,7 @@ MARKS = {
     "W-DATA-0114": ("hold", "what looks like a secret ({kinds})"),
     "W-DATA-0115": ("hold", "what looks like personal data ({kinds})"),
     "W-DATA-0116": ("seem", "to answer in another language than the question's ({kinds}), by frequent words"),
+    "W-DATA-0129": ("have", "several system turns, or one that does not come first: few templates know what to do"),
 }
 
 

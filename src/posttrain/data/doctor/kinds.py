@@ -56,4 +56,7 @@ KINDS: dict[str, Kind] = {
     "W-DATA-0126": Kind("warning", "special tokens in the text", "take them out where they are not meant"),
     "W-DATA-0127": Kind("info", "no beginning-of-sequence token", "fine if the model was trained without"),
     "W-DATA-0128": Kind("warning", "markers that are no tokens", "choose a template whose markers the tokenizer has"),
+    "W-DATA-0129": Kind(
+        "warning", "odd system turns", "one system turn, the first; posttrain data tokens shows the row"
+    ),
 }

@@ -14,7 +14,7 @@ import numpy as np
 from posttrain.data.doctor.findings import Finding, finding, rows, share
 from posttrain.data.doctor.settings import DoctorSettings
 from posttrain.data.doctor.sketches import Sketches, shingles
-from posttrain.data.doctor.tally import Tally
+from posttrain.data.doctor.tally import NO_LABEL, Tally
 from posttrain.data.report import number
 
 NUM_FIRST = 5
@@ -70,11 +70,13 @@ def _partly(tally: Tally, settings: DoctorSettings) -> Finding | None:
 
 
 def distinct(tally: Tally) -> list[tuple[int, str]]:
-    """The sampled rows in order, the first of each set of exact duplicates."""
-    hashes = tally.array("row")
-    first: dict[int, tuple[int, str]] = {}
-    for _, row, text in sorted(tally.sample, key=lambda item: item[1]):
-        first.setdefault(int(hashes[row]), (row, text))
+    """The sampled rows in order, the first of each set of exact duplicates. Ratings of one answer are one row: where
+    they differ they contradict one another (E-DATA-0062), which is not to be said twice."""
+    row, prompt, answer, label = (tally.array(name) for name in ("row", "prompt", "answer", "label"))
+    first: dict[tuple[int, ...], tuple[int, str]] = {}
+    for _, at, text in sorted(tally.sample, key=lambda item: item[1]):
+        key = (int(row[at]),) if label[at] == NO_LABEL else (int(prompt[at]), int(answer[at]))
+        first.setdefault(key, (at, text))
     return list(first.values())
 
 

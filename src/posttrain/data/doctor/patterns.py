@@ -14,12 +14,22 @@ CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\ufeff\ufffe\uff
 BIDI = re.compile("[\u202a-\u202e\u2066-\u2069]")
 """Embeddings, overrides and isolates: they can make text read otherwise than it is stored (CVE-2021-42574)."""
 
+AWS_SECRET = re.compile(
+    r"""(?i)(?<![a-z])(?:aws_?)?secret_?(?:access_?)?key["']?\s*[:=]\s*["']?[a-z0-9/+]{40}(?![\w/+=])"""
+)
+PLACEHOLDER = re.compile(r"x{4}|\*{3}|0{8}|example|placeholder|redacted|changeme|your", re.IGNORECASE)
+"""What stands for a secret, in documents about them."""
+
 # A substring that has to be there, what it is, the pattern.
 SECRETS: tuple[tuple[str, str, re.Pattern[str]], ...] = (
     ("PRIVATE KEY", "private key", re.compile(r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY( BLOCK)?-----")),
     ("AKIA", "AWS key", re.compile(r"\bAKIA[0-9A-Z]{16}\b")),
+    ("ASIA", "AWS key", re.compile(r"\bASIA[0-9A-Z]{16}\b")),
+    ("ecret", "AWS secret key", AWS_SECRET),
+    ("SECRET", "AWS secret key", AWS_SECRET),
     ("gh", "GitHub token", re.compile(r"\b(gh[pousr]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{40,})")),
-    ("sk-", "API key", re.compile(r"\bsk-[A-Za-z0-9_-]{20,}")),
+    ("glpat-", "GitLab token", re.compile(r"\bglpat-[A-Za-z0-9_-]{20,}")),
+    ("sk-", "API key", re.compile(r"(?<![\w-])sk-(?=[\w-]{20})[\w-]*?[A-Za-z0-9]{16}[\w-]*")),
     ("xox", "Slack token", re.compile(r"\bxox[abeprs]-[A-Za-z0-9-]{10,}")),
     ("hf_", "Hugging Face token", re.compile(r"\bhf_[A-Za-z0-9]{30,}")),
     ("AIza", "Google key", re.compile(r"\bAIza[0-9A-Za-z_-]{35}")),
@@ -27,29 +37,57 @@ SECRETS: tuple[tuple[str, str, re.Pattern[str]], ...] = (
     ("eyJ", "JSON web token", re.compile(r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}")),
 )
 EMAIL = re.compile(r"[A-Za-z0-9._%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.)+[A-Za-z]{2,24}\b")
-EXAMPLE = re.compile(r"@(.*\.)?(example\.(com|org|net)|.*\.(example|test|invalid|localhost))$", re.IGNORECASE)
-"""Reserved for examples (RFC 2606)."""
+EXAMPLE = re.compile(
+    r"@(.*\.)?(example\.[a-z.]+|.*\.(example|test|invalid|localhost|local|tld))$"  # RFC 2606, and what is used like it
+    r"|^(you|your[._-]?(name|e-?mail)|me|user|username|name|someone|somebody|e-?mail|foo|bar|test|git|no-?reply)@"
+    r"|@(your|my|the)?[_-]?(domain|company|email|mail|site|website|server|host)\.(com|org|net)$"
+    r"|\.(png|jpe?g|gif|webp|svg|ico|js|ts|css|py|json|html?)$",  # `logo@2x.png`
+    re.IGNORECASE,
+)
+"""What is written like an address and is nobody's."""
 DIGITS = re.compile(r"\d\d[\d ()./-]{5,}\d\d")
 """No number of a person or an account is shorter."""
 PHONE = re.compile(
     r"(?<![\w+])(\+\d{1,3}[ ()./-]{0,2}\d(?:[ ()./-]{0,2}\d){7,12}|\(?\d{3}\)?[ .-]\d{3}[.-]\d{4})(?![\w-])"
 )
-CARD = re.compile(r"(?<![\d.])[3-6]\d{3}[ -]?(?:\d{4}[ -]?\d{4}[ -]?\d{4}|\d{6}[ -]?\d{5})(?!\d|\.\d)")
+FICTION = re.compile(r"555\D?01\d\d$")
+"""Numbers that are given to nobody, for films."""
+CARD = re.compile(r"(?<![\d.])(?:[3-6]\d{3}[ -]?\d{4}[ -]?\d{4}[ -]?\d{4}|3[47]\d\d[ -]?\d{6}[ -]?\d{5})(?!\d|\.\d)")
+SSN = re.compile(r"(?<![\w.-])(?!000|666|9)\d{3}-(?!00)\d\d-(?!0000)\d{4}(?![\w-])")
+NO_SSN = ("123-45-6789", "078-05-1120", "219-09-9999")
+"""Of forms and advertisements."""
 IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b")
 
+AN_AI = r"(?:an? (?:large )?(?:ai|artificial intelligence|language model)(?: (?:language )?model| assistant| chatbot)?)"
+GOES_ON = r"(?=[,.;:!]| (?:i|my|it|and|so|but|that|trained|developed|created|without)\b|$)"
+"""And not: an AI researcher."""
+HELP = "help|assist|fulfil|fulfill|comply|provide|answer|generate|create|discuss|access|browse|continue|complete|share"
 REFUSALS = (
-    "as an ai", "as a language model", "as a large language model", "i'm an ai", "i am an ai", "ai language model",
-    "i cannot fulfill", "i can't fulfill", "i cannot assist", "i can't assist", "i can't help with that",
-    "i cannot help with that", "i'm sorry, but i can", "i am sorry, but i can", "i'm unable to", "i am unable to",
-    "my knowledge cutoff", "als ki-sprachmodell", "als ki-modell", "en tant que modèle de langage",
-    "como modelo de lenguaje",
+    rf"as {AN_AI}{GOES_ON}", rf"i(?:'m| am) (?:just |only |merely )?{AN_AI}{GOES_ON}",
+    r"i can(?:not|'t) (?:fulfill?|assist|comply)", r"i can(?:not|'t) help (?:you )?with (?:that|this)",
+    r"i(?:'m| am) sorry, but i can(?:not|'t)", rf"i(?:'m| am) (?:unable|not able) to (?:{HELP})",
+    r"my knowledge cut-?off", r"als ki-(?:sprach)?modell", r"en tant que modèle de langage",
+    r"como modelo de lenguaje",
 )  # fmt: skip
 BOILERPLATE = frozenset(
     ("n/a", "na", "none", "null", "nan", "todo", "tbd", "...", "…", "-", "?", "lorem ipsum", "[deleted]", "[removed]",
      "<noinput>", "no answer", "undefined")
 )  # fmt: skip
-REFUSAL = re.compile("|".join(map(re.escape, REFUSALS)))
-REFUSAL_WORDS = ("ai", "AI", "sorry", "cannot", "can't", "unable", "model", "cutoff", "KI")
+REFUSAL = re.compile(rf"\b(?:{'|'.join(REFUSALS)})(?!\w)")
+REFUSAL_WORDS = (
+    "ai",
+    "AI",
+    "sorry",
+    "cannot",
+    "can't",
+    "can’t",
+    "able",
+    "model",
+    "cutoff",
+    "cut-off",
+    "KI",
+    "rtificial",
+)
 BEGINNING = 300
 """Refusals are said at once; further on the words are usually quoted."""
 
@@ -59,7 +97,8 @@ def secrets(text: str) -> Iterator[tuple[str, str]]:
     for needle, what, pattern in SECRETS:
         if needle in text:
             for match in pattern.finditer(text):
-                yield what, redacted(match.group())
+                if not PLACEHOLDER.search(match.group()):
+                    yield what, redacted(match.group())
 
 
 def personal_data(text: str) -> Iterator[tuple[str, str]]:
@@ -75,8 +114,12 @@ def personal_data(text: str) -> Iterator[tuple[str, str]]:
     for match in CARD.finditer(text):
         if has_luhn_sum(match.group()):
             yield "card number", redacted(match.group())
+    for match in SSN.finditer(text):
+        if match.group() not in NO_SSN:
+            yield "US social security number", redacted(match.group())
     for match in PHONE.finditer(text):
-        yield "phone number", redacted(match.group())
+        if not FICTION.search(match.group()):
+            yield "phone number", redacted(match.group())
 
 
 def is_refusal(answer: str) -> bool:

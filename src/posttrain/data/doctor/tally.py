@@ -15,7 +15,7 @@ from hashlib import blake2b
 import numpy as np
 
 from posttrain.data.codes import Row
-from posttrain.data.doctor.content import PART, TURN, RowReader, Said, check_trainable
+from posttrain.data.doctor.content import PART, TURN, RowReader, Said, check_trainable, has_odd_systems
 from posttrain.data.doctor.languages import language
 from posttrain.data.doctor.patterns import BIDI, CONTROL, is_refusal, personal_data, secrets
 from posttrain.data.doctor.settings import DoctorSettings
@@ -199,6 +199,8 @@ class Counting:
             tally.mark("W-DATA-0112", origin)
         if not content.isascii() and BIDI.search(content):
             tally.mark("W-DATA-0113", origin)
+        if has_odd_systems(content):
+            tally.mark("W-DATA-0129", origin)
         if found := list(secrets(content)):
             tally.mark("W-DATA-0114", origin, found)
         if found := list(personal_data(content)):

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from posttrain.data.codes import Row, bad_row, kind
-from posttrain.data.conversation import check_answers, map_role, parse_json
-from posttrain.data.flags import KEYS, normalise
+from posttrain.data.conversation import check_answers, map_role, parse_arguments, parse_json
+from posttrain.data.flags import DETAIL, KEYS, normalise
 from posttrain.data.formats.build import build
 from posttrain.types import Example, Message, Origin
 
@@ -68,7 +68,7 @@ def _append(messages: list[Message], turn: Any, field: str, row: Row, origin: Or
         extra = {key: value for key, value in turn.items() if key not in ("from", "value") and value is not None}
         messages.append(normalise({"role": role, "content": turn["value"], **extra}, field, row, origin))
         return
-    flags = normalise({key: turn[key] for key in KEYS if key in turn}, field, row, origin)
+    flags = normalise({key: turn[key] for key in (*KEYS, DETAIL) if key in turn}, field, row, origin)
     if not messages or messages[-1]["role"] != "assistant":
         messages.append({"role": "assistant", "content": "", **flags})
     elif messages[-1].get("train") != flags.get("train"):
@@ -90,10 +90,8 @@ def _calls(text: str, field: str, row: Row, origin: Origin) -> list[dict[str, An
 
 def _function(call: Mapping[str, Any], field: str, row: Row, origin: Origin) -> dict[str, Any]:
     """Arguments as an object: templates write a string out once more as JSON."""
-    arguments = call.get("arguments", call.get("parameters", {}))
-    if isinstance(arguments, str):
-        arguments = parse_json(arguments, f"{field}.arguments", row, origin)
-    return {"name": call["name"], "arguments": arguments}
+    arguments = call.get("arguments", call.get("parameters"))
+    return {"name": call["name"], "arguments": parse_arguments(arguments, f"{field}.arguments", row, origin)}
 
 
 def _wrap(tool: Any) -> Any:

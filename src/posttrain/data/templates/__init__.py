@@ -28,6 +28,7 @@ __all__ = [
     "Template",
     "end_tokens",
     "find_template",
+    "is_a_program",
     "is_ours",
     "missing_tokens",
     "resolve_template",
@@ -63,6 +64,11 @@ def resolve_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> st
     if "{{" in name or "{%" in name:
         return name
     return _template_file(name)
+
+
+def is_a_program(name: str | None) -> bool:
+    """Whether `name` is a template or a file of one, rather than an entry of the table or the tokenizer's own."""
+    return name not in (None, "auto") and find_template(str(name)) is None
 
 
 def missing_tokens(tokenizer: PreTrainedTokenizerBase, name: str | None) -> tuple[str, ...]:

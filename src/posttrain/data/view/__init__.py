@@ -1,8 +1,8 @@
 """What the model sees of a row: every token with its piece of text, and whether it is trained, special or cut off.
 
-`token_view` is for one row, `view_rows` for some rows of a file; text.py, html.py and svg.py show what they return. A
-row that cannot be used gives its error in place of tokens. The first token of a sequence is never trained, for nothing
-stands before it to predict it from.
+`token_view` is for one row that supervised training reads, `any_view` for one of any method (pairs.py), `view_rows` for
+some rows of a file; text.py, html.py and svg.py show what they return. A row that cannot be used gives its error in
+place of tokens. The first token of a sequence is never trained, for nothing stands before it to predict it from.
 """
 
 from __future__ import annotations
@@ -36,13 +36,15 @@ ESCAPED = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
 @dataclass(frozen=True)
 class Piece:
     """One token. `text` is the part of the text that it stands for, as it is: `visible` makes it safe to show. Of
-    several tokens that make up one character, the first has it and the others are empty."""
+    several tokens that make up one character, the first has it and the others are empty. `shared`: both answers of a
+    pair begin with it."""
 
     id: int
     text: str
     trained: bool
     special: bool
     cut: bool
+    shared: bool = False
 
     @property
     def state(self) -> str:
@@ -51,12 +53,14 @@ class Piece:
 
 @dataclass(frozen=True)
 class RowView:
-    """A row's tokens, in order, what the report has to say of them, or why there are none."""
+    """A row's tokens, in order, what the report has to say of them, or why there are none. `label` is how a rated
+    answer is rated."""
 
     origin: str
     pieces: tuple[Piece, ...] = ()
     notes: tuple[str, ...] = ()
     error: DataError | None = None
+    label: bool | None = None
 
     @cached_property
     def counts(self) -> dict[str, int]:
@@ -78,7 +82,31 @@ class RowView:
             {"id": piece.id, "text": piece.text, "state": piece.state, "special": piece.special}
             for piece in self.pieces
         ]
-        return {"row": self.origin, "tokens": tokens, "counts": self.counts, "notes": list(self.notes)}
+        rated = {} if self.label is None else {"label": self.label}
+        return {"row": self.origin, "tokens": tokens, "counts": self.counts, "notes": list(self.notes), **rated}
+
+
+@dataclass(frozen=True)
+class PairView:
+    """Two answers to one prompt, each as a whole sequence, whose first `num_shared` tokens are the same."""
+
+    origin: str
+    chosen: RowView
+    rejected: RowView
+    num_shared: int
+    error: None = None
+
+    @property
+    def sides(self) -> tuple[tuple[str, RowView], ...]:
+        return ("chosen", self.chosen), ("rejected", self.rejected)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        sides = {name: {k: v for k, v in side.to_dict().items() if k != "row"} for name, side in self.sides}
+        return {"row": self.origin, **sides, "shared": self.num_shared}
+
+
+View = RowView | PairView
 
 
 def token_view(
@@ -119,10 +147,12 @@ def view_rows(
     tokenizer: PreTrainedTokenizerBase,
     settings: DataSettings | None = None,
     train_on: str = "assistant",
-) -> list[RowView]:
+) -> list[View]:
     """The views of these rows (counted from 0) of a file or data set, in the order asked for. Raises ConfigError where
     there are not as many."""
-    found: dict[int, RowView] = {}
+    from posttrain.data.view.pairs import any_view  # which is made of the views of this module
+
+    found: dict[int, View] = {}
 
     def reject(error: DataError, origin: Origin) -> None:
         found[origin.row] = RowView(str(origin), error=error)
@@ -131,7 +161,7 @@ def view_rows(
     for origin, row in read_rows(source, "train", reject):
         seen = origin.row
         if seen in rows:
-            found[seen] = token_view(row, tokenizer, settings, train_on, origin)
+            found[seen] = any_view(row, tokenizer, settings, train_on, origin)
         if seen >= last:
             break
     missing = [row for row in rows if row not in found]

@@ -5,11 +5,11 @@ Trained tokens are green and underlined, masked ones grey, cut ones red with a l
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterator
 from html import escape
 
 from posttrain.data.view import Piece, RowView, visible
+from posttrain.data.view.columns import columns
 
 WIDTH, LINE, MARGIN, COLUMNS = 8.4, 24, 12, 92
 FILL = {"trained": "#c9f0d3", "masked": "#eef0f2", "cut": "#fbd5d5"}
@@ -22,12 +22,12 @@ def as_svg(view: RowView, title: str) -> str:
     cells, column, line, widest = [], 0, 0, 40
     for piece in view.pieces:
         for text, is_last in _lines(visible(piece.text)):
-            if column + _columns(text) > COLUMNS and column:
+            if column + columns(text) > COLUMNS and column:
                 column, line = 0, line + 1
             if text:
                 cells.append(_cell(text, piece, column, line))
-            widest = max(widest, column + _columns(text))
-            column, line = (column + _columns(text), line) if is_last else (0, line + 1)
+            widest = max(widest, column + columns(text))
+            column, line = (column + columns(text), line) if is_last else (0, line + 1)
     height = (line + 2) * LINE + 2 * MARGIN
     width = widest * WIDTH + 2 * MARGIN
     legend, at = [], 0
@@ -43,7 +43,7 @@ def as_svg(view: RowView, title: str) -> str:
 
 
 def _cell(text: str, piece: Piece, column: int, line: int) -> str:
-    x, y, width = MARGIN + column * WIDTH, MARGIN + line * LINE, _columns(text) * WIDTH
+    x, y, width = MARGIN + column * WIDTH, MARGIN + line * LINE, columns(text) * WIDTH
     ink, fill = INK[piece.state], FILL[piece.state]
     border = f' stroke="#7c3aed" stroke-width="{1 if piece.special else 0}"'
     strokes = {"trained": y + 19, "cut": y + 11}
@@ -62,8 +62,3 @@ def _lines(text: str) -> Iterator[tuple[str, bool]]:
     for i, line in enumerate(lines):
         for start in range(0, max(len(line), 1), COLUMNS):
             yield line[start : start + COLUMNS], i + 1 == len(lines)
-
-
-def _columns(text: str) -> int:
-    """The cells that `text` takes: East Asian characters and most emoji take two."""
-    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
