@@ -24,6 +24,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import transformers
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from posttrain.data.fingerprint import fingerprint
@@ -185,13 +187,13 @@ def precompute(
     """`samples` with a column `ref_logp`: an array for each branch. From `folder` where they were computed before with
     all of `depends_on` the same."""
     key = cache_key(samples, depends_on)
-    values = _read(folder / f"{key}.npy", samples) if folder is not None else None
+    values = _read(folder / f"{key}.safetensors", samples) if folder is not None else None
     if values is not None:
         logger.info("reference log-probabilities of %s taken from %s", name, folder)
         return _with_column(samples, values)
     values = np.concatenate(list(_computed(samples, reference, device, token_budget, packing, name)))
     if folder is not None:
-        _write(folder / f"{key}.npy", values)
+        _write(folder / f"{key}.safetensors", values)
     return _with_column(samples, values)
 
 
@@ -255,10 +257,10 @@ def _read(path: Path, samples: Sequence[Sample]) -> np.ndarray | None:
         return None
     wanted = sum(sum(_counts(part)) for sample in samples for part in sample)
     try:
-        values = np.load(path, allow_pickle=False)
+        values = load_file(path)["logp"]
         if values.dtype != np.float32 or values.shape != (wanted,) or not np.isfinite(values).all():
             raise ValueError(f"{values.shape} {values.dtype}, wanted {wanted} finite numbers")
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         logger.warning("%s is damaged (%s); the reference is computed anew", path, error)
         return None
     return values
@@ -269,10 +271,8 @@ def _write(path: Path, values: np.ndarray) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem[:16], suffix=".partial")
-        with os.fdopen(handle, "wb") as file:
-            np.save(file, values)
-            file.flush()
-            os.fsync(file.fileno())
+        os.close(handle)
+        save_file({"logp": values}, temporary)
         os.replace(temporary, path)
     except OSError as error:
         logger.warning("reference log-probabilities are not kept in %s: %s", path.parent, error.strerror or error)

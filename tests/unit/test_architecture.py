@@ -28,6 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "optimizer_state",
     ),
     ("snapshot", "checkpoint", "locks", "meter", "session", "rollout", "evaluate"),
+    ("reference",),
     ("loop",),
     ("run", "export"),
     ("trainers",),

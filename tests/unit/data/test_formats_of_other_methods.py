@@ -31,9 +31,9 @@ def error(row: dict[str, Any]) -> DataError:
 PAIRS: list[tuple[dict[str, Any], Any, Any, Any]] = [
     ({"prompt": "1+1", "chosen": "2", "rejected": "3"}, "1+1", "2", "3"),
     ({"prompt": "", "chosen": "2", "rejected": "3"}, "", "2", "3"),
-    ({"chosen": "Q: 1+1 A: 2", "rejected": "Q: 1+1 A: 3"}, "Q: 1+1 A: ", "2", "3"),
+    ({"chosen": "Q: 1+1 A: 2", "rejected": "Q: 1+1 A: 3"}, "Q: 1+1 A:", " 2", " 3"),  # where TRL parts them
     ({"chosen": "good", "rejected": "bad"}, None, "good", "bad"),
-    ({"chosen": "same words", "rejected": "same words"}, "same ", "words", "words"),
+    ({"chosen": "same words", "rejected": "same words"}, "same word", "s", "s"),
     ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, [USER], [GOOD], [BAD]),
     ({"prompt": [USER], "chosen": GOOD, "rejected": BAD}, [USER], [GOOD], [BAD]),
     ({"chosen": [USER, GOOD], "rejected": [USER, BAD]}, [USER], [GOOD], [BAD]),

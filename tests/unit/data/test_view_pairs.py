@@ -67,7 +67,7 @@ def test_what_is_alike() -> None:
     ("row", "chosen", "rejected"),
     [
         (TEXT_PAIR, " Paris.<|im_end|>", " two.<|im_end|>"),
-        ({"chosen": "a b", "rejected": "a c"}, "b<|im_end|>", "c<|im_end|>"),
+        ({"chosen": "a b", "rejected": "a c"}, " b<|im_end|>", " c<|im_end|>"),
         ({"chosen": [*PROMPT, *PAIR["chosen"]], "rejected": [*PROMPT, *PAIR["rejected"]]}, "Four 🙂" + END, None),
         ({"conversations": [{"from": "human", "value": "Hi"}], "chosen": {"from": "gpt", "value": "a"},
           "rejected": {"from": "gpt", "value": "b"}}, "a" + END, "b" + END),
