@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from posttrain.trainers.config import SFTConfig
     from posttrain.trainers.dpo import DPOTrainer
     from posttrain.trainers.dpo_config import DPOConfig
+    from posttrain.trainers.kto import KTOConfig, KTOTrainer
+    from posttrain.trainers.orpo import ORPOConfig, ORPOTrainer
+    from posttrain.trainers.reward import RewardConfig, RewardTrainer
     from posttrain.trainers.sft import SFTTrainer
 
 __version__ = "0.1.0"
@@ -30,6 +33,12 @@ _HOMES = {
     "SFTTrainer": "posttrain.trainers.sft",
     "DPOTrainer": "posttrain.trainers.dpo",
     "DPOConfig": "posttrain.trainers.dpo_config",
+    "KTOTrainer": "posttrain.trainers.kto",
+    "KTOConfig": "posttrain.trainers.kto",
+    "ORPOTrainer": "posttrain.trainers.orpo",
+    "ORPOConfig": "posttrain.trainers.orpo",
+    "RewardTrainer": "posttrain.trainers.reward",
+    "RewardConfig": "posttrain.trainers.reward",
     "SFTConfig": "posttrain.trainers.config",
     "CheckpointError": "posttrain.errors",
     "ConfigError": "posttrain.errors",
@@ -47,8 +56,14 @@ __all__ = [
     "DPOTrainer",
     "DataError",
     "Interrupted",
+    "KTOConfig",
+    "KTOTrainer",
     "LockedError",
     "NonFiniteError",
+    "ORPOConfig",
+    "ORPOTrainer",
+    "RewardConfig",
+    "RewardTrainer",
     "SFTConfig",
     "SFTTrainer",
     "UserError",

@@ -246,8 +246,8 @@ class Loop:
         culprits: list[str] = []
         with torch.no_grad():
             for batch in micro:
-                logp_R = self.forward(batch, Needs()).logp_R
-                bad = batch.sequence_R.to(logp_R.device)[~torch.isfinite(logp_R)].unique().tolist()
+                value_R = self.forward(batch, Needs()).per_row(batch)
+                bad = batch.sequence_R.to(value_R.device)[~torch.isfinite(value_R)].unique().tolist()
                 culprits += [str(batch.origins_S[i]) for i in bad]
         rows = culprits or [str(origin) for batch in micro for origin in batch.origins_S]
         shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")

@@ -216,6 +216,7 @@ class Run:
             shared=session.policy.shares_prompts and session.policy.neftune_alpha is None,
             group_size=None if self.objective.is_sum else size,
             columns=self.columns,
+            prompts=self.objective.needs.prompts,
         )
 
     def _open_reference(self, session: Session, source: Any) -> None:

@@ -18,6 +18,7 @@ from posttrain.models.forward import Policy, open_policy
 from posttrain.models.lean_layers import give_back, specialise_layers
 from posttrain.models.memory import keep_freed_pages
 from posttrain.models.precision import MixedPrecision
+from posttrain.models.scoring import Scorer, is_classifier
 
 
 @dataclass
@@ -46,6 +47,7 @@ class Session:
         try:
             policy = open_policy(
                 model,
+                kind=Scorer if is_classifier(base) else Policy,
                 neftune_alpha=args.neftune_noise_alpha,
                 router_aux_loss_coef=getattr(args, "router_aux_loss_coef", None),
             )

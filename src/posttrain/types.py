@@ -126,6 +126,13 @@ class Layout:
             return self.lengths
         return tuple(n + (self.lengths[p] if p >= 0 else 0) for n, p in zip(self.lengths, self.parents, strict=True))
 
+    @property
+    def last_tokens(self) -> tuple[int, ...]:
+        """Of each sequence: of the segments that nothing continues."""
+        continued = set(self.parents)
+        ends = (start + n - 1 for start, n in zip(self.starts, self.lengths, strict=True))
+        return tuple(end for index, end in enumerate(ends) if index not in continued)
+
     def segments(self) -> Iterator[tuple[slice, slice | None]]:
         """The tokens of each segment, and those of its parent."""
         own = [slice(start, start + n) for start, n in zip(self.starts, self.lengths, strict=True)]
@@ -195,12 +202,13 @@ class Batch:
 @dataclass(frozen=True)
 class Needs:
     """What an objective wants of the forward pass beside `logp_R`. `entropy`, `mean_logit` and `log_collision` come
-    without gradient."""
+    without gradient. With `prompts` the tokens of prompts are rows too."""
 
     entropy: bool = False
     uniform_logp: bool = False
     mean_logit: bool = False
     log_collision: bool = False
+    prompts: bool = False
 
 
 @dataclass(frozen=True)
@@ -208,7 +216,7 @@ class Outputs:
     """What the model says of a batch's supervised rows, all fp32 of shape `(R,)`: the log-probability of each target,
     whether it was the likeliest token, and where asked the entropy (nats), the mean log-probability over the vocabulary
     (what label smoothing pulls towards), the mean logit, and the log of the sum of squared probabilities (of two draws
-    being the same)."""
+    being the same). A reward model says `score_S` of each sequence instead, `(S,)`, and nothing of the rows."""
 
     logp_R: torch.Tensor
     is_top1_R: torch.Tensor
@@ -216,3 +224,8 @@ class Outputs:
     uniform_logp_R: torch.Tensor | None = None
     mean_logit_R: torch.Tensor | None = None
     log_collision_R: torch.Tensor | None = None
+    score_S: torch.Tensor | None = None
+
+    def per_row(self, batch: Batch) -> torch.Tensor:
+        """A number for every row, `(R,)`: its log-probability, or of a reward model the score of its sequence."""
+        return self.logp_R if self.score_S is None else self.score_S[batch.sequence_R.to(self.score_S.device)]

@@ -25,7 +25,7 @@ def join(encoded: list[Encoded], rendered: tuple[Rendered, ...]) -> Tokenized:
     """The answers as branches of what they begin with. Raises DataError (E-DATA-0029) where they are the same."""
     first = encoded[0].tokenized
     branches = [one.tokenized.branches[0] for one in encoded]
-    if all(np.array_equal(branch.ids, branches[0].ids) for branch in branches[1:]):
+    if len(branches) > 1 and all(np.array_equal(branch.ids, branches[0].ids) for branch in branches[1:]):
         example = rendered[0].example
         hint = "drop the row (on_bad_row=skip, or posttrain data check --fix): there is nothing to learn from it"
         raise bad_row("E-DATA-0029", example.origin, "is the very answer that is chosen", field="rejected",
@@ -37,11 +37,14 @@ def join(encoded: list[Encoded], rendered: tuple[Rendered, ...]) -> Tokenized:
 
 def limit_pair(pair: Tokenized, max_length: int | None, mode: str, max_prompt: int | None = None) -> Tokenized | None:
     """Each answer with its prompt cut to `max_length` tokens. None where a prompt that is kept leaves no room. Where
-    the beginning is cut off, the two no longer share theirs. `max_prompt` cuts the beginning of a long prompt off."""
+    the beginning is cut off, the two no longer share theirs. `max_prompt` cuts the beginning of a long prompt off;
+    mode "drop" cuts nothing and leaves long pairs out."""
     if max_prompt is not None and len(pair.prefix) > max_prompt:
         pair = replace(pair, prefix=pair.prefix[len(pair.prefix) - max_prompt :])
     if max_length is None or all(len(pair.prefix) + len(b.ids) <= max_length for b in pair.branches):
         return pair
+    if mode == "drop":
+        return None
     room = max_length - len(pair.prefix)
     if mode == "keep_start":
         if room <= 0:

@@ -18,6 +18,7 @@ from posttrain.data.encode import Encoded, Encoder
 from posttrain.data.formats import choose, detect, formats_of, require
 from posttrain.data.mixing import Mixture, check_used
 from posttrain.data.pairs import join, limit_pair, split
+from posttrain.data.ratings import ratings_of
 from posttrain.data.remarks import remark_on_bos, remark_on_text
 from posttrain.data.render import Rendered, Supervision, render
 from posttrain.data.report import DataReport
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHUNK = 1000
+Item = tuple[tuple[Rendered, ...] | Tokenized, str]
+"""What is to be tokenised together, or is already; and its format, in words."""
 
 
 class Pipeline:
@@ -74,18 +77,23 @@ class Pipeline:
         return tokenized
 
     def _chunk(self, chunk: list[tuple[Origin, Row]]) -> list[Tokenized]:
-        ready: list[tuple[tuple[Rendered, ...] | Tokenized, str]] = []
+        ready: list[Item] = []
+        second: list[Item] = []  # where pairs are rated, the rejected answers come behind all chosen ones, as in TRL
         for origin, row in chunk:
             try:
-                ready.append(self._read_safely(row, origin))
+                first, *others = self._read_safely(row, origin)
             except DataError as error:
                 self._skip(error, origin)
+                continue
+            ready.append(first)
+            second += others
+        ready += second
         encoded = iter(self.encoder.encode([part for item, _ in ready if isinstance(item, tuple) for part in item]))
         used: list[Tokenized] = []
         for item, described in ready:
             if isinstance(item, Tokenized):
                 limited = self._accept(Encoded(item, False), item)
-            elif len(item) == 1:
+            elif self.settings.method == "sft":
                 limited = self._accept(next(encoded), item[0])
             else:
                 limited = self._accept_pair([next(encoded) for _ in item], item)
@@ -94,7 +102,7 @@ class Pipeline:
                 used.append(limited)
         return used
 
-    def _read_safely(self, row: Row, origin: Origin) -> tuple[tuple[Rendered, ...] | Tokenized, str]:
+    def _read_safely(self, row: Row, origin: Origin) -> list[Item]:
         """With its format, in words. What no check foresaw is still a complaint about the row; the user's own function
         fails in its own way."""
         try:
@@ -106,23 +114,27 @@ class Pipeline:
                 raise
             raise broken_promise(error, row, origin) from error
 
-    def _read(self, row: Row, origin: Origin) -> tuple[tuple[Rendered, ...] | Tokenized, str]:
+    def _read(self, row: Row, origin: Origin) -> list[Item]:
         row = rename_columns(row, self.settings.column_map, origin)
         if is_tokenized(row):
             if self.settings.formatting_func is not None:
                 raise ConfigError(f"{origin}: the row is tokenised already, so formatting_func has nothing to format")
             tokens = from_tokens(row, origin, self.supervision, len(self.tokenizer), self.settings.columns)
-            return tokens, "read as tokens: column `input_ids`"
+            return [(tokens, "read as tokens: column `input_ids`")]
         example, described = self._parse(row, origin)
         if example.is_conversational:
             self.report.conversational += 1
             self.chat = self.chat or self._open_chat()
-        answers = [example] if len(example.completions) == 1 else split(example)
+        if self.settings.method == "rated":
+            return [(self._render([one]), described) for one in ratings_of(example)]
+        return [(self._render([example] if len(example.completions) == 1 else split(example)), described)]
+
+    def _render(self, answers: list[Example]) -> tuple[Rendered, ...]:
         rendered = tuple(render(one, self.tokenizer, self.chat, self.supervision) for one in answers)
         for one in rendered:
             if self.chat is not None and one.is_chat:
                 remark_on_text(one, self.chat, self.missing, self.report)
-        return rendered, described
+        return rendered
 
     def _open_chat(self) -> Chat:
         name = self.settings.chat_template
@@ -191,6 +203,8 @@ class Pipeline:
             report.supervised_lost += whole.num_supervised - kept[1]
             if limited is not None:
                 report.truncated.add(origin)
+        if limited is not None and self.settings.method == "rated":  # behind another prompt it is cut elsewhere
+            limited = replace(limited, columns={**limited.columns, "whole_answer": whole.branches[0]})
         return limited
 
     def _reject(self, error: DataError, origin: Origin) -> None:

@@ -28,11 +28,13 @@ from posttrain.types import Batch, Layout, Sample, Tokenized
 class Packing:
     """What an objective asks of its batches. `shared`: a prompt stands in front of its branches once. With `group_size`
     every so many samples are a batch, whatever the token budget: for losses that are no sum over samples. `columns` are
-    carried along by name."""
+    carried along by name. With `prompts` a prompt's own tokens are predicted too: it is a sequence before its first
+    answer's, and `nll_tokens` counts its tokens and those of the first answer."""
 
     shared: bool = True
     group_size: int | None = None
     columns: tuple[str, ...] = ()
+    prompts: bool = False
 
 
 PLAIN = Packing()
@@ -159,6 +161,11 @@ def _batch(units: list[_Unit], packing: Packing) -> Batch:
                 predicting[tokens == 0] = last
             else:
                 tape.add(prefix, branch.ids)
+            if packing.prompts and number == 0:
+                beginning = (last + 1 if together else start) - len(prefix)
+                rows.append(beginning + np.arange(len(prefix) - 1))
+                targets.append(prefix[1:])
+                sequences.append((unit, -1))
             rows.append(predicting)
             targets.append(branch.ids[tokens])
             sequences.append((unit, number))
@@ -177,6 +184,8 @@ def _batch(units: list[_Unit], packing: Packing) -> Batch:
             "tokens": sum(counts),
             "sequences": len(sequences),
             **(_of_pairs(pairs, counts) if pairs else {}),
+            **(_of_labels(sequences, counts) if "label" in packing.columns else {}),
+            **({"nll_tokens": _until_first(sequences, counts)} if packing.prompts else {}),
             **({"batches": 1} if packing.group_size else {}),
         },
         columns=_columns(units, packing.columns),
@@ -188,6 +197,21 @@ def _of_pairs(first: list[int], tokens: list[int]) -> dict[str, int]:
     """`first` is the number of each pair's chosen sequence; the rejected one comes next."""
     chosen, rejected = (sum(tokens[i + side] for i in first) for side in (0, 1))
     return {"pairs": len(first), "chosen_tokens": chosen, "rejected_tokens": rejected}
+
+
+def _of_labels(sequences: list[tuple[_Unit, int]], tokens: list[int]) -> dict[str, int]:
+    """How many answers are desirable and not, and their tokens; what stands behind an answer is not rated."""
+    counts = {"desirable": 0, "undesirable": 0, "desirable_tokens": 0, "undesirable_tokens": 0}
+    for (unit, number), length in zip(sequences, tokens, strict=True):
+        if number == 0:
+            name = "desirable" if unit.tokenized.columns["label"] else "undesirable"
+            counts[name] += 1
+            counts[f"{name}_tokens"] += length
+    return counts
+
+
+def _until_first(sequences: list[tuple[_Unit, int]], tokens: list[int]) -> int:
+    return sum(length for (_, number), length in zip(sequences, tokens, strict=True) if number <= 0)
 
 
 def _tensor(values: np.ndarray) -> torch.Tensor:
@@ -207,5 +231,8 @@ def _columns(units: list[_Unit], names: tuple[str, ...]) -> dict[str, torch.Tens
             columns["ref_logp_R"] = torch.from_numpy(np.concatenate(parts).astype(np.float32))
         else:
             column, dtype = COLUMNS[name]
+            if column.endswith("_S"):
+                of_each = zip(values, units, strict=True)
+                values = [value for value, unit in of_each for _ in unit.tokenized.branches]
             columns[column] = torch.tensor(values, dtype=dtype)
     return columns

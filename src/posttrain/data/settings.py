@@ -12,8 +12,8 @@ from posttrain.data.packing import STRATEGIES
 from posttrain.errors import ConfigError
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "method": ("sft", "preference"),
-    "truncation_mode": ("keep_start", "keep_end"),
+    "method": ("sft", "preference", "rated"),
+    "truncation_mode": ("keep_start", "keep_end", "drop"),
     "packing_strategy": tuple(STRATEGIES),
     "on_bad_row": ("error", "skip"),
 }
@@ -21,11 +21,11 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class DataSettings:
-    """`method` says which rows are wanted: "sft" for examples, "preference" for pairs. `format="auto"` asks each row;
-    `completion_only=None` trains the completion where a row has one, and `assistant_only=None` the assistant's turns
-    where a row is a whole conversation; `chat_template` is a name, a file or a template, None for the tokenizer's own;
-    `column_map` renames columns (old to new) before the format is told; `columns` are kept beside the tokens; `cache`
-    is the folder where tokens of files are kept."""
+    """`method` says which rows are wanted: "sft" for examples, "preference" for pairs, "rated" for answers with labels.
+    `format="auto"` asks each row; `completion_only=None` trains the completion where a row has one, and
+    `assistant_only=None` the assistant's turns where a row is a whole conversation; `chat_template` is a name, a file
+    or a template, None for the tokenizer's own; `column_map` renames columns (old to new) before the format is told;
+    `columns` are kept beside the tokens; `cache` is the folder where tokens of files are kept."""
 
     method: str = "sft"
     format: str = "auto"

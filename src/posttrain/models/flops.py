@@ -22,13 +22,13 @@ SMALLEST = 32
 
 def flops_counter(base: Any) -> Callable[[Batch], float]:
     """A function from a batch to the floating-point operations of one forward and backward over it."""
-    head = base.get_output_embeddings()
+    head = _head(base)
     passes_per_token = 0.0
     for module in base.base_model.modules():
         weight = module._parameters.get("weight")  # not the attribute: PEFT's layers show their base layer's
         if isinstance(weight, torch.Tensor) and weight.dim() == 2 and not isinstance(module, nn.Embedding):
             passes_per_token += weight.numel() * (3 if weight.requires_grad else 2)
-    head_passes = head.weight.numel() * (3 if head.weight.requires_grad else 2)
+    head_passes = 0 if head is None else head.numel() * (3 if head.requires_grad else 2)
     attention = _attention_width(base)
 
     def count(batch: Batch) -> float:
@@ -40,6 +40,12 @@ def flops_counter(base: Any) -> Callable[[Batch], float]:
         return linear + 2 * head_passes * len(batch.rows_R) + 12 * attention * pairs
 
     return count
+
+
+def _head(base: Any) -> torch.Tensor | None:
+    """The language-model head's weight; a reward model's one row is not worth counting."""
+    head = base.get_output_embeddings()
+    return None if head is None else head.weight
 
 
 def _attention_width(base: Any) -> int:
@@ -73,8 +79,10 @@ def measure_limit(base: Any, dtype: torch.dtype, tokens: int = 1024, seconds: fl
 
 def _shapes(base: Any) -> Counter[tuple[int, int, bool]]:
     """`(out, in, trained)` of the linear layers and the head, and how many there are of each."""
-    head = base.get_output_embeddings().weight
-    shapes: Counter[tuple[int, int, bool]] = Counter({(*head.shape, head.requires_grad): 1})
+    head = _head(base)
+    shapes: Counter[tuple[int, int, bool]] = Counter()
+    if head is not None:
+        shapes[(*head.shape, head.requires_grad)] = 1
     for module in base.base_model.modules():
         weight = module._parameters.get("weight")
         is_layer = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"

@@ -48,6 +48,26 @@ class Policy:
         bias = getattr(head, "bias", None)  # PEFT's wrapper of a tied head with trainable tokens has none
         return token_logps(hidden_TD[batch.rows_R], head.weight, bias, batch.target_R, self.shape, needs)
 
+    @classmethod
+    def of(cls, model: Any, base: Any) -> Policy:
+        """Raises ConfigError for a head that is not plainly there."""
+        _check_head(base)
+        return cls(model, base, capabilities.head_shape(base))
+
+    def plain(self, ids_T: torch.Tensor) -> torch.Tensor:
+        """What the model's own forward says of the tokens of one sequence: `per_row` of it alone."""
+        logits_TV = self.base(input_ids=ids_T[None], use_cache=False).logits[0, :-1].float()
+        return logits_TV.log_softmax(-1).gather(1, ids_T[1:, None])[:, 0]
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.base.get_input_embeddings().weight.shape[0])
+
+    @property
+    def tolerance(self) -> float:
+        """How far apart two ways to compute the same may lie, relative to its size."""
+        return 0.05 if self.base.get_input_embeddings().weight.dtype in (torch.bfloat16, torch.float16) else 1e-4
+
     def _packed(self, batch: Batch) -> torch.Tensor:
         # A mask of four dimensions is handed through as it is, so none is built; attention reads `layout` instead.
         no_mask = torch.empty(1, 1, 0, 0, device=self.device)
@@ -83,7 +103,13 @@ class Policy:
         return {"inputs_embeds": embeds + noise * size_T.view(*input_ids.shape, 1).to(embeds)}
 
 
-def open_policy(model: Any, *, neftune_alpha: float | None = None, router_aux_loss_coef: float | None = None) -> Policy:
+def open_policy(
+    model: Any,
+    *,
+    kind: type[Policy] = Policy,
+    neftune_alpha: float | None = None,
+    router_aux_loss_coef: float | None = None,
+) -> Policy:
     """Prepare a transformers or PEFT model for packed batches and prove on a few tokens that it honours them.
 
     The model's attention implementation is switched to ours; generation and plain forwards go on working and use SDPA.
@@ -92,12 +118,12 @@ def open_policy(model: Any, *, neftune_alpha: float | None = None, router_aux_lo
         a head that is not a plain linear layer, logits that are more than head x hidden state).
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    _refuse_adapters(model, base)
+    _refuse_adapters(model)
     capabilities.refuse_unsupported(base, router_aux_loss_coef)
     attention.register()
-    policy = Policy(model, base, capabilities.head_shape(base))
+    policy = kind.of(model, base)
     with _own_attention(policy):
-        expected = _plain_logps(policy)
+        expected = _plain(policy)
     capabilities.adapt_to_packing(base)
     own = base.config._attn_implementation
     if base._supports_attention_backend:
@@ -122,11 +148,14 @@ def open_policy(model: Any, *, neftune_alpha: float | None = None, router_aux_lo
     return policy
 
 
-def _refuse_adapters(model: Any, base: Any) -> None:
+def _refuse_adapters(model: Any) -> None:
     peft_config = getattr(model, "peft_config", {})
     for name, config in peft_config.items() if isinstance(peft_config, dict) else ():
         if getattr(config, "is_prompt_learning", False):
             raise ConfigError(f"adapter '{name}' is {config.peft_type}: prompts that are learned are not supported")
+
+
+def _check_head(base: Any) -> None:
     head = base.get_output_embeddings()
     if head is None:
         raise ConfigError(f"{type(base).__name__} has no language-model head")
@@ -144,7 +173,7 @@ _CHECK_LENGTHS = (6, 9, 5)
 
 def _check_batch(policy: Policy, salt: int = 0) -> Batch:
     """Three short sequences of arbitrary tokens; `salt` changes the middle one only."""
-    vocabulary = policy.base.get_output_embeddings().weight.shape[0]
+    vocabulary = policy.vocabulary
     sequences = [
         [(7919 * (i + 1) * (j + 3) + 104729 * (i == 1) * salt) % vocabulary for j in range(n)]
         for i, n in enumerate(_CHECK_LENGTHS)
@@ -177,23 +206,22 @@ def _own_attention(policy: Policy) -> Iterator[None]:
         policy.base.train(training)
 
 
-def _plain_logps(policy: Policy) -> torch.Tensor:
-    """Each sequence through the model's own forward, alone, and a plain log-softmax."""
+def _plain(policy: Policy) -> torch.Tensor:
+    """Each sequence through the model's own forward, alone."""
     batch = _check_batch(policy).to(policy.device)
-    pieces = []
-    for start, length in zip(batch.layout.starts, batch.layout.lengths, strict=True):
-        ids = batch.input_ids_T[start : start + length][None]
-        logits = policy.base(input_ids=ids, use_cache=False).logits[0, :-1].float()
-        pieces.append(logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0])
-    return torch.cat(pieces)
+    segments = zip(batch.layout.starts, batch.layout.lengths, strict=True)
+    return torch.cat([policy.plain(batch.input_ids_T[start : start + length]) for start, length in segments])
+
+
+def _values(policy: Policy, batch: Batch) -> torch.Tensor:
+    return policy(batch, Needs()).per_row(batch)
 
 
 def _difference(policy: Policy, expected_R: torch.Tensor) -> str | None:
     with _own_attention(policy):
-        logp_R = policy(_check_batch(policy), Needs()).logp_R
-    gap = (logp_R - expected_R).abs().max().item()
-    low_precision = policy.base.get_output_embeddings().weight.dtype in (torch.bfloat16, torch.float16)
-    allowed = (0.05 if low_precision else 1e-4) * max(1.0, expected_R.abs().max().item())
+        value_R = _values(policy, _check_batch(policy))
+    gap = (value_R - expected_R).abs().max().item()
+    allowed = policy.tolerance * max(1.0, expected_R.abs().max().item())
     return None if gap <= allowed else f"log-probabilities differ from its own forward by up to {gap:.3g}"
 
 
@@ -201,7 +229,7 @@ def _keeps_segments_apart(policy: Policy) -> bool:
     """Other tokens in the middle sequence leave the first and last bit for bit alone (same shapes, same kernels)."""
     with _own_attention(policy):
         try:
-            one, other = (policy(_check_batch(policy, salt), Needs()).logp_R for salt in (0, 1))
+            one, other = (_values(policy, _check_batch(policy, salt)) for salt in (0, 1))
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):  # it cannot take the layout at all
             return False
     middle = slice(_CHECK_LENGTHS[0] - 1, _CHECK_LENGTHS[0] + _CHECK_LENGTHS[1] - 2)
@@ -212,7 +240,7 @@ def _keeps_segments_apart(policy: Policy) -> bool:
 
 def _shares_prompts(policy: Policy) -> bool:
     """One prompt with two answers says of them what it says when it is repeated."""
-    vocabulary = policy.base.get_output_embeddings().weight.shape[0]
+    vocabulary = policy.vocabulary
     ids = [torch.arange(n) * 7919 % vocabulary + salt for n, salt in ((5, 0), (3, 1), (4, 2))]
     prompt, *answers = (part.clamp(max=vocabulary - 1) for part in ids)
     shared = torch.cat([prompt, *answers])
@@ -221,7 +249,7 @@ def _shares_prompts(policy: Policy) -> bool:
     with _own_attention(policy):
         try:
             one, other = (
-                policy(_answers(tokens, layout, torch.tensor(rows), targets), Needs()).logp_R
+                _values(policy, _answers(tokens, layout, torch.tensor(rows), targets))
                 for tokens, layout, rows in (
                     (shared, Layout((0, 5, 8), (5, 3, 4), (-1, 0, 0)), (4, 5, 6, 4, 8, 9, 10)),
                     (repeated, Layout((0, 8), (8, 9)), (4, 5, 6, 12, 13, 14, 15)),
@@ -229,8 +257,7 @@ def _shares_prompts(policy: Policy) -> bool:
             )
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
             return False
-    low_precision = policy.base.get_output_embeddings().weight.dtype in (torch.bfloat16, torch.float16)
-    allowed = (0.05 if low_precision else 1e-4) * max(1.0, other.abs().max().item())
+    allowed = policy.tolerance * max(1.0, other.abs().max().item())
     return (one - other).abs().max().item() <= allowed
 
 

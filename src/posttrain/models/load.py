@@ -7,17 +7,28 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AddedToken,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from posttrain.errors import ConfigError
 from posttrain.models.packaged import resolve
+from posttrain.models.scoring import is_saved_classifier
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "auto": "auto"}
 
 
-def load_model(name: str, options: dict[str, Any] | None = None, *, dtype: str = "float32") -> PreTrainedModel:
-    """A causal language model. `options` are keyword arguments of `from_pretrained`; `dtype` holds where they name
-    none. Raises ConfigError where there is no such model."""
+def load_model(
+    name: str, options: dict[str, Any] | None = None, *, dtype: str = "float32", scorer: bool = False
+) -> PreTrainedModel:
+    """A causal language model, or with `scorer` a reward model if it was saved as one. `options` are keyword arguments
+    of `from_pretrained`; `dtype` holds where they name none. Raises ConfigError where there is no such model."""
     options = dict(options or {})
     if options.get("trust_remote_code"):
         raise ConfigError("trust_remote_code=True is not honoured: code from the hub is never run")
@@ -28,7 +39,11 @@ def load_model(name: str, options: dict[str, Any] | None = None, *, dtype: str =
         wanted = DTYPES[wanted]
     path = resolve(name)
     try:  # weights that are pickled can run code when they are read, so they are not
-        return AutoModelForCausalLM.from_pretrained(path, dtype=wanted, **{"use_safetensors": True, **options})
+        if scorer and is_saved_classifier(AutoConfig.from_pretrained(path, **_where(options))):
+            kind, options = AutoModelForSequenceClassification, {"num_labels": 1, **options}
+        else:
+            kind = AutoModelForCausalLM
+        return kind.from_pretrained(path, dtype=wanted, **{"use_safetensors": True, **options})
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise _no_model(name, error) from error
 
@@ -36,11 +51,16 @@ def load_model(name: str, options: dict[str, Any] | None = None, *, dtype: str =
 def load_tokenizer(name: str, options: dict[str, Any] | None = None) -> PreTrainedTokenizerBase:
     """`options` are keyword arguments of the model's `from_pretrained`; those that say where to look hold here too."""
     path = resolve(name)
-    where = ("revision", "local_files_only", "cache_dir", "token", "subfolder", "force_download")
     try:
-        return AutoTokenizer.from_pretrained(path, **{k: v for k, v in (options or {}).items() if k in where})
+        return AutoTokenizer.from_pretrained(path, **_where(options or {}))
     except (OSError, ValueError) as error:
         raise _no_model(name, error) from error
+
+
+def _where(options: dict[str, Any]) -> dict[str, Any]:
+    """Those that say where to look."""
+    names = ("revision", "local_files_only", "cache_dir", "token", "subfolder", "force_download")
+    return {name: value for name, value in options.items() if name in names}
 
 
 def _template_file(path: Path) -> str:
@@ -77,7 +97,8 @@ def set_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, to
         raise ConfigError(f"pad_token={token!r} is not in the tokenizer's vocabulary")
     tokenizer.pad_token = token
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    if getattr(model, "generation_config", None) is not None:  # a reward model generates nothing
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
 def set_chat_template(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> list[int]:

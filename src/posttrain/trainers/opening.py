@@ -57,6 +57,8 @@ def refuse(**given: Any) -> None:
     instead = {
         "data_collator": "batches are packed; put the labels into the dataset (input_ids, labels)",
         "compute_loss_func": "write an objective (posttrain.objectives)",
+        "model_init": "give the model",
+        "preprocess_logits_for_metrics": "logits are never made",
         "compute_metrics": "it wants logits, which are never made; see the metrics under rewards/ and logps/",
     }
     for name, value in given.items():
@@ -71,7 +73,7 @@ def open_model(
         raise ConfigError("quantization_config is not honoured yet: QLoRA is not built")
     if isinstance(model, str):
         name, options = model, as_dict(args.model_init_kwargs)
-        model = load_model(name, options, dtype=_dtype_to_load(args, peft_config))
+        model = load_model(name, options, dtype=dtype_to_load(args, peft_config))
         tokenizer = tokenizer or load_tokenizer(name, options)
     elif args.model_init_kwargs is not None:
         raise ConfigError("model_init_kwargs is not honoured: the model is loaded already")
@@ -99,7 +101,7 @@ def open_model(
     return model, tokenizer
 
 
-def _dtype_to_load(args: PackedConfig, peft_config: Any) -> str:
+def dtype_to_load(args: PackedConfig, peft_config: Any) -> str:
     """fp32 where all of it is trained. Frozen weights in the dtype they are computed in, so that no second copy lies
     beside them; as they are on disk where some of them are trained after all."""
     if peft_config is None:

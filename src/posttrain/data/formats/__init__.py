@@ -62,6 +62,8 @@ def formats(text_field: str = "text") -> dict[str, Format]:
 
 def formats_of(method: str, text_field: str = "text") -> dict[str, Format]:
     """Those that training with `method` reads."""
+    if method == "rated":  # a pair is two ratings
+        return dict(OTHER_METHODS)
     return formats(text_field) if method == "sft" else {method: OTHER_METHODS[method]}
 
 
@@ -84,6 +86,8 @@ def choose(name: str, known: dict[str, Format]) -> Format | None:
 def detect(row: Row, origin: Origin, known: dict[str, Format]) -> Format:
     """The first format whose shape `row` has."""
     for name, other in OTHER_METHODS.items():
+        if name in known and other.matches(row):  # a pair may have a column `label` of its own
+            break
         if name not in known and other.matches(row):
             if name == "rated":
                 rated.check_label(row, origin)
@@ -111,7 +115,8 @@ def _another_method(name: str, row: Row, origin: Origin, known: dict[str, Format
     what, hint = REFUSED[name]
     columns = {"preference": {"chosen", "rejected"}, "rated": {"label"}}[name]
     if hint is not None:
-        hint = hint.format(format=next(own for own, fmt in known.items() if fmt.matches(row)))
+        own = next((own for own, fmt in known.items() if fmt.matches(row)), None)
+        hint = hint.format(format=own) if own else None
     return bad_row("E-DATA-0017", origin, f"has columns {_names(columns)}: {what}", row=row, hint=hint)
 
 

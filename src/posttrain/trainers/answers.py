@@ -1,0 +1,199 @@
+"""What the trainers share that learn from answers to prompts, compared or rated: how they open, and what they refuse.
+
+Not here: images (refused), `compute_metrics` (refused: it would want logits), custom collators.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.trainer_utils import IntervalStrategy, set_seed
+
+from posttrain.data.cache import default_folder
+from posttrain.data.report import DataReport
+from posttrain.data.settings import DataSettings
+from posttrain.data.templates import find_template
+from posttrain.errors import ConfigError
+from posttrain.objectives.base import Objective
+from posttrain.reference import ReferenceModel
+from posttrain.run import Run
+from posttrain.trainers.arguments import check_arguments
+from posttrain.trainers.base import make_events
+from posttrain.trainers.config import PackedConfig
+from posttrain.trainers.data import DataTrainer
+from posttrain.trainers.opening import as_dict, open_model
+
+logger = logging.getLogger("posttrain")
+HIGH_RATES = {True: 1e-4, False: 1e-5}
+"""From which learning rate on it is one of supervised training: with an adapter, and for all weights."""
+
+
+@dataclass
+class AnswerConfig(PackedConfig):
+    """Settings that methods of preference share."""
+
+    learning_rate: float = field(
+        default=1e-6, metadata={"help": "Peak learning rate; 10 to 100 times below what supervised training takes."}
+    )
+    disable_dropout: bool = field(default=True, metadata={"help": "Turn dropout off in the model and its adapters."})
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Longest prompt in tokens: its beginning is cut off. Default: no limit."}
+    )
+
+    def objective(self) -> Objective:
+        """Raises ConfigError for settings that contradict each other."""
+        raise NotImplementedError
+
+    def _check_choices(self) -> None:
+        super()._check_choices()
+        self.objective()
+
+
+@dataclass
+class ReferenceConfig(AnswerConfig):
+    """Settings of methods with a reference model."""
+
+    beta: float = field(
+        default=0.1, metadata={"help": "How far the policy may leave the reference: less with a larger one."}
+    )
+    ref_adapter_name: str | None = field(
+        default=None, metadata={"help": "An adapter of the model to be the reference."}
+    )
+    precompute_ref_log_probs: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Ask the reference about all rows before the first step, and keep what it says on disk. Default: "
+            "where that saves work or a second copy of the weights."
+        },
+    )
+    precompute_ref_batch_size: int | None = field(
+        default=None, metadata={"help": "Accepted; batches hold token_budget tokens."}
+    )
+    sync_ref_model: bool = field(default=False, metadata={"help": "Not supported yet: the reference stays."})
+    ref_model_mixup_alpha: float = field(default=0.6, metadata={"help": "Of sync_ref_model."})
+    ref_model_sync_steps: int = field(default=512, metadata={"help": "Of sync_ref_model."})
+
+    def _check_choices(self) -> None:
+        super()._check_choices()
+        if self.sync_ref_model:
+            help_text = type(self).__dataclass_fields__["sync_ref_model"].metadata["help"]
+            raise ConfigError(f"sync_ref_model=True is not honoured: {help_text}")
+
+
+class AnswerTrainer(DataTrainer):
+    """Base of the trainers of preference. `method` is the kind of rows they read, `columns` what of a row goes into its
+    batch beside the tokens."""
+
+    method: ClassVar[str] = "preference"
+    columns: tuple[str, ...] = ()
+    args: AnswerConfig
+
+    def _open(self, model: Any, tokenizer: Any, peft_config: Any, quantization_config: Any) -> None:
+        """The model and its tokenizer, and how data are to be read. `self.args` stands."""
+        args = self.args
+        check_arguments(args)
+        set_seed(args.seed)  # adapters are initialised at random
+        self._model, self._tokenizer = self._opened(model, tokenizer, peft_config, quantization_config)
+        if args.disable_dropout:
+            for module in self._model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+        self._settings = self._data_settings()
+        self.data_reports: dict[str, DataReport] = {}
+
+    def _opened(self, model: Any, tokenizer: Any, peft_config: Any, quantization_config: Any) -> tuple[Any, Any]:
+        opened = open_model(model, tokenizer, self.args, peft_config, quantization_config)
+        warn_of_rate(self.args, isinstance(opened[0], PeftModel))
+        return opened
+
+    def _data_settings(self) -> DataSettings:
+        args = self.args
+        return DataSettings(
+            method=self.method,
+            format=args.dataset_format,
+            column_map=as_dict(args.dataset_columns),
+            completion_only=True,
+            max_length=args.max_length,
+            max_prompt_length=args.max_prompt_length,
+            truncation_mode=args.truncation_mode,
+            on_bad_row=args.on_bad_row,
+            shuffle=getattr(args, "shuffle_dataset", False),
+            shuffle_seed=args.seed,
+            columns=self.columns,
+            chat_template=template.name if (template := find_template(args.chat_template_path or "")) else None,
+            cache=default_folder() if args.dataset_cache else None,
+        )
+
+    def _start(
+        self,
+        train_dataset: Any,
+        eval_dataset: Any,
+        callbacks: list[Any] | None,
+        optimizers: Any,
+        *,
+        optimizer_choice: Any = None,
+        ref_model: Any = None,
+        predict: Any = None,
+    ) -> None:
+        """The run, ready to train."""
+        args = self.args
+        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        objective = args.objective()
+        train_samples = self._train_samples(train_dataset)
+        is_stream = callable(train_samples)
+        self.run = Run(
+            model=self._model,
+            processing_class=self._tokenizer,
+            args=args,
+            objective=objective,
+            events=make_events(args, callbacks, self._model, self._tokenizer),
+            train_samples=train_samples,
+            eval_sets=self._eval_sets(eval_dataset),
+            token_budget=args.token_budget,
+            predict=predict,
+            optimizers=optimizers,
+            optimizer_choice=optimizer_choice,
+            columns=self.columns,
+            reference=self._reference(ref_model, is_stream) if objective.needs_reference else None,
+        )
+        if args.eval_strategy != IntervalStrategy.NO and not self.run.eval_sets:
+            raise ConfigError(f"eval_strategy={args.eval_strategy.value!r} needs an eval_dataset")
+
+    def _reference(self, ref_model: Any, is_stream: bool) -> ReferenceModel:
+        """Asked ahead where that saves a pass an epoch, or a copy of all weights; a stream has no rows to ask about."""
+        args = self.args
+        assert isinstance(args, ReferenceConfig)
+        several = args.num_train_epochs > 1 or args.max_steps > 0
+        whole = not isinstance(self._model, PeftModel) and ref_model is None
+        precompute = args.precompute_ref_log_probs
+        if precompute and is_stream:
+            raise ConfigError("precompute_ref_log_probs=True needs rows that can be counted, not a stream")
+        if precompute is None:
+            precompute = (several or whole) and not is_stream
+        folder = default_folder().parent / "reference"
+        return ReferenceModel(ref_model, args.ref_adapter_name, precompute, folder if args.dataset_cache else None)
+
+
+def check_reference(model: Any, ref_model: Any, args: ReferenceConfig) -> None:
+    """Raises ConfigError for a reference that could not serve as one."""
+    if ref_model is None:
+        return
+    if not isinstance(ref_model, PreTrainedModel | PeftModel):
+        raise ConfigError(f"ref_model must be a model, got {type(ref_model).__name__}")
+    if ref_model is model:
+        raise ConfigError("ref_model is the very model that is trained: it would follow the policy",
+                          hint="leave it out; the starting model is the reference then")  # fmt: skip
+    if args.ref_adapter_name is not None:
+        raise ConfigError("ref_model and ref_adapter_name both name a reference; give one of them")
+
+
+def warn_of_rate(args: PackedConfig, adapted: bool) -> None:
+    if args.learning_rate >= HIGH_RATES[adapted]:
+        usual = "5e-6 to 5e-5 with an adapter" if adapted else "5e-7 to 5e-6 for all weights"
+        logger.warning("learning_rate=%g is one of supervised training; preference methods take %s",
+                       args.learning_rate, usual)  # fmt: skip

@@ -1,0 +1,205 @@
+"""`RewardTrainer` and `RewardConfig`: TRL 1.16's arguments, posttrain's engine.
+
+The model is a causal language model, which gets a score in the place of its head, or a sequence-classification model
+with one label; that is what is saved. Pairs with an answer longer than `max_length` are left out, for an answer's score
+is read at its end. A column `margin` says by how much the chosen answer is better.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+from posttrain.data.codes import bad_row
+from posttrain.data.planning import Packing
+from posttrain.data.settings import DataSettings
+from posttrain.errors import ConfigError
+from posttrain.evaluate.rewards import judge_scores
+from posttrain.models import adapters
+from posttrain.models.load import load_model, load_tokenizer, set_pad_token
+from posttrain.models.scoring import as_classifier, is_classifier
+from posttrain.objectives.reward import RewardLoss
+from posttrain.run import DEFAULT_TOKEN_BUDGET
+from posttrain.trainers.answers import AnswerConfig, AnswerTrainer
+from posttrain.trainers.config import PackedConfig, accepts_old_spellings
+from posttrain.trainers.opening import as_dict, dtype_to_load, open_model, read_config, refuse
+from posttrain.types import Branch, Sample, Tokenized
+
+logger = logging.getLogger("posttrain")
+
+
+@accepts_old_spellings
+@dataclass
+class RewardConfig(AnswerConfig):
+    """Settings of reward modelling. Raises ConfigError for one that is not honoured, naming it."""
+
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {**PackedConfig.CHOICES, "truncation_mode": ("drop",)}
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate; 1e-5 for all weights."})
+    truncation_mode: str = field(default="drop", metadata={"help": "Only 'drop': pairs over max_length are left out."})
+    eos_token: str | None = field(default=None, metadata={"help": "End-of-sequence token to use."})
+    center_rewards_coefficient: float | None = field(
+        default=None, metadata={"help": "Weight of a pull of all scores towards zero; 0.01 is usual."}
+    )
+
+    def objective(self) -> RewardLoss:
+        return RewardLoss(self.center_rewards_coefficient)
+
+
+class RewardTrainer(AnswerTrainer):
+    """A reward model, from pairs.
+
+    Args:
+        model: a causal language model or a sequence-classification model with one label, a `PeftModel` of the latter,
+            or the name or folder of one.
+        args: `RewardConfig`, or a plain `TrainingArguments`.
+        train_dataset, eval_dataset: pairs, as for `DPOTrainer`, with or without a number `margin`.
+        processing_class: the tokenizer (`tokenizer=` is read as this); default: the model's own.
+        peft_config: an adapter to add; the score is trained whole beside it.
+        optimizers, optimizer_cls_and_kwargs, callbacks: as in transformers.
+
+    Raises: ConfigError for anything that would not be honoured, DataError for rows that cannot be used.
+    """
+
+    columns: tuple[str, ...] = ("margin",)
+    args: RewardConfig
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Any = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Any = None,
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        **older: Any,
+    ):
+        processing_class = older.pop("tokenizer", None) or processing_class
+        self.args = read_config(RewardConfig, model, args, older, "RewardTrainer")
+        refuse(
+            data_collator=data_collator,
+            compute_metrics=compute_metrics,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )
+        if optimizer_cls_and_kwargs is not None and optimizers[0] is not None:
+            raise ConfigError("optimizers and optimizer_cls_and_kwargs both name an optimiser; give one of them")
+        self._open(model, processing_class, peft_config, quantization_config)
+        self._start(
+            train_dataset,
+            eval_dataset,
+            callbacks,
+            optimizers,
+            optimizer_choice=optimizer_cls_and_kwargs,
+            predict=self._judge,
+        )
+
+    def _opened(self, model: Any, tokenizer: Any, peft_config: Any, quantization_config: Any) -> tuple[Any, Any]:
+        args = self.args
+        if isinstance(model, str):
+            name, options = model, as_dict(args.model_init_kwargs)
+            model = load_model(name, options, dtype=dtype_to_load(args, peft_config), scorer=True)
+            tokenizer = tokenizer or load_tokenizer(name, options)
+            args = dataclasses.replace(args, model_init_kwargs=None)
+        if isinstance(model, PeftModel) and peft_config is None and is_classifier(model.get_base_model()):
+            tokenizer = _only_tokenizer(tokenizer, model, args)
+        elif is_classifier(model):
+            model, tokenizer = as_classifier(model), _only_tokenizer(tokenizer, model, args)
+        elif isinstance(model, PeftModel):
+            raise ConfigError("an adapter of a language model cannot become a reward model's",
+                              hint="merge it (model.merge_and_unload()), then give peft_config")  # fmt: skip
+        else:
+            model, tokenizer = open_model(model, tokenizer, args, None, quantization_config)
+            model = as_classifier(model)
+        set_pad_token(model, tokenizer, args.pad_token)
+        return model if peft_config is None else adapters.add_adapter(model, _with_score(peft_config)), tokenizer
+
+    # --- data -------------------------------------------------------------------------------------------------------
+
+    def _prepared(self, dataset: Any, name: str, settings: DataSettings) -> Sequence[Sample]:
+        samples = [self._readable(sample) for sample in super()._prepared(dataset, name, settings)]
+        with_margin = sum("margin" in sample[0].columns for sample in samples)
+        if 0 < with_margin < len(samples):
+            without = next(sample[0].origin for sample in samples if "margin" not in sample[0].columns)
+            raise ConfigError(f"{without} has no margin, and {with_margin} of {len(samples)} pairs have one",
+                              hint="write it on every row, or on none")  # fmt: skip
+        if name == "train":
+            self.columns = ("margin",) if with_margin else ()
+        elif bool(self.columns) != bool(with_margin):
+            raise ConfigError(f"the {name} set {'has' if with_margin else 'lacks'} a column `margin`, unlike the "
+                              "training set")  # fmt: skip
+        return samples
+
+    def _stream(self, dataset: Any, number: int) -> Iterator[Sample]:
+        self.columns = ()
+        for sample in super()._stream(dataset, number):
+            if "margin" in sample[0].columns:
+                raise ConfigError("margins are not read from streams", hint="give the data as a list or a file")
+            yield self._readable(sample)
+
+    def _readable(self, sample: Sample) -> Sample:
+        """Without the padding tokens behind its answers: transformers reads the score before them."""
+        (pair,) = sample
+        _check_margin(pair)
+        pad = self._tokenizer.pad_token_id
+        branches = tuple(_without_end(branch, pad) for branch in pair.branches)
+        if not all(len(branch.ids) for branch in branches):
+            raise bad_row("E-DATA-0022", pair.origin, "has an answer of padding tokens only, which has no score")
+        return (dataclasses.replace(pair, branches=branches),)
+
+    def _judge(self, session: Any, samples: Sequence[Sample], prefix: str) -> dict[str, float]:
+        policy = session.policy
+        budget = self.args.token_budget or DEFAULT_TOKEN_BUDGET.get(policy.device.type, 4096)
+        judged = judge_scores(policy, samples, budget, Packing(shared=policy.shares_prompts))
+        return {f"{prefix}_{name}": value for name, value in judged.items()}
+
+
+def _check_margin(pair: Tokenized) -> None:
+    margin: Any = pair.columns.get("margin", 0)
+    if isinstance(margin, bool) or not isinstance(margin, int | float | np.number) or not math.isfinite(margin):
+        hint = "a number that says by how much the chosen answer is better"
+        raise bad_row("E-DATA-0011", pair.origin, "is no number", field="margin", seen=margin, hint=hint)
+
+
+def _without_end(branch: Branch, pad: int | None) -> Branch:
+    told = np.flatnonzero(branch.ids != pad)
+    end = int(told[-1]) + 1 if len(told) else 0
+    return Branch(branch.ids[:end], branch.supervised[:end])
+
+
+def _only_tokenizer(tokenizer: Any, model: Any, args: RewardConfig) -> PreTrainedTokenizerBase:
+    """Of a model that scores already: nothing is generated, so only the tokenizer is set up."""
+    tokenizer = tokenizer or load_tokenizer(model.config._name_or_path)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ConfigError(f"processing_class must be a tokenizer, got {type(tokenizer).__name__}")
+    for name in ("chat_template_path", "eos_token"):
+        if getattr(args, name) is not None:
+            raise ConfigError(f"{name}={getattr(args, name)!r} is not honoured: the reward model has its tokenizer",
+                              hint="set it up and pass it as processing_class")  # fmt: skip
+    return tokenizer
+
+
+def _with_score(peft_config: Any) -> Any:
+    """`peft_config` for a model with a score, which is new and must be learned whole."""
+    kept = list(getattr(peft_config, "modules_to_save", None) or [])
+    if str(getattr(peft_config, "task_type", None)).endswith("SEQ_CLS") or "score" in kept:
+        return peft_config
+    logger.info("the score is trained whole beside the adapter (task_type SEQ_CLS)")
+    made = copy.deepcopy(peft_config)
+    made.task_type, made.modules_to_save = "SEQ_CLS", [*kept, "score"]
+    return made
