@@ -65,8 +65,8 @@ def test_stopped_and_resumed(project: Path) -> None:
     undisturbed = posttrain(project, "train", "run.yaml", *more, "--set", "training.output_dir=whole",
                             "--set", "save.lora_path=whole/lora")  # fmt: skip
     assert undisturbed.returncode == 0, undisturbed.stderr
-    running = subprocess.Popen(command("train", "run.yaml", *more), cwd=project, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                               text=True)  # fmt: skip
+    running = subprocess.Popen(command("train", "run.yaml", *more), cwd=project, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
     while not list((project / "outputs").glob("checkpoint-*")):
         assert running.poll() is None
         time.sleep(0.05)
