@@ -59,6 +59,29 @@ def test_dpo_from_the_recipe(project: Path) -> None:
     assert any("eval_rewards/accuracies" in entry for entry in log)
 
 
+@pytest.mark.parametrize(("name", "metric"), [("orpo", "eval_rewards/margins"), ("kto", "eval_rewards/chosen"),
+                                              ("reward", "eval_accuracy")])  # fmt: skip
+def test_the_other_recipes(project: Path, name: str, metric: str) -> None:
+    recipe(project, name)
+    if name == "kto":
+        pairs = [json.loads(line) for line in (project / "pairs.jsonl").read_text().splitlines()]
+        rated = [{"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+                 for row in pairs for side in ("chosen", "rejected")]  # fmt: skip
+        (project / "rated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rated))
+        text = (project / "run.yaml").read_text()
+        (project / "run.yaml").write_text(text.replace("data/splits/rated.jsonl", "rated.jsonl"))
+    val = "rated.jsonl" if name == "kto" else "pairs.jsonl"
+    done = posttrain(project, "train", "run.yaml", *OVERRIDES, "--set", f"dataset.val_path={val}", "--json",
+                     "--set", "training.per_device_train_batch_size=4", "--set", "training.num_train_epochs=8",
+                     "--set", "training.learning_rate=5e-3")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["final_loss"] < summary["first_loss"]
+    assert (Path(summary["path"]) / "adapter_model.safetensors").is_file()
+    log = json.loads((project / "outputs/trainer_state.json").read_text())["log_history"]
+    assert any(metric in entry for entry in log), log
+
+
 def test_stopped_and_resumed(project: Path) -> None:
     recipe(project, "dpo")
     more = (*OVERRIDES, "--set", "training.num_train_epochs=30")
