@@ -16,6 +16,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     train = commands.add_parser("train", parents=[common], help="train from a configuration file", epilog=EXIT_CODES)
     train.add_argument("config", type=Path, help="YAML or JSON file; `posttrain recipes show sft` prints one")
     train.add_argument("--set", action="append", default=[], metavar="A.B=V", help="override a value of the file")
+    train.add_argument("--method", metavar="M", help="sft, dpo, ...: instead of the file's `method`")
     train.add_argument(
         "--resume",
         default="never",
@@ -30,6 +31,8 @@ def command_to_resume(options: argparse.Namespace) -> str:
     words = ["posttrain", "train", str(options.config)]
     for override in options.set:
         words += ["--set", override]
+    if options.method:
+        words += ["--method", options.method]
     return shlex.join([*words, "--resume", "auto"])
 
 
@@ -37,7 +40,8 @@ def _train(options: argparse.Namespace) -> int:
     from posttrain.runner.config import load_config
     from posttrain.runner.train import train
 
-    config = load_config(options.config, options.set)
+    overrides = [*options.set, *([f"method={options.method}"] if options.method else [])]
+    config = load_config(options.config, overrides)
     logging.getLogger("posttrain").info("config   %s", options.config)
     trained = train(config, options.config, options.resume, quiet=options.quiet or options.json)
     losses = [entry["loss"] for entry in trained.log_history if "loss" in entry]

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from posttrain.errors import ConfigError
 from posttrain.runner.documents import parse_value, read_document
+from posttrain.runner.methods import METHODS
 
 ALL_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -105,11 +106,13 @@ class RunConfig(_Section):
     """A whole configuration file."""
 
     schema_version: Literal[1] = 1
-    method: Literal["sft"] = "sft"
+    method: str = Field("sft", description=f"One of {', '.join(METHODS)}.")
     model: ModelSection
     dataset: DatasetSection
     lora: LoraSection = LoraSection()
-    training: dict[str, Any] = Field(default_factory=dict, description="Fields of SFTConfig.")
+    training: dict[str, Any] = Field(
+        default_factory=dict, description="Fields of the method's config (SFTConfig, ...)."
+    )
     save: SaveSection = SaveSection()
 
 
@@ -132,6 +135,10 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
         config = RunConfig.model_validate(document)
     except ValidationError as error:
         raise _explained(error, path) from None
+    if config.method not in METHODS:
+        near = difflib.get_close_matches(config.method, METHODS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(METHODS)}"
+        raise ConfigError(f"{path}: method is {config.method!r}", hint=hint)
     if (config.dataset.path is None) == (config.dataset.mixture is None):
         both = "is missing" if config.dataset.path is None else "and dataset.mixture are both given"
         raise ConfigError(f"{path}: dataset.path {both}", hint="give one of dataset.path and dataset.mixture")

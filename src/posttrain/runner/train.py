@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import sys
 import tempfile
@@ -13,6 +12,7 @@ from typing import Any
 from posttrain.data.mixing import Mixture, mix
 from posttrain.errors import ConfigError
 from posttrain.runner.config import LoraSection, RunConfig, unknown_key
+from posttrain.runner.methods import check_keys, config_of, fields_of, trainer_of
 
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 
@@ -33,8 +33,6 @@ def train(config: RunConfig, source: Path, resume: str = "never", quiet: bool = 
     """
     from transformers import PrinterCallback
 
-    from posttrain.trainers.sft import SFTTrainer
-
     root = source.resolve().parent
     path = _path(config.save.lora_path, root)
     args = _training_arguments(config, root, source, quiet)
@@ -43,7 +41,7 @@ def train(config: RunConfig, source: Path, resume: str = "never", quiet: bool = 
     if quiet:
         _silence_transformers()
     peft_config = _adapter(config, args.seed)
-    trainer = SFTTrainer(
+    trainer = trainer_of(config.method)(
         model=_local_or_named(config.model.name, root),
         args=args,
         train_dataset=_source(config, root, args.seed),
@@ -60,9 +58,8 @@ def train(config: RunConfig, source: Path, resume: str = "never", quiet: bool = 
 
 
 def _training_arguments(config: RunConfig, root: Path, source: Path, quiet: bool) -> Any:
-    from posttrain.trainers.config import SFTConfig
-
-    known = _fields()
+    check_keys(config.method, config.dataset, str(source))
+    known = fields_of(config.method)
     given = dict(config.training)
     for name in given:
         if name not in known and not _is_old_spelling(name):
@@ -98,9 +95,9 @@ def _training_arguments(config: RunConfig, root: Path, source: Path, quiet: bool
     if config.lora.use_gradient_checkpointing:
         options["gradient_checkpointing"] = True
     try:
-        return SFTConfig(**given, **options)
+        return config_of(config.method)(**given, **{name: value for name, value in options.items() if name in known})
     except ConfigError as error:
-        raise ConfigError(f"{source}: {_by_its_key(error.message)}", hint=error.hint, code=error.code) from error
+        raise ConfigError(f"{source}: {_by_its_key(error.message, known)}", hint=error.hint, code=error.code) from error
 
 
 # Settings that other sections hold, so that each can be set in one place only.
@@ -120,18 +117,12 @@ TAKEN = {
 }
 
 
-def _by_its_key(message: str) -> str:
-    """`message` about a field of `SFTConfig`, with the field's name as it stands in the file."""
+def _by_its_key(message: str, known: set[str]) -> str:
+    """`message` about a field of the method's config, with the field's name as it stands in the file."""
     name = re.match(r"\w*", message)
-    if name is None or name[0] not in _fields():
+    if name is None or name[0] not in known:
         return message
     return TAKEN.get(name[0], f"training.{name[0]}") + message[name.end() :]
-
-
-def _fields() -> set[str]:
-    from posttrain.trainers.config import SFTConfig
-
-    return {field.name for field in dataclasses.fields(SFTConfig) if field.init}
 
 
 def _is_old_spelling(name: str) -> bool:

@@ -11,6 +11,7 @@ import pytest
 from posttrain import ConfigError
 from posttrain.runner.config import load_config
 from posttrain.runner.documents import parse_value, read_document
+from posttrain.runner.methods import METHODS, check_keys, fields_of, trainer_of
 from posttrain.runner.recipes import read_recipe, recipe_names
 
 MINIMAL = "model: {name: some/model}\ndataset: {path: train.jsonl}\n"
@@ -107,7 +108,7 @@ def test_json_files_work_too(tmp_path: Path) -> None:
 def test_recipes_are_short_and_valid(tmp_path: Path, name: str) -> None:
     text = read_recipe(name)
     assert len(text.splitlines()) <= 25
-    assert load_config(write(tmp_path, text)).method == "sft"
+    assert load_config(write(tmp_path, text)).method == name
 
 
 def test_an_unknown_recipe_lists_those_there_are() -> None:
@@ -175,3 +176,21 @@ def test_settings_are_named_as_they_stand_in_the_file(tmp_path: Path, training: 
     zero = write(tmp_path, f"{MINIMAL}\n".replace("some/model", "some/model, max_seq_length: 0"))
     with pytest.raises(ConfigError, match=r"model.max_seq_length=0 must be at least 1"):
         _training_arguments(load_config(zero), tmp_path, zero, quiet=True)
+
+
+def test_methods(tmp_path: Path) -> None:
+    text = "model: {name: m}\ndataset: {path: p}\nmethod: dop\n"
+    with pytest.raises(ConfigError, match=r"method is 'dop'") as caught:
+        load_config(write(tmp_path, text))
+    assert caught.value.hint == "did you mean dpo?"
+    assert load_config(write(tmp_path, text), ["method=dpo"]).method == "dpo"
+    for method in METHODS:
+        assert {"learning_rate", "max_length"} <= fields_of(method)
+        assert trainer_of(method).__name__.lower() == f"{method}trainer"
+
+
+def test_what_a_method_has_no_use_for_is_refused(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "method: dpo\nmodel: {name: m}\ndataset: {path: p, train_on: all}\n"))
+    with pytest.raises(ConfigError, match=r"dataset\.train_on='all' is not honoured with method dpo"):
+        check_keys("dpo", config.dataset, "c.yaml")
+    check_keys("sft", config.dataset, "c.yaml")
