@@ -11,6 +11,9 @@ from posttrain.errors import ConfigError
 METHODS = {
     "sft": ("posttrain.trainers.sft:SFTTrainer", "posttrain.trainers.config:SFTConfig"),
     "dpo": ("posttrain.trainers.dpo:DPOTrainer", "posttrain.trainers.dpo_config:DPOConfig"),
+    "orpo": ("posttrain.trainers.orpo:ORPOTrainer", "posttrain.trainers.orpo:ORPOConfig"),
+    "kto": ("posttrain.trainers.kto:KTOTrainer", "posttrain.trainers.kto:KTOConfig"),
+    "reward": ("posttrain.trainers.reward:RewardTrainer", "posttrain.trainers.reward:RewardConfig"),
 }
 NOT_FOR = {
     "text_field": ("dataset_text_field", "text"),
