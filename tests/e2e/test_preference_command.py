@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tests.e2e.test_command_line import command, posttrain
 from tests.tiny_models import tiny_model
@@ -38,13 +39,18 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for i in range(8)
     ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ratings = [
+        {"prompt": row["prompt"], "completion": row["chosen" if i % 2 else "rejected"], "label": i % 2 == 1}
+        for i, row in enumerate(rows)
+    ]
+    (tmp_path / "ratings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ratings))
     return tmp_path
 
 
 def recipe(folder: Path, name: str) -> None:
     shown = posttrain(folder, "recipes", "show", name)
     assert shown.returncode == 0, shown.stderr
-    (folder / "run.yaml").write_text(shown.stdout.replace("data/splits/pairs.jsonl", "pairs.jsonl"))
+    (folder / "run.yaml").write_text(shown.stdout.replace("data/splits/", ""))
 
 
 def test_dpo_from_the_recipe(project: Path) -> None:
@@ -59,27 +65,35 @@ def test_dpo_from_the_recipe(project: Path) -> None:
     assert any("eval_rewards/accuracies" in entry for entry in log)
 
 
-@pytest.mark.parametrize(("name", "metric"), [("orpo", "eval_rewards/margins"), ("kto", "eval_rewards/chosen"),
-                                              ("reward", "eval_accuracy")])  # fmt: skip
-def test_the_other_recipes(project: Path, name: str, metric: str) -> None:
-    recipe(project, name)
-    if name == "kto":
-        pairs = [json.loads(line) for line in (project / "pairs.jsonl").read_text().splitlines()]
-        rated = [{"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
-                 for row in pairs for side in ("chosen", "rejected")]  # fmt: skip
-        (project / "rated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rated))
-        text = (project / "run.yaml").read_text()
-        (project / "run.yaml").write_text(text.replace("data/splits/rated.jsonl", "rated.jsonl"))
-    val = "rated.jsonl" if name == "kto" else "pairs.jsonl"
-    done = posttrain(project, "train", "run.yaml", *OVERRIDES, "--set", f"dataset.val_path={val}", "--json",
-                     "--set", "training.per_device_train_batch_size=4", "--set", "training.num_train_epochs=8",
-                     "--set", "training.learning_rate=5e-3")  # fmt: skip
+METRICS = {
+    "orpo": ("nll_loss", "log_odds_ratio", "rewards/accuracies"),
+    "kto": ("kl", "rewards/margins", "logps/chosen"),
+    "reward": ("accuracy", "margin", "calibration_error", "length_correlation"),
+}
+
+
+@pytest.mark.parametrize("method", METRICS)
+@pytest.mark.parametrize("whole", [False, True])
+def test_other_methods_from_their_recipes(method: str, whole: bool, project: Path) -> None:
+    recipe(project, method)
+    data = "ratings.jsonl" if method == "kto" else "pairs.jsonl"
+    more = ("--set", "lora.enabled=false") if whole else ()
+    done = posttrain(project, "train", "run.yaml", *OVERRIDES, *more, "--set", f"dataset.val_path={data}", "--json")
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
+    assert summary["steps"] == 4
     assert summary["final_loss"] < summary["first_loss"]
-    assert (Path(summary["path"]) / "adapter_model.safetensors").is_file()
     log = json.loads((project / "outputs/trainer_state.json").read_text())["log_history"]
-    assert any(metric in entry for entry in log), log
+    evaluated = next(entry for entry in log if "eval_loss" in entry)
+    assert all(f"eval_{name}" in evaluated for name in METRICS[method])
+    path = Path(summary["path"])
+    if method != "reward":
+        made = AutoModelForCausalLM.from_pretrained(path) if whole else AutoPeftModelForCausalLM.from_pretrained(path)
+        assert made.num_parameters() > 0
+    elif whole:
+        assert AutoModelForSequenceClassification.from_pretrained(path).score.weight.shape[0] == 1
+    else:
+        assert any("score" in name for name in load_file(path / "adapter_model.safetensors"))
 
 
 def test_stopped_and_resumed(project: Path) -> None:

@@ -78,7 +78,7 @@ class RatedLoss:
             kl = ratio_S[batch.pairs_P2[:, 1]].mean().detach().clamp(min=0)
         reward_P = self.beta * ratio_S[answer_P]
         loss_P = LOSSES[self.loss_type](reward_P, label_P, self.beta * kl)
-        weight_P = torch.where(label_P, self.desirable_weight, self.undesirable_weight)
+        weight_P = torch.full_like(loss_P, self.undesirable_weight).masked_fill(label_P, self.desirable_weight)
         metrics = {"kl": (kl, 1), **_watch(reward_P.detach(), logp_S[answer_P].detach(), label_P, batch)}
         return {"batches": (weight_P * loss_P).mean()}, metrics | _watch_tokens(outputs, answer_P, label_P, batch)
 

@@ -75,7 +75,7 @@ def _weights_beyond(length_S: torch.Tensor, batch: Batch, alpha: float) -> torch
     first_S = number_R.new_full((batch.num_sequences,), len(number_R))
     first_S.scatter_reduce_(0, batch.sequence_R, number_R, "amin")
     place_R = number_R - first_S[batch.sequence_R]
-    return torch.where(place_R < shorter_S[batch.sequence_R], 1.0, alpha).to(length_S.dtype)
+    return torch.full_like(place_R, alpha, dtype=length_S.dtype).masked_fill(place_R < shorter_S[batch.sequence_R], 1.0)
 
 
 def watch(pairs: Pairs, beta: float) -> Metrics:

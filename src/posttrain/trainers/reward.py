@@ -145,8 +145,13 @@ class RewardTrainer(AnswerTrainer):
                               "training set")  # fmt: skip
         return samples
 
+    def _train_samples(self, dataset: Any) -> Any:
+        samples = super()._train_samples(dataset)
+        if callable(samples):
+            self.columns = ()
+        return samples
+
     def _stream(self, dataset: Any, number: int) -> Iterator[Sample]:
-        self.columns = ()
         for sample in super()._stream(dataset, number):
             if "margin" in sample[0].columns:
                 raise ConfigError("margins are not read from streams", hint="give the data as a list or a file")

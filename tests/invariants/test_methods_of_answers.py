@@ -1,0 +1,164 @@
+"""KTO, ORPO and reward models: the same however a step is cut and however prompts lie, killed and resumed bit for bit,
+and nothing about the labels goes unsaid."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+
+import posttrain
+from posttrain import ConfigError, DataError
+from posttrain.models import forward
+from posttrain.trainers.base import PackedTrainer
+from tests.invariants.test_preference_runs import ROWS, history, weights
+from tests.tiny_models import tiny_model
+from tests.tiny_tokenizers import chatml_tokenizer
+
+RATED: list[dict[str, Any]] = [
+    {"prompt": row["prompt"], "completion": row["chosen" if i % 2 else "rejected"], "label": i % 2 == 1}
+    for i, row in enumerate(ROWS)
+]
+METHODS: dict[str, Any] = {"KTO": RATED, "ORPO": ROWS, "Reward": ROWS}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
+    torch.set_num_threads(1)
+
+
+def trainer(
+    method: str, folder: Path, adapted: bool = False, rows: Any = None, family: str = "llama", **options: Any
+) -> PackedTrainer:
+    tokenizer = chatml_tokenizer()
+    settings: dict[str, Any] = {
+        "per_device_train_batch_size": 4, "num_train_epochs": 3, "learning_rate": 1e-3, "bf16": False,
+        "logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, **options,
+    }  # fmt: skip
+    peft = {"peft_config": LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.2)} if adapted else {}
+    made: PackedTrainer = getattr(posttrain, f"{method}Trainer")(
+        tiny_model(family, len(tokenizer)),
+        args=getattr(posttrain, f"{method}Config")(str(folder), **settings),
+        train_dataset=METHODS[method] if rows is None else rows,
+        processing_class=tokenizer,
+        **peft,
+    )
+    return made
+
+
+@pytest.mark.parametrize("cut", [{"token_budget": 1}, {"token_budget": 90}, {"per_device_train_batch_size": 2,
+                                 "gradient_accumulation_steps": 2}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("method", ["ORPO", "Reward"])
+def test_however_it_is_cut(method: str, cut: dict[str, Any], tmp_path: Path) -> None:
+    whole, other = trainer(method, tmp_path / "a", max_grad_norm=0.0), trainer(method, tmp_path / "b",
+                                                                               max_grad_norm=0.0, **cut)  # fmt: skip
+    for one in (whole, other):
+        one.train()
+    assert history(other, "loss", "grad_norm") == pytest.approx(history(whole, "loss", "grad_norm"), rel=2e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "lfm2"])
+@pytest.mark.parametrize("method", METHODS)
+def test_however_prompts_lie(method: str, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = trainer(method, tmp_path / "a", family=family)
+    shared.train()
+    monkeypatch.setattr(forward, "_shares_prompts", lambda policy: False)
+    repeated = trainer(method, tmp_path / "b", family=family)
+    repeated.train()
+    names = ("loss", "grad_norm")
+    assert history(repeated, *names) == pytest.approx(history(shared, *names), rel=5e-5)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_and_resumed(method: str, adapted: bool, tmp_path: Path) -> None:
+    options = {"adapted": adapted, "save_strategy": "steps", "save_steps": 1, "disable_dropout": False}
+    undisturbed = trainer(method, tmp_path / "a", **options)
+    undisturbed.train()
+    for step in (1, 4):
+        resumed = trainer(method, tmp_path / "a", **options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "a" / f"checkpoint-{step}"))
+        for name, value in weights(undisturbed).items():
+            assert torch.equal(value, weights(resumed)[name]), name
+        assert history(resumed, "loss", "grad_norm") == history(undisturbed, "loss", "grad_norm")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_stream(method: str, tmp_path: Path) -> None:
+    stream = trainer(method, tmp_path / "s", rows=iter(METHODS[method] * 3), max_steps=2, num_train_epochs=1)
+    plain = trainer(method, tmp_path / "p", max_steps=2, train_sampling_strategy="sequential")
+    for one in (stream, plain):
+        one.train()
+    assert history(stream, "loss") == pytest.approx(history(plain, "loss"), rel=1e-5)
+
+
+# --- KTO's labels ---------------------------------------------------------------------------------------------------
+
+
+def test_labels_that_are_out_of_balance(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Two good answers to one bad: half the weight, or up to two thirds."""
+    rows = [{**row, "label": i % 3 > 0} for i, row in enumerate(RATED[:6])]
+    with caplog.at_level(logging.WARNING, logger="posttrain"):
+        trainer("KTO", tmp_path, rows=rows)
+    assert "4 good and 2 bad answers weigh 2 to 1" in caplog.text
+    assert "set desirable_weight between 0.5 and 0.667" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="posttrain"):
+        trainer("KTO", tmp_path, rows=rows, desirable_weight=0.6, learning_rate=1e-6)
+    assert not [record for record in caplog.records if record.name == "posttrain"]
+
+
+def test_labels_that_come_sorted_or_all_alike(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="posttrain"):
+        trainer("KTO", tmp_path, rows=sorted(RATED, key=lambda row: row["label"]))
+    assert "the rows are sorted; set shuffle_dataset=True" in caplog.text
+    with caplog.at_level(logging.WARNING, logger="posttrain"):
+        trainer("KTO", tmp_path, rows=[{**row, "label": True} for row in RATED])
+    assert "every answer is labelled True" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"per_device_train_batch_size": 1}, {"train_sampling_strategy": "random"}, {"truncation_mode": "keep_end"},
+     {"loss_type": "dpo"}, {"beta": 0.0}, {"sync_ref_model": True}, {"desirable_weight": -1.0}],
+    ids=lambda wrong: next(iter(wrong)),
+)  # fmt: skip
+def test_kto_settings_that_mean_nothing(wrong: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        trainer("KTO", tmp_path, **wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"generate_during_eval": True}, {"max_completion_length": 5}, {"beta": -1.0},
+                                   {"is_encoder_decoder": True}], ids=lambda wrong: next(iter(wrong)))  # fmt: skip
+def test_orpo_settings_that_are_not_honoured(wrong: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        trainer("ORPO", tmp_path, **wrong)
+
+
+# --- reward models' rows --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("margin", ["much", None, True, float("nan")])
+def test_a_margin_that_is_no_number(margin: Any, tmp_path: Path) -> None:
+    rows = [{**row, "margin": 1.0} for row in ROWS]
+    rows[3] = {**rows[3], "margin": margin}
+    with pytest.raises((DataError, ConfigError), match=r"margin|NaN"):
+        trainer("Reward", tmp_path, rows=rows)
+
+
+def test_some_margins_only(tmp_path: Path) -> None:
+    rows = [{**ROWS[0], "margin": 1.0}, *ROWS[1:]]
+    with pytest.raises(ConfigError, match=r"train\[1\] has no margin, and 1 of 8 pairs have one"):
+        trainer("Reward", tmp_path, rows=rows)
+
+
+def test_long_pairs_are_left_out_and_counted(tmp_path: Path) -> None:
+    one = trainer("Reward", tmp_path, max_length=40)
+    report = one.data_reports["train"]
+    assert 0 < report.used < 8
+    assert report.used + report.num_skipped == 8
