@@ -40,8 +40,8 @@ class Source(Protocol):
 
 @dataclass
 class Loop:
-    """Everything one run needs. `parameters` are what the optimiser trains (masters and adapters); `publish` copies
-    masters into the computing weights; `evaluate` returns metrics and `save` a checkpoint's path. `position` is the
+    """Everything one run needs. `parameters` are what the optimiser trains (masters and adapters); `settle` completes
+    their gradients, `publish` copies them into the computing weights; `evaluate` returns metrics and `save` a checkpoint's path. `position` is the
     step of the source that comes next, ahead of `global_step` where a callback ended an epoch early."""
 
     forward: Callable[[Batch, Needs], Outputs]
@@ -54,6 +54,7 @@ class Loop:
     max_steps: int
     max_epochs: int
     max_grad_norm: float
+    settle: Callable[[], None]
     publish: Callable[[], None]
     evaluate: Callable[[], dict[str, float] | None]
     save: Callable[[dict[str, Any]], str]
@@ -116,6 +117,7 @@ class Loop:
                 self.meter.discard_step()
                 restore_rng(rng)  # as if this step had never begun
                 self._leave(stop)
+        self.settle()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or float("inf"))
         loss_value, self.grad_norm = torch.stack([loss.float(), norm.float()]).tolist()  # the step's one host sync
         if not (_finite(loss_value) and _finite(self.grad_norm)):

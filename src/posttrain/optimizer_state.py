@@ -92,6 +92,29 @@ def _class(name: str) -> Any:
     return getattr(importlib.import_module(module), qualified)
 
 
+# --- state before the first step ------------------------------------------------------------------------------------
+
+EAGER = (torch.optim.Adam, torch.optim.AdamW)
+"""Optimisers whose first state is zeros, whatever the gradients are."""
+
+
+def make_state(optimizer: torch.optim.Optimizer) -> None:
+    """Let the optimiser make its state now and not during its first step. What stays for the whole run then lies
+    together instead of filling the holes that the first step's activations leave; and memory that does not suffice is
+    missed before anything is updated. Other optimisers than Adam make theirs when they always do."""
+    if type(optimizer) not in EAGER or optimizer.state:
+        return
+    for group in optimizer.param_groups:
+        learning = [parameter for parameter in group["params"] if parameter.grad is None]
+        for parameter in learning:
+            parameter.grad = parameter.new_zeros(()).expand_as(parameter)  # takes no memory
+        try:
+            optimizer._init_group(group, [], [], [], [], [], [])  # type: ignore[attr-defined]
+        finally:
+            for parameter in learning:
+                parameter.grad = None
+
+
 # --- optimisers with two sets of weights ----------------------------------------------------------------------------
 
 

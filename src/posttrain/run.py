@@ -35,7 +35,7 @@ from posttrain.models.memory import peak_memory_bytes
 from posttrain.models.weights import load_weights, save_weights
 from posttrain.objectives.base import Objective
 from posttrain.optimization import make_optimizer, make_scheduler
-from posttrain.optimizer_state import evaluation_weights, has_two_modes
+from posttrain.optimizer_state import evaluation_weights, has_two_modes, make_state
 from posttrain.session import Session
 from posttrain.signals import StopRequest
 from posttrain.types import Sample
@@ -93,6 +93,7 @@ class Run:
             rng = self._take_up(session, loop, folder) if folder is not None else None
             if rng is None:
                 self.events.reset_state()
+            make_state(self.optimizer)
             first_step = self.events.state.global_step
             if first_step >= max_steps:
                 logger.warning("%s is at step %d of %d: nothing is left to train", folder, first_step, max_steps)
@@ -163,6 +164,7 @@ class Run:
             max_steps=max_steps,
             max_epochs=max_epochs,
             max_grad_norm=args.max_grad_norm or 0.0,
+            settle=session.precision.settle,
             publish=session.precision.publish,
             evaluate=lambda: self._evaluate_due(stop),
             save=lambda state: self._checkpoint(session, state),
