@@ -58,6 +58,13 @@ class DiskFullError(UserError):
         return cls(f"no space left on the disk{where}", hint="make room and go on from the last checkpoint")
 
 
+class OutOfMemoryError(UserError):
+    """There is not the memory for what was asked, however it is cut. Nothing was updated by what did not fit."""
+
+    exit_code = 8
+    code = "E-OOM-0001"
+
+
 class NonFiniteError(UserError):
     """A loss or gradient that is not a number; the weights were not touched by it."""
 

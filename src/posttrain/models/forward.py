@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from posttrain.errors import ConfigError
 from posttrain.models import attention, capabilities
 from posttrain.models.head import HeadShape, token_logps
+from posttrain.models.recomputation import keeping_recipes
 from posttrain.types import Batch, Layout, Needs, Origin, Outputs
 
 logger = logging.getLogger("posttrain")
@@ -26,13 +27,15 @@ logger = logging.getLogger("posttrain")
 @dataclass
 class Policy:
     """`model` as the user knows it, `base` without the PEFT wrapper. `neftune_alpha` adds noise to the embeddings while
-    training (NEFTune, arXiv 2310.05914): uniform, of size `alpha / sqrt(length x D)`, each sequence's own length."""
+    training (NEFTune, arXiv 2310.05914): uniform, of size `alpha / sqrt(length x D)`, each sequence's own length.
+    `recomputes_cheap_parts`: models/recomputation.py."""
 
     model: Any
     base: Any
     shape: HeadShape
     is_packed: bool = True
     neftune_alpha: float | None = None
+    recomputes_cheap_parts: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -41,7 +44,8 @@ class Policy:
     def __call__(self, batch: Batch, needs: Needs) -> Outputs:
         """Log-probabilities of `batch.target_R`, with gradients where gradients are enabled."""
         batch = batch.to(self.device)
-        hidden_TD = self._packed(batch) if self.is_packed else self._padded(batch)
+        with keeping_recipes() if self.recomputes_cheap_parts and torch.is_grad_enabled() else nullcontext():
+            hidden_TD = self._packed(batch) if self.is_packed else self._padded(batch)
         head = self.base.get_output_embeddings()
         logp_R, top1_R, entropy_R, uniform_R = token_logps(
             hidden_TD[batch.rows_R],
@@ -63,6 +67,7 @@ class Policy:
             attention_mask=no_mask,
             layout=batch.layout,
             use_cache=False,
+            **({"keeps_weights": False} if self.recomputes_cheap_parts else {}),
         )
         return output.last_hidden_state[0]
 

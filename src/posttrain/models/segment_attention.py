@@ -2,7 +2,8 @@
 
 PyTorch's flash kernel for CPUs is slow in its backward pass; for segments of a few hundred tokens it is quicker to
 write the scores down. Per segment: scores by one batched product (query heads that share a key head are stacked as
-rows), a soft-max, and the probabilities kept in the compute dtype for a backward pass of four products.
+rows), a soft-max, and the probabilities kept in the compute dtype for a backward pass of four products; or made again
+there, for one product and a soft-max more, where memory is short.
 Gradients go straight into one tensor each. Memory grows with the square of a segment's length, so long ones are left to
 SDPA; `MAX_LENGTH` is where the two cross (benchmarks/RESULTS.md).
 
@@ -23,10 +24,15 @@ MAX_LENGTH = 512
 
 
 def segment_attention(
-    query_1HTE: torch.Tensor, key_1KTE: torch.Tensor, value_1KTE: torch.Tensor, layout: Layout, scale: float
+    query_1HTE: torch.Tensor,
+    key_1KTE: torch.Tensor,
+    value_1KTE: torch.Tensor,
+    layout: Layout,
+    scale: float,
+    keeps_weights: bool = True,
 ) -> torch.Tensor:
     """`(1, T, H, E)`: every token attends to itself and what precedes it in its own segment."""
-    return _SegmentAttention.apply(query_1HTE[0], key_1KTE[0], value_1KTE[0], layout, scale)[None]
+    return _SegmentAttention.apply(query_1HTE[0], key_1KTE[0], value_1KTE[0], layout, scale, keeps_weights)[None]
 
 
 class _SegmentAttention(torch.autograd.Function):
@@ -38,6 +44,7 @@ class _SegmentAttention(torch.autograd.Function):
         value_KTE: torch.Tensor,
         layout: Layout,
         scale: float,
+        keeps_weights: bool,
     ) -> torch.Tensor:
         heads, tokens, _ = query_HTE.shape
         groups = key_KTE.shape[0]
@@ -46,11 +53,10 @@ class _SegmentAttention(torch.autograd.Function):
         weights = []
         for segment, length in _segments(layout):
             query_KRE = _stacked(query_HTE[:, segment], groups)
-            # mask and scale ride on the product; soft-max computes in fp32 and rounds once
-            score_KRN = torch.baddbmm(masks.of(length), query_KRE, key_KTE[:, segment].mT, alpha=scale)
-            p_KRN = torch.softmax(score_KRN, -1)
+            p_KRN = _weights(query_KRE, key_KTE[:, segment], masks.of(length), scale)
             _unstack(p_KRN @ value_KTE[:, segment], output_THE[segment])
-            weights.append(p_KRN)
+            if keeps_weights:
+                weights.append(p_KRN)
         ctx.layout, ctx.scale = layout, scale
         ctx.save_for_backward(query_HTE, key_KTE, value_KTE, *weights)
         return output_THE
@@ -64,8 +70,11 @@ class _SegmentAttention(torch.autograd.Function):
             tensor.new_empty(tensor.shape[1], tensor.shape[0], tensor.shape[2])
             for tensor in (query_HTE, key_KTE, value_KTE)
         )
-        for (segment, _), p_KRN in zip(_segments(ctx.layout), weights, strict=True):
+        masks = _Masks(query_HTE.shape[0] // groups, query_HTE)
+        kept = iter(weights)
+        for segment, length in _segments(ctx.layout):
             query, key, value = _stacked(query_HTE[:, segment], groups), key_KTE[:, segment], value_KTE[:, segment]
+            p_KRN = next(kept) if weights else _weights(query, key, masks.of(length), scale)
             grad = _stacked(grad_THE[segment].transpose(0, 1), groups)
             grad_value_TKE[segment] = (p_KRN.mT @ grad).transpose(0, 1)
             score_KRN = torch._softmax_backward_data(grad @ value.mT, p_KRN, -1, p_KRN.dtype)
@@ -74,7 +83,12 @@ class _SegmentAttention(torch.autograd.Function):
         grad_query_THE *= scale
         grad_key_TKE *= scale
         grads_HTE = (tensor.transpose(0, 1) for tensor in (grad_query_THE, grad_key_TKE, grad_value_TKE))
-        return *grads_HTE, None, None
+        return *grads_HTE, None, None, None
+
+
+def _weights(query_KRE: torch.Tensor, key_KNE: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    """Mask and scale ride on the product; soft-max computes in fp32 and rounds once."""
+    return torch.softmax(torch.baddbmm(mask, query_KRE, key_KNE.mT, alpha=scale), -1)
 
 
 class _Masks:
