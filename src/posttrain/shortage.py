@@ -51,7 +51,9 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 def shortage_of(error: BaseException, phase: str, free: int | None) -> Shortage:
     """What `error` says. A failure in a forward is the head's where the error came through `models/head.py`."""
-    through_head = any(frame.f_code.co_filename.endswith("head.py") for frame, _ in traceback.walk_tb(error.__traceback__))
+    through_head = any(
+        frame.f_code.co_filename.endswith("head.py") for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
     return Shortage("head" if phase == "forward" and through_head else phase, _wanted(str(error)), free)
 
 

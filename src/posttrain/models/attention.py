@@ -42,7 +42,7 @@ def packed_attention(
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     """Queries of shape `(1, heads, T, head_dim)`, keys and values with as many or fewer heads, to `(1, T, heads,
-    head_dim)`. Without `keeps_weights` a backward pass makes the attention's weights again, where it would keep them."""
+    head_dim)`. Without `keeps_weights` the attention's weights are made again in the backward pass."""
     if layout is None:
         if softcap is not None:
             return _plainly_capped(query, key, value, attention_mask, dropout, scaling, softcap), None

@@ -8,7 +8,7 @@ one row; and padded, one row a sequence, for a family whose layers do not honour
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -150,25 +150,30 @@ _CHECK_LENGTHS = (6, 9, 5)
 
 
 def _check_batch(policy: Policy, salt: int = 0) -> Batch:
-    """Three short sequences of arbitrary tokens; `salt` changes the middle one only."""
+    """Three short sequences; `salt` changes the middle one only."""
+    return arbitrary_batch(policy, _CHECK_LENGTHS, salt)
+
+
+def arbitrary_batch(policy: Policy, lengths: Sequence[int], salt: int = 0) -> Batch:
+    """Sequences of arbitrary tokens of these lengths, all of them supervised but the first."""
     vocabulary = policy.base.get_output_embeddings().weight.shape[0]
     sequences = [
         [(7919 * (i + 1) * (j + 3) + 104729 * (i == 1) * salt) % vocabulary for j in range(n)]
-        for i, n in enumerate(_CHECK_LENGTHS)
+        for i, n in enumerate(lengths)
     ]
-    starts = tuple(sum(_CHECK_LENGTHS[:i]) for i in range(len(_CHECK_LENGTHS)))
-    rows = [s + j for s, n in zip(starts, _CHECK_LENGTHS, strict=True) for j in range(n - 1)]
+    starts = tuple(sum(lengths[:i]) for i in range(len(lengths)))
+    rows = [s + j for s, n in zip(starts, lengths, strict=True) for j in range(n - 1)]
     flat = torch.tensor([token for sequence in sequences for token in sequence])
     return Batch(
         input_ids_T=flat,
-        position_ids_T=torch.cat([torch.arange(n) for n in _CHECK_LENGTHS]),
-        layout=Layout(starts, _CHECK_LENGTHS),
+        position_ids_T=torch.cat([torch.arange(n) for n in lengths]),
+        layout=Layout(starts, tuple(lengths)),
         rows_R=torch.tensor(rows),
         target_R=flat[torch.tensor(rows) + 1],
-        sequence_R=torch.tensor([i for i, n in enumerate(_CHECK_LENGTHS) for _ in range(n - 1)]),
-        sample_S=tuple(range(len(_CHECK_LENGTHS))),
-        origins_S=(Origin("self-check", 0),) * len(_CHECK_LENGTHS),
-        counts={"tokens": len(rows), "sequences": len(_CHECK_LENGTHS)},
+        sequence_R=torch.tensor([i for i, n in enumerate(lengths) for _ in range(n - 1)]),
+        sample_S=tuple(range(len(lengths))),
+        origins_S=(Origin("self-check", 0),) * len(lengths),
+        counts={"tokens": len(rows), "sequences": len(lengths)},
     )
 
 
