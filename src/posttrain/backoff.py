@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from posttrain.errors import OutOfMemoryError
-from posttrain.shortage import Shortage
+from posttrain.shortage import RETRY_CODE, Shortage
 from posttrain.types import Batch
 
 logger = logging.getLogger("posttrain")
-RETRY_CODE = "E-OOM-0003"
 
 
 @dataclass

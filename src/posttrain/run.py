@@ -75,6 +75,7 @@ class Run:
     optimizers: tuple[Any, Any] = (None, None)
     optimizer_choice: tuple[type, dict[str, Any]] | None = None
     session: Session | None = None
+    source: Any = None
     optimizer: Any = None
     scheduler: Any = None
     identity: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -86,11 +87,13 @@ class Run:
         """Raises Interrupted, NonFiniteError, CheckpointError, ConfigError, LockedError."""
         args = self.args
         (enable_full_determinism if args.full_determinism else set_seed)(args.seed)
+        self.source = None
         source, max_steps, epochs = self._source()
         with only_run_in(Path(args.output_dir), self.run_id), self._open() as session, StopRequest() as stop:
             session.policy.model.train()
             started = time.time()
-            source.token_budget = self._plan(session, source)
+            source.token_budget = self._plan(session)
+            self.source = source
             loop = self._loop(session, source, max_steps, epochs, stop)
             folder = self._resume_folder(resume)
             self.identity = self._identity(session)
@@ -145,11 +148,13 @@ class Run:
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     def _budget(self) -> int:
+        if self.source is not None:  # as training has found it
+            return self.source.token_budget
         return self.token_budget or default_token_budget(self.args.device)
 
     # --- memory -----------------------------------------------------------------------------------------------------
 
-    def _plan(self, session: Session, source: Any) -> int:
+    def _plan(self, session: Session) -> int:
         """Decide what is made again in the backward pass, and the token budget, which is returned."""
         args = self.args
         longest = getattr(args, "max_length", None) or self._budget()

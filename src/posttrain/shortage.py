@@ -12,6 +12,7 @@ import traceback
 from dataclasses import dataclass
 
 GIB = 2**30
+RETRY_CODE = "E-OOM-0003"
 _WORDS = (
     "DefaultCPUAllocator: not enough memory",
     "DefaultCPUAllocator: can't allocate memory",
