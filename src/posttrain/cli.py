@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from posttrain import __version__
 from posttrain.commands import COLORS, EXIT_CODES, data, recipes, train
 from posttrain.commands.train import command_to_resume
-from posttrain.errors import DiskFullError, Interrupted, UserError
+from posttrain.errors import DiskFullError, Interrupted, OutOfMemoryError, UserError
+from posttrain.shortage import is_out_of_memory
 from posttrain.terminal import (
     ended_by_signals,
     is_disk_full,
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _say(error)
     except Exception as error:
+        if is_out_of_memory(error):
+            return _say(OutOfMemoryError.from_error(error))
         if is_disk_full(error):
             return _say(DiskFullError.from_error(error))
         path = keep_traceback(error)

@@ -58,6 +58,18 @@ class DiskFullError(UserError):
         return cls(f"no space left on the disk{where}", hint="make room and go on from the last checkpoint")
 
 
+class OutOfMemoryError(UserError):
+    """There is not the memory for what was asked, however it is cut. Nothing was updated by what did not fit."""
+
+    exit_code = 8
+    code = "E-OOM-0001"
+
+    @classmethod
+    def from_error(cls, error: BaseException) -> OutOfMemoryError:
+        said = str(error).strip().partition("\n")[0] or type(error).__name__
+        return cls(f"memory ran out ({said})", hint="give it more memory, or take a smaller model or max_length")
+
+
 class NonFiniteError(UserError):
     """A loss or gradient that is not a number; the weights were not touched by it."""
 

@@ -5,7 +5,8 @@ first forward, checks that loss and gradient are finite, and updates. How the st
 loop knows no method, no model family and no file format; RL is another source, not another loop.
 
 Order of callbacks, logging, evaluation and saving is transformers'. What the loop adds: a non-finite loss or gradient
-never reaches the weights, and a signal ends the run at a step boundary with everything saved.
+never reaches the weights, a signal ends the run at a step boundary with everything saved, and a step that memory does
+not suffice for is redone in smaller pieces.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
-from posttrain.errors import DataError, Interrupted, NonFiniteError
+from posttrain.backoff import BackOff
+from posttrain.errors import DataError, Interrupted, NonFiniteError, OutOfMemoryError
 from posttrain.events import Events
 from posttrain.meter import Meter
 from posttrain.objectives.base import Objective
 from posttrain.optimization import follows_metrics
-from posttrain.optimizer_state import has_two_modes
+from posttrain.optimizer_state import has_two_modes, mark, nothing_changed
+from posttrain.shortage import Shortage, is_out_of_memory, shortage_of
 from posttrain.signals import StopRequest
 from posttrain.snapshot import capture_rng, restore_rng
 from posttrain.types import Batch, Needs, Outputs
@@ -30,10 +33,14 @@ from posttrain.types import Batch, Needs, Outputs
 class Source(Protocol):
     """Where a step's micro-batches come from."""
 
+    token_budget: int
+
     @property
     def steps_per_epoch(self) -> int: ...
 
-    def micro_batches(self, step: int) -> list[Batch]: ...
+    def micro_batches(self, step: int) -> list[Batch]:
+        """What step `step` computes on, cut to the token budget that is set now."""
+        ...
 
     def epoch_after(self, step: int) -> float: ...
 
@@ -42,9 +49,9 @@ class Source(Protocol):
 class Loop:
     """Everything one run needs. `annotate` puts a batch on the model's device and gives it the columns that are not
     known from the data (a reference's log-probabilities); `parameters` are what the optimiser trains (masters and
-    adapters); `publish` copies masters into the computing weights; `evaluate` returns metrics and `save` a checkpoint's
-    path. `position` is the step of the source that comes next, ahead of `global_step` where a callback ended an epoch
-    early."""
+    adapters); `settle` completes their gradients, `publish` copies them into the computing weights; `evaluate` returns
+    metrics and `save` a checkpoint's path. `position` is the step of the source that comes next, ahead of `global_step`
+    where a callback ended an epoch early; `phase` is what is being done."""
 
     annotate: Callable[[Batch], Batch]
     forward: Callable[[Batch, Needs], Outputs]
@@ -57,11 +64,13 @@ class Loop:
     max_steps: int
     max_epochs: int
     max_grad_norm: float
+    settle: Callable[[], None]
     publish: Callable[[], None]
     evaluate: Callable[[], dict[str, float] | None]
     save: Callable[[dict[str, Any]], str]
     extra_logs: Callable[[Meter], dict[str, float]]
     flops: Callable[[Batch], float]
+    backoff: BackOff
     position: int = 0
     meter: Meter = field(default_factory=Meter)
     total_loss: float = 0.0
@@ -71,6 +80,7 @@ class Loop:
     learning_rate: float = 0.0
     epoch_end_due: bool = False
     last_checkpoint: str | None = None
+    phase: str = "forward"
 
     def run(self, stop: StopRequest) -> None:
         """From the present step to the last, or until a callback says stop. Raises Interrupted, NonFiniteError."""
@@ -108,35 +118,90 @@ class Loop:
                     f"Everything up to step {self.events.state.global_step} is saved: {self.last_checkpoint}"
                 )
             raise
-        counts = total_counts(micro)
-        loss = torch.zeros((), device=self.parameters[0].device)
-        for batch in micro:
-            loss += self._micro_batch(batch, counts)
-            if batch is not micro[-1]:
-                self.events.substep_end()
-            if stop.received:
-                self.optimizer.zero_grad()
-                self.meter.discard_step()
-                restore_rng(rng)  # as if this step had never begun
-                self._leave(stop)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or float("inf"))
-        loss_value, self.grad_norm = torch.stack([loss.float(), norm.float()]).tolist()  # the step's one host sync
-        if not (_finite(loss_value) and _finite(self.grad_norm)):
-            self.optimizer.zero_grad()
-            raise self._non_finite(step, micro, loss_value)
+        counts, drawn = total_counts(micro), capture_rng()  # a stream may have drawn numbers
+        while (loss := self._gradients(step, micro, counts, stop, rng)) is None:
+            micro = self.source.micro_batches(step)
+            restore_rng(drawn)
         self.events.pre_optimizer_step()
-        self.optimizer.step()
+        self._update()
         self.publish()
         self.events.optimizer_step()
         self.learning_rate = float(self.optimizer.param_groups[0]["lr"])
         self._advance_scheduler()
         self.optimizer.zero_grad()
-        self._account(micro, counts, loss_value)
+        self._account(micro, counts, loss)
+
+    def _gradients(
+        self, step: int, micro: list[Batch], counts: dict[str, int], stop: StopRequest, rng: dict[str, Any]
+    ) -> float | None:
+        """The step's loss, its gradients clipped; or None where memory did not suffice and the step, cut into smaller
+        pieces, is to be begun again."""
+        batch, shortage = None, None
+        try:
+            loss = torch.zeros((), device=self.parameters[0].device)
+            for batch in micro:
+                loss += self._micro_batch(batch, counts)
+                if batch is not micro[-1]:
+                    self.events.substep_end()
+                if stop.received:
+                    self._discard(rng)  # as if this step had never begun
+                    self._leave(stop)
+            self.phase = "gradients"
+            self.settle()
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or float("inf"))
+            loss_value, self.grad_norm = torch.stack([loss.float(), norm.float()]).tolist()  # the one host sync
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            shortage = shortage_of(error, self.phase, self.backoff.free())
+        if shortage is not None:  # the error is gone by now, and with it the frames that hold activations
+            self._discard(rng)
+            failed = None if shortage.phase == "gradients" else batch
+            self.backoff.make_room(self.events.state.global_step + 1, shortage, micro, failed)
+            return None
+        if not (_finite(loss_value) and _finite(self.grad_norm)):
+            self.optimizer.zero_grad()
+            raise self._non_finite(step, micro, loss_value)
+        return loss_value
+
+    def _discard(self, rng: dict[str, Any]) -> None:
+        """Undo what an unfinished step has done."""
+        self.optimizer.zero_grad()
+        self.meter.discard_step()
+        restore_rng(rng)
+
+    def _update(self) -> None:
+        """The optimiser's turn. Gradients outlive a failure in it, so it may simply try once more, as long as nothing
+        was changed yet."""
+        for is_last in (False, True):
+            marked, shortage = mark(self.optimizer), None
+            try:
+                self.optimizer.step()
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                shortage = shortage_of(error, "optimiser step", self.backoff.free())
+            if shortage is None:
+                return
+            if is_last or not nothing_changed(self.optimizer, marked):
+                raise self._torn(shortage)
+            self.backoff.release_unused(self.events.state.global_step + 1, shortage)
+
+    def _torn(self, shortage: Shortage) -> OutOfMemoryError:
+        step = self.events.state.global_step + 1
+        kept = self.last_checkpoint or "none yet"
+        return OutOfMemoryError(
+            f"step {step}, {shortage}: the update could not be finished. Last good checkpoint: {kept}.",
+            hint="train an adapter (peft_config), or set optim='adamw_bnb_8bit' or 'adafactor'",
+            code="E-OOM-0002",
+        )
 
     def _micro_batch(self, batch: Batch, counts: dict[str, int]) -> torch.Tensor:
+        self.phase = "forward"
         batch = self.annotate(batch)
         terms, metrics = self.objective(self.forward(batch, self.objective.needs), batch)
         loss = torch.stack([term / max(1, counts[unit]) for unit, term in terms.items()]).sum()
+        self.phase = "backward"
         loss.backward()
         self.meter.add(metrics)
         return loss.detach()
@@ -217,6 +282,9 @@ class Loop:
             "epoch_end_due": self.epoch_end_due,
             "epoch_stop_due": self.events.control.should_epoch_stop and self.position % self.source.steps_per_epoch > 0,
             "position": self.position,
+            "token_budget": self.source.token_budget,
+            "token_budget_asked": self.backoff.asked,
+            "oom_backoffs": self.backoff.count,
             "evaluation_due": self.events.control.should_evaluate,
             "save_due": self.events.control.should_save,
         }
@@ -226,6 +294,9 @@ class Loop:
         self.total_loss, self.grad_norm = saved["total_loss"], saved["grad_norm"]
         self.learning_rate, self.epoch_end_due = saved["learning_rate"], saved["epoch_end_due"]
         self.position = saved["position"]
+        self.backoff.count = saved.get("oom_backoffs", 0)
+        if "token_budget" in saved and saved["token_budget_asked"] == self.backoff.asked:
+            self.source.token_budget = saved["token_budget"]  # the cut shows in the last bit
         control = self.events.control
         control.should_evaluate, control.should_save = saved["evaluation_due"], saved["save_due"]
         control.should_epoch_stop = saved["epoch_stop_due"]

@@ -92,6 +92,50 @@ def _class(name: str) -> Any:
     return getattr(importlib.import_module(module), qualified)
 
 
+# --- state before the first step ------------------------------------------------------------------------------------
+
+EAGER = (torch.optim.Adam, torch.optim.AdamW)
+"""Optimisers whose first state is zeros, whatever the gradients are."""
+
+
+def make_state(optimizer: torch.optim.Optimizer) -> None:
+    """Let the optimiser make its state now and not during its first step. What stays for the whole run then lies
+    together instead of filling the holes that the first step's activations leave; and memory that does not suffice is
+    missed before anything is updated. Other optimisers than Adam make theirs when they always do."""
+    if type(optimizer) not in EAGER or optimizer.state:
+        return
+    for group in optimizer.param_groups:
+        learning = [parameter for parameter in group["params"] if parameter.grad is None]
+        for parameter in learning:
+            parameter.grad = parameter.new_zeros(()).expand_as(parameter)  # takes no memory
+        try:
+            optimizer._init_group(group, [], [], [], [], [], [])  # type: ignore[attr-defined]
+        finally:
+            for parameter in learning:
+                parameter.grad = None
+
+
+Marks = list[tuple[torch.Tensor, int]]
+
+
+def mark(optimizer: torch.optim.Optimizer) -> tuple[Marks, set[Any]]:
+    """What `nothing_changed` compares with: torch's counts of changes to what the optimiser trains and keeps."""
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    kept = [value for state in optimizer.state.values() if isinstance(state, dict) for value in state.values()]
+    return [(x, x._version) for x in (*held, *kept) if isinstance(x, torch.Tensor)], set(optimizer.state)
+
+
+def nothing_changed(optimizer: torch.optim.Optimizer, marked: tuple[Marks, set[Any]]) -> bool:
+    """Whether a step that failed has left everything as it was when `mark` was called. State that it began to make is
+    dropped, for it may be incomplete."""
+    marks, had_state = marked
+    if any(tensor._version != version for tensor, version in marks):
+        return False
+    for parameter in [parameter for parameter in optimizer.state if parameter not in had_state]:
+        del optimizer.state[parameter]
+    return True
+
+
 # --- optimisers with two sets of weights ----------------------------------------------------------------------------
 
 

@@ -21,29 +21,32 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy, TrainOutput, enable_full_determinism, set_seed, speed_metrics
 
 from posttrain import snapshot
+from posttrain.backoff import BackOff
 from posttrain.checkpoint import Checkpoints, verify, write_json
 from posttrain.data.batches import Order, StaticSource, StreamSource
 from posttrain.data.fingerprint import fingerprint
 from posttrain.data.planning import Packing
-from posttrain.errors import ConfigError, DataError
+from posttrain.errors import ConfigError, DataError, OutOfMemoryError
 from posttrain.evaluate.loss import evaluate_loss
 from posttrain.events import Events
 from posttrain.locks import only_run_in
 from posttrain.loop import Loop
 from posttrain.meter import Meter
+from posttrain.models.available import free_memory
 from posttrain.models.flops import flops_counter, measure_limit
-from posttrain.models.memory import peak_memory_bytes
+from posttrain.models.memory import give_back_freed_memory, peak_memory_bytes, return_freed_pages
 from posttrain.models.weights import load_weights, save_weights
 from posttrain.objectives.base import Objective
 from posttrain.optimization import make_optimizer, make_scheduler
-from posttrain.optimizer_state import evaluation_weights, has_two_modes
+from posttrain.optimizer_state import evaluation_weights, has_two_modes, make_state
+from posttrain.planner import Workload, default_token_budget, make_plan
 from posttrain.reference import ReferenceModel, precompute
 from posttrain.session import Session
+from posttrain.shortage import is_out_of_memory, shortage_of
 from posttrain.signals import StopRequest
 from posttrain.types import Batch, Sample
 
 logger = logging.getLogger("posttrain")
-DEFAULT_TOKEN_BUDGET = {"cpu": 4096, "cuda": 16384}
 
 
 class TrainResult(TrainOutput):
@@ -75,6 +78,7 @@ class Run:
     optimizers: tuple[Any, Any] = (None, None)
     optimizer_choice: tuple[type, dict[str, Any]] | None = None
     session: Session | None = None
+    source: Any = None
     optimizer: Any = None
     scheduler: Any = None
     columns: tuple[str, ...] = ()
@@ -87,18 +91,22 @@ class Run:
         """Raises Interrupted, NonFiniteError, CheckpointError, ConfigError, LockedError."""
         args = self.args
         (enable_full_determinism if args.full_determinism else set_seed)(args.seed)
+        self.source = None
         source, max_steps, epochs = self._source()
         with only_run_in(Path(args.output_dir), self.run_id), self._open() as session, StopRequest() as stop:
             session.policy.model.train()
             source.packing = self._packing(session)
             self._open_reference(session, source)
             started = time.time()
+            source.token_budget = self._plan(session)
+            self.source = source
             loop = self._loop(session, source, max_steps, epochs, stop)
             folder = self._resume_folder(resume)
             self.identity = self._identity(session)
             rng = self._take_up(session, loop, folder) if folder is not None else None
             if rng is None:
                 self.events.reset_state()
+            self._make_state(session)
             first_step = self.events.state.global_step
             if first_step >= max_steps:
                 logger.warning("%s is at step %d of %d: nothing is left to train", folder, first_step, max_steps)
@@ -146,7 +154,59 @@ class Run:
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     def _budget(self) -> int:
-        return self.token_budget or DEFAULT_TOKEN_BUDGET.get(self.args.device.type, 4096)
+        if self.source is not None:  # as training has found it
+            return self.source.token_budget
+        return self.token_budget or default_token_budget(self.args.device)
+
+    # --- memory -----------------------------------------------------------------------------------------------------
+
+    def _plan(self, session: Session) -> int:
+        """Decide what is made again in the backward pass, and the token budget, which is returned."""
+        args = self.args
+        longest = getattr(args, "max_length", None) or self._budget()
+        work = Workload(self._budget(), self._budget(), longest)  # of a stream no more is known
+        if not callable(self.train_samples):
+            lengths = sorted(_lengths(self.train_samples), reverse=True)
+            step_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+            usual = min(len(lengths), step_size) * sum(lengths) // len(lengths)
+            longest = max(part.num_tokens for sample in self.train_samples for part in sample)
+            work = Workload(usual, sum(lengths[:step_size]), longest)
+        return make_plan(
+            session,
+            work,
+            optimizer=str(getattr(args.optim, "value", args.optim)),
+            token_budget=self.token_budget,
+            recompute=getattr(args, "recompute", "auto"),
+            max_memory=getattr(args, "max_memory", None),
+        ).token_budget
+
+    def _make_state(self, session: Session) -> None:
+        try:
+            make_state(self.optimizer)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            shortage = shortage_of(error, "before the first step", free_memory(session.policy.device))
+            raise OutOfMemoryError(
+                f"{shortage}: the optimiser's state does not fit",
+                hint="train an adapter (peft_config), or set optim='adamw_bnb_8bit'",
+                code="E-OOM-0002",
+            ) from None
+
+    def _backoff(self, session: Session, source: Any) -> BackOff:
+        def give_back() -> None:
+            return_freed_pages()
+            give_back_freed_memory()
+
+        return BackOff(
+            source=source,
+            recompute_more=session.recompute_more,
+            recomputation=lambda: session.recomputation,
+            forget=session.precision.drop_gradients,
+            give_back=give_back,
+            free=lambda: free_memory(session.policy.device),
+            asked=self.token_budget,
+        )
 
     def _loop(self, session: Session, source: Any, max_steps: int, max_epochs: int, stop: StopRequest) -> Loop:
         args = self.args
@@ -170,11 +230,13 @@ class Run:
             max_steps=max_steps,
             max_epochs=max_epochs,
             max_grad_norm=args.max_grad_norm or 0.0,
+            settle=session.precision.settle,
             publish=session.precision.publish,
             evaluate=lambda: self._evaluate_due(stop),
             save=lambda state: self._checkpoint(session, state),
             extra_logs=self._extra_logs(session),
             flops=flops_counter(session.policy.base),
+            backoff=self._backoff(session, source),
         )
 
     def _extra_logs(self, session: Session) -> Callable[[Meter], dict[str, float]]:
@@ -197,6 +259,8 @@ class Run:
         metrics = speed_metrics("train", started, num_samples=loop.samples, num_steps=steps)
         train_loss = loop.total_loss / max(1, state.global_step)
         metrics |= {"total_flos": state.total_flos, "train_loss": train_loss}
+        if loop.backoff.count:
+            metrics["oom_backoffs"] = loop.backoff.count
         metrics = self.events.log(metrics)
         if args.load_best_model_at_end and state.best_model_checkpoint:
             with session.precision.exported():

@@ -18,6 +18,7 @@ from posttrain.models.forward import Policy, open_policy
 from posttrain.models.lean_layers import give_back, specialise_layers
 from posttrain.models.memory import keep_freed_pages
 from posttrain.models.precision import MixedPrecision
+from posttrain.models.recomputation import LEVELS, recompute_layers
 from posttrain.models.scoring import Scorer, is_classifier
 
 
@@ -29,9 +30,10 @@ class Session:
     precision: MixedPrecision
     trained: dict[str, torch.nn.Parameter]
     attention: str | None
-    recomputes: bool
     lean: list[torch.nn.Module]
     args: TrainingArguments
+    recomputation: str = "none"
+    checkpoint_options: dict[str, Any] | None = None
 
     @classmethod
     def open(cls, model: Any, args: TrainingArguments) -> Session:
@@ -55,23 +57,43 @@ class Session:
             give_back(lean)
             precision.restore()
             raise
-        if args.activation_checkpointing:
-            _recompute(base, args.activation_checkpointing_kwargs)
         trained = dict(precision.masters())
         trained |= {n: p for n, p in model.named_parameters() if p in adapter_parameters and p.requires_grad}
-        return cls(policy, precision, trained, attention, bool(args.activation_checkpointing), lean, args)
+        options = args.activation_checkpointing_kwargs
+        session = cls(policy, precision, trained, attention, lean, args, checkpoint_options=options)
+        session.recompute(_asked(args))
+        return session
+
+    def recompute(self, level: str) -> None:
+        """From the next forward on, make again what `level` says (models/recomputation.py)."""
+        base = self.policy.base
+        if "full" in (level, self.recomputation) and level != self.recomputation:
+            if level == "full":
+                recompute_layers(base, self.checkpoint_options)
+            else:
+                base.activation_checkpointing_disable()
+        self.policy.recomputes_cheap_parts = level == "selective"
+        self.recomputation = level
+
+    def recompute_more(self) -> bool:
+        """One level up. False where there is none, or the model has no layers that can be made again."""
+        above = LEVELS[LEVELS.index(self.recomputation) + 1 :]
+        if not above or (above[0] == "full" and not self.policy.base.supports_gradient_checkpointing):
+            return False
+        self.recompute(above[0])
+        return True
 
     def close(self) -> None:
         base = self.policy.base
-        if self.recomputes:
-            base.activation_checkpointing_disable()
+        self.recompute("none")
         give_back(self.lean)
         self.precision.restore()
         base.set_attn_implementation(self.attention)
 
 
-def _recompute(base: Any, options: dict[str, Any] | None) -> None:
-    """Non-reentrant checkpointing, which needs no gradient on the inputs and keeps random state exact."""
-    options = dict(options or {})
-    layers = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
-    base.activation_checkpointing_enable({"use_reentrant": False, **options}, **layers)
+def _asked(args: TrainingArguments) -> str:
+    """The level to begin with; where it is left to us, the planner may choose a higher one."""
+    if args.activation_checkpointing:
+        return "full"
+    level = getattr(args, "recompute", "auto")
+    return "none" if level == "auto" else level

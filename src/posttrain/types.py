@@ -146,7 +146,8 @@ class Batch:
     """Sequences laid end to end. `sample_S` is the index of each sequence's sample within its optimiser step,
     `origins_S` where it came from; `counts` are the numbers that losses are divided by, per unit. A sequence is a
     segment, or with shared prompts a segment and its parent. `pairs_P2` are the sequences that are compared: the chosen
-    one, the rejected one. `columns` are named by their shape: `ref_logp_R`, `label_S`, `margin_P`."""
+    one, the rejected one. `columns` are named by their shape: `ref_logp_R`, `label_S`, `margin_P`. `can_be_cut`:
+    smaller batches could be made of it."""
 
     input_ids_T: torch.Tensor
     position_ids_T: torch.Tensor
@@ -159,6 +160,7 @@ class Batch:
     counts: Mapping[str, int]
     columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
     pairs_P2: torch.Tensor | None = None
+    can_be_cut: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -180,15 +182,9 @@ class Batch:
             return self
         moved = {name: value.to(device, non_blocking=True) for name, value in self.tensors().items()}
         columns = {name: value.to(device, non_blocking=True) for name, value in self.columns.items()}
-        return Batch(
-            layout=self.layout,
-            sample_S=self.sample_S,
-            origins_S=self.origins_S,
-            counts=self.counts,
-            columns=columns,
-            pairs_P2=None if self.pairs_P2 is None else self.pairs_P2.to(device, non_blocking=True),
-            **moved,
-        )
+        pairs = None if self.pairs_P2 is None else self.pairs_P2.to(device, non_blocking=True)
+        values: dict[str, Any] = {**moved, "columns": columns, "pairs_P2": pairs}
+        return replace(self, **values)
 
     def with_columns(self, **columns: torch.Tensor) -> Batch:
         """The same batch with more columns."""

@@ -78,7 +78,8 @@ def _grouped(lengths: tuple[int, ...], step_size: int, seed: int) -> Sequence[in
 
 @dataclass
 class StaticSource:
-    """Tokenized samples held in memory, served as the micro-batches of each step."""
+    """Tokenized samples held in memory, served as the micro-batches of each step. The token budget may change between
+    two calls."""
 
     samples: Sequence[Sample]
     order: Order
@@ -109,6 +110,7 @@ class StreamSource:
     max_steps: int
     packing: Packing = PLAIN
     _stream: Iterator[Sample] | None = None
+    _latest: tuple[int, list[Sample]] = (-1, [])
     _next_step: int = 0
     _pass: int = -1
 
@@ -117,12 +119,15 @@ class StreamSource:
         return self.max_steps
 
     def micro_batches(self, step: int) -> list[Batch]:
+        if self._latest[0] == step:  # asked for again, under another token budget
+            return plan(self._latest[1], self.token_budget)
         while self._next_step < step:
             self._take()
         if self._next_step > step:  # an earlier run's stream is further on; begin again
             self._stream, self._next_step, self._pass = None, 0, -1
             return self.micro_batches(step)
-        return plan(self._take(), self.token_budget, self.packing)
+        self._latest = step, self._take()
+        return plan(self._latest[1], self.token_budget, self.packing)
 
     def _take(self) -> list[Sample]:
         """The samples of one step; the last of a pass over the data may be fewer."""

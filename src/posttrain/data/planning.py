@@ -189,6 +189,7 @@ def _batch(units: list[_Unit], packing: Packing) -> Batch:
             **({"batches": 1} if packing.group_size else {}),
         },
         columns=_columns(units, packing.columns),
+        can_be_cut=len(units) > 1 and packing.group_size is None,
         pairs_P2=torch.tensor([(i, i + 1) for i in pairs]) if pairs else None,
     )
 

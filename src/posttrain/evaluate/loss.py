@@ -7,13 +7,18 @@ metrics not weighted.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
 
 from posttrain.data.planning import PLAIN, Packing, plan
+from posttrain.errors import OutOfMemoryError
 from posttrain.objectives.base import Objective
+from posttrain.shortage import RETRY_CODE, Shortage, is_out_of_memory, shortage_of
 from posttrain.types import Batch, Needs, Outputs, Sample
+
+logger = logging.getLogger("posttrain")
 
 
 @torch.no_grad()
@@ -31,22 +36,62 @@ def evaluate_loss(
     """`{"loss": ..., metric: ...}`, or None if `stopped()` came true on the way. `batch_done` is told of each batch."""
     total = 0.0
     means: dict[str, list[float]] = {}
-    for first in range(0, len(samples), batch_size):
+    first = 0
+    while first < len(samples):
         group = samples[first : first + batch_size]
-        micro = plan(group, token_budget, packing)
-        sums: dict[str, float] = {}
-        counts: dict[str, int] = {}
-        for batch in micro:
-            if stopped():
-                return None
-            batch = annotate(batch)
-            terms, metrics = objective(forward(batch, objective.needs), batch)
-            for unit, term in terms.items():
-                total += float(term) / max(1, sum(part.counts[unit] for part in micro)) * len(group)
-            for name, (value, count) in metrics.items():
-                sums[name] = sums.get(name, 0.0) + float(value)
-                counts[name] = counts.get(name, 0) + count
-        for name, total_of_group in sums.items():
-            means.setdefault(name, []).append(total_of_group / max(1, counts[name]))
+        micro, shortage = plan(group, token_budget, packing), None
+        try:
+            found = _group(forward, objective, micro, stopped, annotate)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            shortage = shortage_of(error, "evaluation", None)
+        if shortage is not None:  # the error is gone by now, and with it what it held
+            token_budget = _smaller(token_budget, micro, shortage)
+            continue
+        if found is None:
+            return None
+        loss, metrics = found
+        total += loss * len(group)
+        for name, mean in metrics.items():
+            means.setdefault(name, []).append(mean)
+        first += batch_size
         batch_done()
     return {"loss": total / max(1, len(samples)), **{name: sum(each) / len(each) for name, each in means.items()}}
+
+
+def _group(
+    forward: Callable[[Batch, Needs], Outputs],
+    objective: Objective,
+    micro: Sequence[Batch],
+    stopped: Callable[[], bool],
+    annotate: Callable[[Batch], Batch],
+) -> tuple[float, dict[str, float]] | None:
+    """Loss and metrics of one evaluation batch, by its own tokens; None if `stopped()` came true."""
+    loss = 0.0
+    sums: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    for batch in micro:
+        if stopped():
+            return None
+        batch = annotate(batch)
+        terms, metrics = objective(forward(batch, objective.needs), batch)
+        for unit, term in terms.items():
+            loss += float(term) / max(1, sum(part.counts[unit] for part in micro))
+        for name, (value, count) in metrics.items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+            counts[name] = counts.get(name, 0) + count
+    return loss, {name: value / max(1, counts[name]) for name, value in sums.items()}
+
+
+def _smaller(budget: int, micro: Sequence[Batch], shortage: Shortage) -> int:
+    """Half the token budget. Raises OutOfMemoryError where sequences are alone already."""
+    largest = max(micro, key=lambda batch: batch.num_tokens)
+    if not any(batch.can_be_cut for batch in micro):
+        raise OutOfMemoryError(
+            f"{shortage}: a single sequence of {largest.num_tokens} tokens ({largest.origins_S[0]}) does not fit",
+            hint="lower max_length, or evaluate on shorter rows",
+        )
+    smaller = max(1, min(budget, largest.num_tokens) // 2)
+    logger.warning("%s %s. Retried with micro-batches of %d tokens (same metrics).", RETRY_CODE, shortage, smaller)
+    return smaller

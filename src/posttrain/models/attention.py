@@ -38,10 +38,11 @@ def packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     layout: Layout | None = None,
+    keeps_weights: bool = True,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     """Queries of shape `(1, heads, T, head_dim)`, keys and values with as many or fewer heads, to `(1, T, heads,
-    head_dim)`."""
+    head_dim)`. Without `keeps_weights` the attention's weights are made again in the backward pass."""
     if layout is None:
         if softcap is not None:
             return _plainly_capped(query, key, value, attention_mask, dropout, scaling, softcap), None
@@ -52,7 +53,8 @@ def packed_attention(
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and softcap is None and not dropout:
         return _varlen(query, key, value, layout, scaling, sliding_window), None
     if softcap is None and not dropout and _is_quicker_by_products(query, layout, sliding_window):
-        return segment_attention(query, key, value, layout, scaling or query.shape[-1] ** -0.5), None
+        scale = scaling or query.shape[-1] ** -0.5
+        return segment_attention(query, key, value, layout, scale, keeps_weights), None
     queries, keys, values = (torch.split(tensor, list(layout.lengths), dim=2) for tensor in (query, key, value))
     if layout.is_shared:
         keys, values = _after_parents(keys, layout), _after_parents(values, layout)

@@ -8,8 +8,8 @@ one row; and padded, one row a sequence, for a family whose layers do not honour
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from posttrain.errors import ConfigError
 from posttrain.models import attention, capabilities
 from posttrain.models.head import HeadShape, token_logps
+from posttrain.models.recomputation import keeping_recipes
 from posttrain.types import Batch, Layout, Needs, Origin, Outputs
 
 logger = logging.getLogger("posttrain")
@@ -27,7 +28,8 @@ logger = logging.getLogger("posttrain")
 class Policy:
     """`model` as the user knows it, `base` without the PEFT wrapper. `shares_prompts`: a prompt may stand in a batch
     once, before all its answers. `neftune_alpha` adds noise to the embeddings while training (NEFTune, arXiv
-    2310.05914): uniform, of size `alpha / sqrt(length x D)`, each sequence's own length."""
+    2310.05914): uniform, of size `alpha / sqrt(length x D)`, each sequence's own length. `recomputes_cheap_parts`:
+    models/recomputation.py."""
 
     model: Any
     base: Any
@@ -35,6 +37,7 @@ class Policy:
     is_packed: bool = True
     shares_prompts: bool = True
     neftune_alpha: float | None = None
+    recomputes_cheap_parts: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -43,7 +46,8 @@ class Policy:
     def __call__(self, batch: Batch, needs: Needs) -> Outputs:
         """Log-probabilities of `batch.target_R`, with gradients where gradients are enabled."""
         batch = batch.to(self.device)
-        hidden_TD = self._packed(batch) if self.is_packed else self._padded(batch)
+        with keeping_recipes() if self.recomputes_cheap_parts and torch.is_grad_enabled() else nullcontext():
+            hidden_TD = self._packed(batch) if self.is_packed else self._padded(batch)
         head = self.base.get_output_embeddings()
         bias = getattr(head, "bias", None)  # PEFT's wrapper of a tied head with trainable tokens has none
         return token_logps(hidden_TD[batch.rows_R], head.weight, bias, batch.target_R, self.shape, needs)
@@ -77,6 +81,7 @@ class Policy:
             attention_mask=no_mask,
             layout=batch.layout,
             use_cache=False,
+            **({"keeps_weights": False} if self.recomputes_cheap_parts else {}),
         )
         return output.last_hidden_state[0]
 
@@ -172,25 +177,30 @@ _CHECK_LENGTHS = (6, 9, 5)
 
 
 def _check_batch(policy: Policy, salt: int = 0) -> Batch:
-    """Three short sequences of arbitrary tokens; `salt` changes the middle one only."""
+    """Three short sequences; `salt` changes the middle one only."""
+    return arbitrary_batch(policy, _CHECK_LENGTHS, salt)
+
+
+def arbitrary_batch(policy: Policy, lengths: Sequence[int], salt: int = 0) -> Batch:
+    """Sequences of arbitrary tokens of these lengths, all of them supervised but the first."""
     vocabulary = policy.vocabulary
     sequences = [
         [(7919 * (i + 1) * (j + 3) + 104729 * (i == 1) * salt) % vocabulary for j in range(n)]
-        for i, n in enumerate(_CHECK_LENGTHS)
+        for i, n in enumerate(lengths)
     ]
-    starts = tuple(sum(_CHECK_LENGTHS[:i]) for i in range(len(_CHECK_LENGTHS)))
-    rows = [s + j for s, n in zip(starts, _CHECK_LENGTHS, strict=True) for j in range(n - 1)]
+    starts = tuple(sum(lengths[:i]) for i in range(len(lengths)))
+    rows = [s + j for s, n in zip(starts, lengths, strict=True) for j in range(n - 1)]
     flat = torch.tensor([token for sequence in sequences for token in sequence])
     return Batch(
         input_ids_T=flat,
-        position_ids_T=torch.cat([torch.arange(n) for n in _CHECK_LENGTHS]),
-        layout=Layout(starts, _CHECK_LENGTHS),
+        position_ids_T=torch.cat([torch.arange(n) for n in lengths]),
+        layout=Layout(starts, tuple(lengths)),
         rows_R=torch.tensor(rows),
         target_R=flat[torch.tensor(rows) + 1],
-        sequence_R=torch.tensor([i for i, n in enumerate(_CHECK_LENGTHS) for _ in range(n - 1)]),
-        sample_S=tuple(range(len(_CHECK_LENGTHS))),
-        origins_S=(Origin("self-check", 0),) * len(_CHECK_LENGTHS),
-        counts={"tokens": len(rows), "sequences": len(_CHECK_LENGTHS)},
+        sequence_R=torch.tensor([i for i, n in enumerate(lengths) for _ in range(n - 1)]),
+        sample_S=tuple(range(len(lengths))),
+        origins_S=(Origin("self-check", 0),) * len(lengths),
+        counts={"tokens": len(rows), "sequences": len(lengths)},
     )
 
 

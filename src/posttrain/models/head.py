@@ -24,6 +24,8 @@ import torch
 from posttrain.types import Needs, Outputs
 
 CHUNK_ROWS = 256  # 256 x 49,152 logits are 25 MB in bf16: large enough for full speed, small enough to stay in memory
+SLICE_ROWS = 8192
+"""Rows of the head's weight whose gradient is added up at a time."""
 BLOCK_SIZE = {"cpu": 2**20}
 """Logits of a block; on other devices a block is the whole chunk."""
 NOTHING_MORE = Needs()
@@ -204,10 +206,16 @@ class _TokenLogps(torch.autograd.Function):
             if grad_hidden_RD is not None:
                 torch.mm(low_CV, weight_VD, out=grad_hidden_RD[part])
             if grad_weight_VD is not None:
-                grad_weight_VD += low_CV.t() @ hidden_RD[part]
+                for rows in _slices(len(grad_weight_VD)):
+                    grad_weight_VD[rows] += low_CV[:, rows].t() @ hidden_RD[part]
         if grad_weight_VD is not None:
             grad_weight_VD = grad_weight_VD.to(weight_VD.dtype)
         return grad_hidden_RD, grad_weight_VD, grad_bias_V, None, None, None
+
+
+def _slices(vocabulary: int) -> Iterator[slice]:
+    """A product for the whole weight would be as large as the weight itself."""
+    return (slice(start, start + SLICE_ROWS) for start in range(0, vocabulary, SLICE_ROWS))
 
 
 def _logit_gradient(

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 from posttrain.models.adapters import LeanLora
+from posttrain.models.recomputation import Recipe
 
 
 def specialise_layers(model: nn.Module) -> list[nn.Module]:
@@ -86,7 +87,19 @@ def _gives_the_same(module: nn.Module, lean: Any) -> bool:
 
 
 def _norm(module: Any, hidden: torch.Tensor) -> torch.Tensor:
-    return _RmsNorm.apply(hidden, module.weight, module.variance_epsilon)
+    normed = _RmsNorm.apply(hidden, module.weight, module.variance_epsilon)
+    if torch.is_grad_enabled():
+        flat, weight = hidden.detach().reshape(-1, hidden.shape[-1]), module.weight.detach()
+        Recipe(lambda: _normalise(flat, weight, module.variance_epsilon)[0]).attach(normed)
+    return normed
+
+
+def _normalise(flat: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The normed rows and one over their root mean square."""
+    normed = _accurate_copy(flat)
+    scale = torch.linalg.vector_norm(normed, dim=-1, keepdim=True)
+    scale.square_().div_(flat.shape[-1]).add_(epsilon).rsqrt_()
+    return normed.mul_(scale).mul_(weight.to(normed.dtype)).to(flat.dtype), scale
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -95,11 +108,9 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        normed, accurate = _accurate_copy(flat), _accurate(x.dtype)
-        scale = torch.linalg.vector_norm(normed, dim=-1, keepdim=True)
-        scale.square_().div_(flat.shape[-1]).add_(epsilon).rsqrt_()
+        normed, scale = _normalise(flat, weight, epsilon)
         ctx.save_for_backward(flat, weight, scale)
-        return normed.mul_(scale).mul_(weight.to(accurate)).to(x.dtype).view(x.shape)
+        return normed.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:

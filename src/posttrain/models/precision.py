@@ -1,9 +1,11 @@
 """Compute in one dtype, learn in fp32.
 
 Every floating parameter computes in the dtype asked for. What is trained has an fp32 master: the user's own `Parameter`
-object, which the optimiser holds, while a copy in the compute dtype takes its place in the module. Gradients of the
-copy are added to the master's fp32 gradient as soon as they are complete, so accumulation over micro-batches loses
-nothing, and no parameter is cast twice. Adapter parameters stay fp32 in place: they are small and their layers cast.
+object, which the optimiser holds, while a copy in the compute dtype takes its place in the module. A copy's gradient
+waits in its own dtype until there is something to add to it, or until `settle` is called before the optimiser's turn;
+sums are fp32. So accumulation over micro-batches loses nothing, and while activations still fill the memory a step of
+one micro-batch holds half as much in gradients. Adapter parameters stay fp32 in place: they are small and their layers
+cast.
 
 `restore` puts everything back as it was given, trained values included: frozen weights come back bit for bit (a copy is
 kept only of those the compute dtype cannot hold exactly), trained ones in their original dtype.
@@ -32,13 +34,14 @@ class _Master:
 class MixedPrecision:
     """Casts `model` to `compute_dtype` with fp32 masters; `adapter_parameters` (by identity) are kept fp32 as they are.
 
-    Call `publish` after each optimiser step and `restore` once at the end.
+    Call `settle` before each optimiser step, `publish` after it, and `restore` once at the end.
     """
 
     def __init__(self, model: nn.Module, compute_dtype: torch.dtype, adapter_parameters: set[nn.Parameter]):
         self.compute_dtype = compute_dtype
         self._masters: list[_Master] = []
         self._frozen: list[tuple[nn.Parameter, torch.dtype, torch.Tensor | None]] = []
+        self._waiting: dict[nn.Parameter, torch.Tensor] = {}
         holders: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
         for module in model.modules():
             for name, parameter in module._parameters.items():
@@ -69,13 +72,37 @@ class MixedPrecision:
             compute = parameter
         else:
             compute = nn.Parameter(parameter.data.to(self.compute_dtype))
-            compute.register_post_accumulate_grad_hook(lambda copy: _move_gradient(copy, parameter))
+            compute.register_post_accumulate_grad_hook(lambda copy: self._take_gradient(copy, parameter))
             self._install(parameter, compute)
         self._masters.append(_Master(name, parameter, compute, original))
 
     def _install(self, held: nn.Parameter, replacement: nn.Parameter) -> None:
         for module, name in self._holders[held]:
             module._parameters[name] = replacement
+
+    def _take_gradient(self, copy: nn.Parameter, master: nn.Parameter) -> None:
+        """A copy's gradient is complete for this micro-batch."""
+        gradient, copy.grad = copy.grad, None
+        if gradient is None:
+            return
+        if master in self._waiting:
+            master.grad = self._waiting.pop(master).to(master.dtype)
+        if master.grad is None:
+            self._waiting[master] = gradient
+        else:
+            master.grad.add_(gradient)
+
+    def settle(self) -> None:
+        """Give every master its gradient in fp32."""
+        while self._waiting:
+            master, gradient = self._waiting.popitem()
+            master.grad = gradient.to(master.dtype)
+
+    def drop_gradients(self) -> None:
+        """Forget the gradients of an unfinished step."""
+        self._waiting.clear()
+        for master in self._masters:
+            master.compute.grad = master.parameter.grad = None
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -117,17 +144,6 @@ class MixedPrecision:
         for parameter, dtype, kept in self._frozen:
             parameter.data = parameter.data.to(dtype) if kept is None else kept
         self._masters, self._frozen = [], []
-
-
-def _move_gradient(copy: nn.Parameter, master: nn.Parameter) -> None:
-    gradient = copy.grad
-    copy.grad = None
-    if gradient is None:
-        return
-    if master.grad is None:
-        master.grad = gradient.to(master.dtype)
-    else:
-        master.grad.add_(gradient)
 
 
 def has_fast_bf16(device: torch.device) -> bool:

@@ -2,8 +2,9 @@
 
 PyTorch's flash kernel for CPUs is slow in its backward pass; for segments of a few hundred tokens it is quicker to
 write the scores down. Per segment: scores by one batched product (query heads that share a key head are stacked as
-rows), a soft-max, and the probabilities kept in the compute dtype for a backward pass of four products. A segment with
-a parent (an answer to a shared prompt) looks at the parent's keys as well.
+rows), a soft-max, and the probabilities kept in the compute dtype for a backward pass of four products; or made again
+there, for one product and a soft-max more, where memory is short. A segment with a parent (an answer to a shared
+prompt) looks at the parent's keys as well.
 Gradients go straight into one tensor each. Memory grows with the square of a segment's length, so long ones are left to
 SDPA; `MAX_LENGTH` is where the two cross (benchmarks/RESULTS.md).
 
@@ -23,10 +24,15 @@ MAX_LENGTH = 512
 
 
 def segment_attention(
-    query_1HTE: torch.Tensor, key_1KTE: torch.Tensor, value_1KTE: torch.Tensor, layout: Layout, scale: float
+    query_1HTE: torch.Tensor,
+    key_1KTE: torch.Tensor,
+    value_1KTE: torch.Tensor,
+    layout: Layout,
+    scale: float,
+    keeps_weights: bool = True,
 ) -> torch.Tensor:
     """`(1, T, H, E)`: every token attends to itself and what precedes it in its own segment."""
-    return _SegmentAttention.apply(query_1HTE[0], key_1KTE[0], value_1KTE[0], layout, scale)[None]
+    return _SegmentAttention.apply(query_1HTE[0], key_1KTE[0], value_1KTE[0], layout, scale, keeps_weights)[None]
 
 
 class _SegmentAttention(torch.autograd.Function):
@@ -38,6 +44,7 @@ class _SegmentAttention(torch.autograd.Function):
         value_KTE: torch.Tensor,
         layout: Layout,
         scale: float,
+        keeps_weights: bool,
     ) -> torch.Tensor:
         heads, tokens, _ = query_HTE.shape
         groups = key_KTE.shape[0]
@@ -46,12 +53,10 @@ class _SegmentAttention(torch.autograd.Function):
         weights = []
         for own, parent in layout.segments():
             query_KRE = _stacked(query_HTE[:, own], groups)
-            key_KNE, value_KNE = _seen(key_KTE, own, parent), _seen(value_KTE, own, parent)
-            # mask and scale ride on the product; soft-max computes in fp32 and rounds once
-            mask_1RN = masks.of(own.stop - own.start, key_KNE.shape[1])
-            p_KRN = torch.softmax(torch.baddbmm(mask_1RN, query_KRE, key_KNE.mT, alpha=scale), -1)
-            _unstack(p_KRN @ value_KNE, output_THE[own])
-            weights.append(p_KRN)
+            p_KRN = _weights(query_KRE, _seen(key_KTE, own, parent), masks, scale)
+            _unstack(p_KRN @ _seen(value_KTE, own, parent), output_THE[own])
+            if keeps_weights:
+                weights.append(p_KRN)
         ctx.layout, ctx.scale = layout, scale
         ctx.save_for_backward(query_HTE, key_KTE, value_KTE, *weights)
         return output_THE
@@ -63,15 +68,19 @@ class _SegmentAttention(torch.autograd.Function):
         groups, scale = key_KTE.shape[0], ctx.scale
         grad_query_THE = query_HTE.new_empty(query_HTE.shape[1], query_HTE.shape[0], query_HTE.shape[2])
         grad_key, grad_value = _KeyGradient(key_KTE), _KeyGradient(value_KTE)
-        for (own, parent), p_KRN in zip(ctx.layout.segments(), weights, strict=True):
+        masks = _Masks(query_HTE.shape[0] // groups, query_HTE)
+        kept = iter(weights)
+        for own, parent in ctx.layout.segments():
             query_KRE, grad_KRE = (_stacked(x, groups) for x in (query_HTE[:, own], grad_THE[own].transpose(0, 1)))
+            key_KNE = _seen(key_KTE, own, parent)
+            p_KRN = next(kept) if weights else _weights(query_KRE, key_KNE, masks, scale)
             grad_value.add(p_KRN.mT @ grad_KRE, own, parent)
             weight_grad_KRN = grad_KRE @ _seen(value_KTE, own, parent).mT
             score_KRN = torch._softmax_backward_data(weight_grad_KRN, p_KRN, -1, p_KRN.dtype)
-            _unstack(score_KRN @ _seen(key_KTE, own, parent), grad_query_THE[own])
+            _unstack(score_KRN @ key_KNE, grad_query_THE[own])
             grad_key.add(score_KRN.mT @ query_KRE, own, parent)
         grads_TXE = (grad_query_THE.mul_(scale), grad_key.total().mul_(scale), grad_value.total())
-        return *(grad.transpose(0, 1) for grad in grads_TXE), None, None
+        return *(grad.transpose(0, 1) for grad in grads_TXE), None, None, None
 
 
 class _KeyGradient:
@@ -97,19 +106,25 @@ class _KeyGradient:
         return self._grad_TKE
 
 
+def _weights(query_KRE: torch.Tensor, key_KNE: torch.Tensor, masks: _Masks, scale: float) -> torch.Tensor:
+    """Mask and scale ride on the product; soft-max computes in fp32 and rounds once."""
+    mask_1RN = masks.of(query_KRE.shape[1] // masks.heads, key_KNE.shape[1])
+    return torch.softmax(torch.baddbmm(mask_1RN, query_KRE, key_KNE.mT, alpha=scale), -1)
+
+
 class _Masks:
     """What is added to the scores of a segment: 0, and minus infinity for what lies ahead. One for each pair of
     lengths."""
 
     def __init__(self, heads_per_group: int, like: torch.Tensor):
-        self._heads, self._like = heads_per_group, like
+        self.heads, self._like = heads_per_group, like
         self._made: dict[tuple[int, int], torch.Tensor] = {}
 
     def of(self, asked: int, there: int) -> torch.Tensor:
         """`(1, G x asked, there)`; the last query sees everything."""
         if (asked, there) not in self._made:
             ahead = torch.full((asked, there), -torch.inf, dtype=self._like.dtype).triu_(1 + there - asked)
-            self._made[asked, there] = ahead.repeat(self._heads, 1)[None]
+            self._made[asked, there] = ahead.repeat(self.heads, 1)[None]
         return self._made[asked, there]
 
 

@@ -17,7 +17,9 @@ from transformers import TrainingArguments
 from transformers.training_args import trainer_log_levels
 
 from posttrain.errors import ConfigError
+from posttrain.models.available import parse_size
 from posttrain.models.precision import has_fast_bf16
+from posttrain.models.recomputation import LEVELS
 from posttrain.trainers.arguments import REFUSED
 from posttrain.trainers.spellings import modern_config
 from posttrain.trainers.values import check_values
@@ -50,6 +52,7 @@ class PackedConfig(TrainingArguments):
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
         "truncation_mode": ("keep_start", "keep_end"),
         "on_bad_row": ("error", "skip"),
+        "recompute": ("auto", *LEVELS),
         "log_level": tuple(trainer_log_levels),
     }
 
@@ -89,8 +92,18 @@ class PackedConfig(TrainingArguments):
     activation_offloading: bool = field(default=False, metadata={"help": "Not supported: activations stay in memory."})
     pad_token: str | None = field(default=None, metadata={"help": "Padding token to set on the tokenizer."})
     token_budget: int | None = field(
-        default=None, metadata={"help": "Most tokens in one forward. Changes memory and speed, never the result."}
+        default=None,
+        metadata={"help": "Most tokens in one forward. Default: as memory allows. Never changes the result."},
     )
+    max_memory: str | None = field(
+        default=None,
+        metadata={"help": "Memory that training may use, such as '12GiB'. Default: 90 % of what is there."},
+    )
+    recompute: str = field(
+        default="auto",
+        metadata={"help": "Activations made again in the backward pass: 'none', 'selective', 'full', or the least that "
+                  "fits ('auto'). gradient_checkpointing=True means 'full'."},
+    )  # fmt: skip
     dataset_format: str = field(default="auto", metadata={"help": "Name of the rows' format; 'auto' asks each row."})
     dataset_streaming: bool = field(
         default=False, metadata={"help": "Read training files as training goes, for what does not fit in memory."}
@@ -132,6 +145,8 @@ class PackedConfig(TrainingArguments):
         for name, choices in self.CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is unknown", hint=f"choose one of {choices}")
+        if self.max_memory is not None:
+            parse_size(self.max_memory)
         for name in ("trust_remote_code", "activation_offloading"):
             if getattr(self, name):
                 raise ConfigError(

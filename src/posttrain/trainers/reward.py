@@ -28,7 +28,7 @@ from posttrain.models import adapters
 from posttrain.models.load import load_model, load_tokenizer, set_pad_token
 from posttrain.models.scoring import as_classifier, is_classifier
 from posttrain.objectives.reward import RewardLoss
-from posttrain.run import DEFAULT_TOKEN_BUDGET
+from posttrain.planner import default_token_budget
 from posttrain.trainers.answers import AnswerConfig, AnswerTrainer
 from posttrain.trainers.config import PackedConfig, accepts_old_spellings
 from posttrain.trainers.opening import as_dict, dtype_to_load, open_model, read_config, refuse
@@ -169,7 +169,7 @@ class RewardTrainer(AnswerTrainer):
 
     def _judge(self, session: Any, samples: Sequence[Sample], prefix: str) -> dict[str, float]:
         policy = session.policy
-        budget = self.args.token_budget or DEFAULT_TOKEN_BUDGET.get(policy.device.type, 4096)
+        budget = self.args.token_budget or default_token_budget(policy.device)
         judged = judge_scores(policy, samples, budget, Packing(shared=policy.shares_prompts))
         return {f"{prefix}_{name}": value for name, value in judged.items()}
 

@@ -92,10 +92,34 @@ def test_gradients_add_up_in_fp32() -> None:
     layer(torch.ones(1, 1, dtype=torch.bfloat16)).sum().backward()
     for _ in range(1000):
         layer(torch.full((1, 1), 2**-10, dtype=torch.bfloat16)).sum().backward()
+    precision.settle()
     assert master.grad is not None
     assert master.grad.dtype == torch.float32
     assert master.grad.item() == 1 + 1000 / 1024
     assert layer.weight.grad is None
+
+
+def test_a_first_gradient_waits_in_the_compute_dtype() -> None:
+    layer = nn.Linear(1, 1, bias=False)
+    precision = MixedPrecision(layer, torch.bfloat16, set())
+    ((_, master),) = precision.masters()
+    layer(torch.full((1, 1), 0.1, dtype=torch.bfloat16)).sum().backward()
+    assert master.grad is layer.weight.grad is None
+    precision.settle()
+    assert master.grad is not None
+    assert master.grad.item() == torch.tensor(0.1).bfloat16().item()
+
+
+def test_dropped_gradients_are_gone() -> None:
+    layer = nn.Linear(1, 1, bias=False)
+    precision = MixedPrecision(layer, torch.bfloat16, set())
+    ((_, master),) = precision.masters()
+    for count in (1, 2):
+        for _ in range(count):
+            layer(torch.ones(1, 1, dtype=torch.bfloat16)).sum().backward()
+        precision.drop_gradients()
+        precision.settle()
+        assert master.grad is layer.weight.grad is None
 
 
 def test_in_fp32_the_parameters_are_their_own_masters() -> None:
@@ -116,6 +140,7 @@ def test_tied_weights_stay_tied(family: str) -> None:
     assert sum(master is embedding for _, master in precision.masters()) == 1
     ids = torch.tensor([[5, 6, 7]])
     model(input_ids=ids, labels=ids).loss.backward()
+    precision.settle()
     assert embedding.grad is not None
     reference = tiny_model(family)
     reference(input_ids=ids, labels=ids).loss.backward()

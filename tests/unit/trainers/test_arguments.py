@@ -59,7 +59,6 @@ def test_what_is_honoured_is_read_somewhere(name: str) -> None:
     [
         ("fp16", True),
         ("torch_compile", True),
-        ("auto_find_batch_size", True),
         ("push_to_hub", True),
         ("ignore_data_skip", True),
         ("label_names", ["x"]),

@@ -1,0 +1,180 @@
+"""How a step is to be cut and what of it is made again, so that it fits into the memory there is.
+
+Where memory is plentiful nothing is given up for it: freed pages are kept, and everything that a gradient needs. Where
+it is not, freed pages go back at once, so that the formula (models/footprint.py) holds to a few per cent, and the least
+recomputation that fits is taken, with micro-batches as large as fit; a probe, one forward and backward over arbitrary
+tokens, says whether this model is what the formula takes it for. None of it changes the result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from posttrain.models.available import parse_size, total_memory
+from posttrain.models.footprint import Footprint, footprint
+from posttrain.models.forward import arbitrary_batch
+from posttrain.models.memory import PeakGrowth, memory_in_use, return_freed_pages
+from posttrain.models.recomputation import LEVELS
+from posttrain.session import Session
+from posttrain.shortage import size
+from posttrain.snapshot import capture_rng, restore_rng
+from posttrain.types import Needs
+
+logger = logging.getLogger("posttrain")
+DEFAULT_TOKEN_BUDGET = {"cpu": 4096, "cuda": 16384}
+EFFICIENT_TOKENS = 1024
+"""Smaller micro-batches cost more time than recomputation does."""
+SHARE = 0.9
+"""Of what is there, the rest being for what else may come."""
+HOLES = 1.5
+"""With freed pages kept, at most so much more is resident than is in use."""
+TOLERANCE = 1.15
+PROBE_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Tokens of an ordinary step, of the largest one, and of the longest sequence."""
+
+    usual: int
+    largest: int
+    longest: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`fixed` are bytes that are there all the time, `needs` the least and the most in all, `total` what there is."""
+
+    token_budget: int
+    recomputation: str
+    is_tight: bool
+    fixed: int
+    needs: tuple[int, int]
+    total: int
+    limit: int
+
+    @property
+    def fits(self) -> bool:
+        return self.needs[1] <= self.limit
+
+    def __str__(self) -> str:
+        low, high = (f"{value / 2**30:.1f}" for value in self.needs)
+        needs = low if low == high else f"{low}-{high}"
+        how = "" if self.recomputation == "none" else f", recomputation: {self.recomputation}"
+        cut = f"{size(self.fixed)} all the time, up to {self.token_budget} tokens at once{how}"
+        return f"needs {needs} GiB of {self.total / 2**30:.1f} GiB ({cut})"
+
+
+def default_token_budget(device: torch.device) -> int:
+    return DEFAULT_TOKEN_BUDGET.get(device.type, 4096)
+
+
+def make_plan(
+    session: Session,
+    work: Workload,
+    *,
+    optimizer: str,
+    token_budget: int | None,
+    recompute: str,
+    max_memory: int | str | None,
+) -> Plan:
+    """The plan, put into effect for `session`. `token_budget` and `recompute` (unless "auto") are the user's."""
+    device = session.policy.device
+    needs = footprint(session.policy.base, session.trained, set(session.lean), optimizer)
+    total = total_memory(device)
+    limit = int(SHARE * total) if max_memory is None else min(parse_size(max_memory), total)
+    levels = _levels(session, recompute)
+    plan = _roomy(needs, work, token_budget or default_token_budget(device), levels[0], device, (total, limit))
+    if not plan.fits:
+        if device.type == "cpu":
+            return_freed_pages()
+        plan = _tight(needs, work, token_budget, levels, device, (total, limit))
+        session.recompute(plan.recomputation)
+        longest = min(work.longest, PROBE_TOKENS)
+        ratio = probe(session, needs, [longest] * (PROBE_TOKENS // longest))
+        if ratio > TOLERANCE:
+            logger.warning("memory   this model keeps %.1f times what was expected; planning with that", ratio)
+            plan = _tight(_scaled(needs, ratio), work, token_budget, levels, device, (total, limit))
+    session.recompute(plan.recomputation)
+    log = logger.info if plan.fits else logger.warning
+    log("memory   %s%s", plan, "" if plan.fits else ": it may not fit; lower max_length or train an adapter")
+    return plan
+
+
+def probe(session: Session, needs: Footprint, lengths: Sequence[int]) -> float:
+    """Memory that a forward and backward over sequences of these lengths takes, over what the formula says. Nothing of
+    it stays."""
+    policy, rng = session.policy, capture_rng()
+    with PeakGrowth(policy.device) as growth:
+        outputs = policy(arbitrary_batch(policy, lengths), Needs(entropy=True))
+        (outputs.logp_R if outputs.score_S is None else outputs.score_S).sum().backward()
+        del outputs
+        session.precision.settle()
+    session.precision.drop_gradients()
+    for parameter in session.trained.values():
+        parameter.grad = None
+    restore_rng(rng)
+    return growth.num_bytes / max(1, needs.step(session.recomputation, sum(lengths), max(lengths), 1))
+
+
+def _levels(session: Session, recompute: str) -> tuple[str, ...]:
+    """Those to choose from, the quickest first."""
+    if recompute != "auto" or session.recomputation == "full":
+        return (session.recomputation,)
+    return LEVELS if session.policy.base.supports_gradient_checkpointing else LEVELS[:2]
+
+
+def _roomy(
+    needs: Footprint, work: Workload, budget: int, level: str, device: torch.device, bounds: tuple[int, int]
+) -> Plan:
+    fixed = memory_in_use(device) + needs.optimizer
+    low = fixed + _step(needs, work.usual, work.longest, level, budget)
+    holes = HOLES if device.type == "cpu" else 1.0
+    high = fixed + int(holes * _step(needs, work.largest, work.longest, level, budget))
+    return Plan(budget, level, False, fixed, (low, high), *bounds)
+
+
+def _tight(
+    needs: Footprint,
+    work: Workload,
+    asked: int | None,
+    levels: tuple[str, ...],
+    device: torch.device,
+    bounds: tuple[int, int],
+) -> Plan:
+    """Levels with micro-batches of an efficient size first; then the highest with ever smaller ones."""
+    fixed = memory_in_use(device) + needs.optimizer
+    most = min(asked or default_token_budget(device), max(work.largest, 1))
+    least = min(most, max(work.longest, 1))
+    wanted = [(level, budget) for level in levels for budget in _halves(most, min(most, max(least, EFFICIENT_TOKENS)))]
+    wanted += [(levels[-1], budget) for budget in _halves(most, least)]
+    for level, budget in wanted:
+        low, high = (fixed + _step(needs, tokens, work.longest, level, budget) for tokens in (work.usual, work.largest))
+        plan = Plan(budget, level, True, fixed, (low, high), *bounds)
+        if plan.fits:
+            break
+    return plan
+
+
+def _halves(most: int, least: int) -> list[int]:
+    steps = math.floor(math.log2(most / least)) if most > least else 0
+    return [*(most >> i for i in range(steps + 1)), *([least] if most >> steps != least else [])]
+
+
+def _step(needs: Footprint, tokens: int, longest: int, level: str, budget: int) -> int:
+    """A micro-batch is never smaller than the longest sequence."""
+    micro_batches = math.ceil(tokens / budget)
+    return needs.step(level, min(tokens, max(budget, longest)), longest, micro_batches)
+
+
+def _scaled(needs: Footprint, ratio: float) -> Footprint:
+    def times(values: Mapping[str, float]) -> dict[str, float]:
+        return {name: value * ratio for name, value in values.items()}
+
+    return dataclasses.replace(needs, kept=times(needs.kept), weights=times(needs.weights), layer=needs.layer * ratio)
