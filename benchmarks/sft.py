@@ -77,11 +77,11 @@ def _measure(kind: str, workload: str, model: str, options: argparse.Namespace) 
             command = [python_of(library), str(HERE / "worker.py"), "--model", model, "--data", options.data]
             command += ["--library", library, "--variant", variant, "--steps", str(options.steps)]
             command += ["--workload", workload, *(["--full"] if kind == "full" else [])]
-            runs[library, variant].append(_run(command, extra, f"{library} {variant}"))
+            runs[library, variant].append(run_worker(command, extra, f"{library} {variant}"))
     return runs
 
 
-def _run(command: list[str], extra: dict[str, str], name: str) -> Any:
+def run_worker(command: list[str], extra: dict[str, str], name: str) -> Any:
     environment = {**os.environ, **extra, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]

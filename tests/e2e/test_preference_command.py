@@ -43,7 +43,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         {"prompt": row["prompt"], "completion": row["chosen" if i % 2 else "rejected"], "label": i % 2 == 1}
         for i, row in enumerate(rows)
     ]
-    (tmp_path / "ratings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ratings))
+    (tmp_path / "rated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ratings))
     return tmp_path
 
 
@@ -76,7 +76,7 @@ METRICS = {
 @pytest.mark.parametrize("whole", [False, True])
 def test_other_methods_from_their_recipes(method: str, whole: bool, project: Path) -> None:
     recipe(project, method)
-    data = "ratings.jsonl" if method == "kto" else "pairs.jsonl"
+    data = "rated.jsonl" if method == "kto" else "pairs.jsonl"
     more = ("--set", "lora.enabled=false") if whole else ()
     done = posttrain(project, "train", "run.yaml", *OVERRIDES, *more, "--set", f"dataset.val_path={data}", "--json")
     assert done.returncode == 0, done.stderr

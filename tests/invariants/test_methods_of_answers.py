@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig
 
 import posttrain
-from posttrain import ConfigError, DataError
+from posttrain import CheckpointError, ConfigError, DataError
 from posttrain.models import forward
 from posttrain.trainers.base import PackedTrainer
 from tests.invariants.test_preference_runs import ROWS, history, weights
@@ -86,6 +86,13 @@ def test_killed_and_resumed(method: str, adapted: bool, tmp_path: Path) -> None:
         for name, value in weights(undisturbed).items():
             assert torch.equal(value, weights(resumed)[name]), name
         assert history(resumed, "loss", "grad_norm") == history(undisturbed, "loss", "grad_norm")
+
+
+def test_other_labels_are_another_run(tmp_path: Path) -> None:
+    trainer("KTO", tmp_path, save_strategy="steps", save_steps=2).train()
+    rows = [{**row, "label": not row["label"]} for row in RATED]
+    with pytest.raises(CheckpointError, match="training data"):
+        trainer("KTO", tmp_path, rows=rows).train(resume_from_checkpoint=True)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,4 +1,4 @@
-"""A hash of tokenized data: the same tokens with the same masks in the same order have the same one."""
+"""A hash of tokenized data: the same tokens with the same masks and labels in the same order have the same one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from posttrain.types import Sample
 
 
 def fingerprint(samples: Sequence[Sample]) -> str:
-    """SHA-256 over every sequence's length, token ids and supervised mask, and where samples begin."""
+    """SHA-256 over every sequence's length, token ids, supervised mask and numbers beside them, and where samples
+    begin."""
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(len(sample).to_bytes(4, "little"))
@@ -22,4 +23,7 @@ def fingerprint(samples: Sequence[Sample]) -> str:
                 digest.update(len(branch.ids).to_bytes(4, "little"))
                 digest.update(np.ascontiguousarray(branch.ids, dtype=np.int64).tobytes())
                 digest.update(np.ascontiguousarray(branch.supervised, dtype=np.bool_).tobytes())
+            for name, value in sorted(part.columns.items()):
+                if isinstance(value, bool | int | float | np.number):  # a label, a margin
+                    digest.update(f"{name}={float(value)!r}".encode())
     return digest.hexdigest()

@@ -6,6 +6,7 @@ Not here: images (refused), `compute_metrics` (refused: it would want logits), c
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import IntervalStrategy, set_seed
 
 from posttrain.data.cache import default_folder
+from posttrain.data.comparisons import contradictions, length_bias
 from posttrain.data.report import DataReport
 from posttrain.data.settings import DataSettings
 from posttrain.data.templates import find_template
@@ -27,6 +29,7 @@ from posttrain.trainers.base import make_events
 from posttrain.trainers.config import PackedConfig
 from posttrain.trainers.data import DataTrainer
 from posttrain.trainers.opening import as_dict, open_model
+from posttrain.types import Sample
 
 logger = logging.getLogger("posttrain")
 HIGH_RATES = {True: 1e-4, False: 1e-5}
@@ -35,7 +38,10 @@ HIGH_RATES = {True: 1e-4, False: 1e-5}
 
 @dataclass
 class AnswerConfig(PackedConfig):
-    """Settings that methods of preference share."""
+    """Settings that methods of preference share. `ONLY_WITH` says of a field with which values of another it is heeded:
+    set away from its default without them, it is refused."""
+
+    ONLY_WITH: ClassVar[dict[str, tuple[str, tuple[Any, ...]]]] = {}
 
     learning_rate: float = field(
         default=1e-6, metadata={"help": "Peak learning rate; 10 to 100 times below what supervised training takes."}
@@ -51,12 +57,26 @@ class AnswerConfig(PackedConfig):
 
     def _check_choices(self) -> None:
         super()._check_choices()
+        if self.label_smoothing_factor:
+            raise ConfigError(f"label_smoothing_factor={self.label_smoothing_factor} is of supervised training",
+                              hint="some of DPO's losses take label_smoothing")  # fmt: skip
+        for name, (other, values) in self.ONLY_WITH.items():
+            given = getattr(self, other)
+            wanted = set(given if isinstance(given, list | tuple) else [given]) & set(values)
+            if not wanted and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                which = " or ".join(repr(value) for value in values)
+                raise ConfigError(f"{name}={getattr(self, name)!r} is heeded with {other}={which} only")
         self.objective()
 
 
 @dataclass
 class ReferenceConfig(AnswerConfig):
     """Settings of methods with a reference model."""
+
+    ONLY_WITH: ClassVar[dict[str, tuple[str, tuple[Any, ...]]]] = {
+        "ref_model_mixup_alpha": ("sync_ref_model", (True,)),
+        "ref_model_sync_steps": ("sync_ref_model", (True,)),
+    }
 
     beta: float = field(
         default=0.1, metadata={"help": "How far the policy may leave the reference: less with a larger one."}
@@ -90,6 +110,7 @@ class AnswerTrainer(DataTrainer):
     batch beside the tokens."""
 
     method: ClassVar[str] = "preference"
+    way_out_of_length: ClassVar[str] = "pairs of like length, or a loss per token, keep that out"
     columns: tuple[str, ...] = ()
     args: AnswerConfig
 
@@ -163,6 +184,22 @@ class AnswerTrainer(DataTrainer):
         )
         if args.eval_strategy != IntervalStrategy.NO and not self.run.eval_sets:
             raise ConfigError(f"eval_strategy={args.eval_strategy.value!r} needs an eval_dataset")
+
+    def _prepared(self, dataset: Any, name: str, settings: DataSettings) -> Sequence[Sample]:
+        samples = super()._prepared(dataset, name, settings)
+        if name == "train":
+            self._look_at(samples)
+        return samples
+
+    def _look_at(self, samples: Sequence[Sample]) -> None:
+        """Say what the rows teach beside what they are meant to."""
+        if remark := contradictions(samples):
+            logger.warning("data     %s", remark)
+        if self._tokenizer.chat_template is None:
+            logger.warning("the tokenizer has no chat template, as that of a base model; preference methods refine "
+                           "what a model can do already")  # fmt: skip
+        if self.method == "preference" and (remark := length_bias(samples)):
+            logger.warning("data     %s; %s", remark, self.way_out_of_length)
 
     def _reference(self, ref_model: Any, is_stream: bool) -> ReferenceModel:
         """Asked ahead where that saves a pass an epoch, or a copy of all weights; a stream has no rows to ask about."""

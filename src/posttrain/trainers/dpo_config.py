@@ -20,6 +20,12 @@ class DPOConfig(ReferenceConfig):
         "f_divergence_type": tuple(F_DIVERGENCES),
         **PackedConfig.CHOICES,
     }
+    ONLY_WITH: ClassVar[dict[str, tuple[str, tuple[Any, ...]]]] = {
+        **ReferenceConfig.ONLY_WITH,
+        "discopop_tau": ("loss_type", ("discopop",)),
+        "simpo_gamma": ("loss_type", ("simpo",)),
+        "f_alpha_divergence_coef": ("f_divergence_type", ("alpha_divergence",)),
+    }
 
     loss_type: Any = field(
         default_factory=lambda: ["sigmoid"], metadata={"help": f"One or several of: {', '.join(LOSSES)}."}

@@ -110,10 +110,7 @@ class KTOTrainer(AnswerTrainer):
         self._start(train_dataset, eval_dataset, callbacks, optimizers, ref_model=ref_model)
 
     def _prepared(self, dataset: Any, name: str, settings: DataSettings) -> Sequence[Sample]:
-        samples = super()._prepared(dataset, name, settings)
-        if name == "train":
-            self._look_at_labels(samples)
-        return self._in_groups(samples)
+        return self._in_groups(super()._prepared(dataset, name, settings))
 
     def _stream(self, dataset: Any, number: int) -> Iterator[Sample]:
         rest = super()._stream(dataset, number)
@@ -125,8 +122,9 @@ class KTOTrainer(AnswerTrainer):
             return without_whole_answers(samples)
         return with_mismatched(samples, self.args.per_device_train_batch_size, self.args.max_length)
 
-    def _look_at_labels(self, samples: Sequence[Sample]) -> None:
-        """Say what would spoil a run: weights that do not make up for the labels' numbers, labels that come sorted."""
+    def _look_at(self, samples: Sequence[Sample]) -> None:
+        """Weights that do not make up for the labels' numbers, and labels that come sorted, spoil a run as well."""
+        super()._look_at(samples)
         args = self.args
         labels = [bool(sample[0].columns["label"]) for sample in samples]
         good, bad = sum(labels), len(labels) - sum(labels)

@@ -49,7 +49,10 @@ def read_config(
         for field in fields:
             if field.name not in known and getattr(args, field.name) != field.default:
                 raise ConfigError(f"args.{field.name} of {type(args).__name__} is no setting of {kind.__name__}")
-        args = kind(**{f.name: getattr(args, f.name) for f in fields if f.name in known})
+        given = {f.name: getattr(args, f.name) for f in fields if f.name in known}
+        if given["train_sampling_strategy"] == TrainingArguments.train_sampling_strategy:  # KTO has another default
+            del given["train_sampling_strategy"]
+        args = kind(**given)
     return dataclasses.replace(args, **moved) if moved else args
 
 

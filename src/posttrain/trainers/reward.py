@@ -70,6 +70,7 @@ class RewardTrainer(AnswerTrainer):
     Raises: ConfigError for anything that would not be honoured, DataError for rows that cannot be used.
     """
 
+    way_out_of_length: ClassVar[str] = "look at length_correlation when it is evaluated"
     columns: tuple[str, ...] = ("margin",)
     args: RewardConfig
 
