@@ -18,6 +18,7 @@ import platform
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,26 +30,49 @@ HERE = Path(__file__).resolve().parent
 DATA = HERE.parent.parent / "shared" / "data" / "gsm8k_train.jsonl"
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 WORKLOADS = ("gsm8k", "uneven")
-ENTRIES = (("posttrain", "default", {}), ("trl", "tuned", KEEP_MEMORY), ("trl", "documented", {}))
+Entry = tuple[str, str, dict[str, str]]
+ENTRIES: tuple[Entry, ...] = (
+    ("posttrain", "default", {}),
+    ("trl", "tuned", KEEP_MEMORY),
+    ("trl", "documented", {}),
+)
 BF16_LOSS_TOLERANCE = 0.02
 
 Runs = dict[tuple[str, str], list[dict[str, Any]]]
 
 
 def main() -> None:
-    options = _options()
+    options = options_parser(__doc__, "benchmarks/sft.json").parse_args()
+    compare(ENTRIES, {library: python_of(library) for library, _, _ in ENTRIES}, "cpu", options)
+
+
+def options_parser(about: str, record: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--only", choices=("lora", "full"))
+    parser.add_argument("--workload", choices=WORKLOADS)
+    parser.add_argument("--data", default=str(DATA))
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--json", default=record)
+    return parser
+
+
+def compare(entries: Sequence[Entry], pythons: dict[str, str], device: str, options: argparse.Namespace) -> None:
+    """Measure `entries`, print a table of each kind and workload, and write all runs beside it."""
     if not Path(options.data).exists():
         sys.exit(f"{options.data} is not there; give GSM8K's train.jsonl with --data")
-    model = resolve("smollm2-135m-instruct")
+    model = resolve(options.model)
     results = {}
     for workload in WORKLOADS if options.workload is None else (options.workload,):
         for kind in ("lora", "full") if options.only is None else (options.only,):
-            runs = _measure(kind, workload, model, options)
+            runs = _measure(entries, pythons, [kind, workload, model, device], options)
             _compare_losses(runs)
             results[f"{kind}, {workload}"] = runs
             print(_table(f"{kind}, {workload}", runs), flush=True)
     record = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "device": device,
         "results": {
             kind: {" ".join(entry): values for entry, values in runs.items()} for kind, runs in results.items()
         },
@@ -57,25 +81,17 @@ def main() -> None:
     print(f"all runs: {options.json}")
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--only", choices=("lora", "full"))
-    parser.add_argument("--workload", choices=WORKLOADS)
-    parser.add_argument("--data", default=str(DATA))
-    parser.add_argument("--json", default="benchmarks/sft.json")
-    return parser.parse_args()
-
-
-def _measure(kind: str, workload: str, model: str, options: argparse.Namespace) -> Runs:
-    runs: Runs = {(library, variant): [] for library, variant, _ in ENTRIES}
+def _measure(
+    entries: Sequence[Entry], pythons: dict[str, str], what: Sequence[str], options: argparse.Namespace
+) -> Runs:
+    kind, workload, model, device = what
+    runs: Runs = {(library, variant): [] for library, variant, _ in entries}
     for repeat in range(options.repeats):
-        for library, variant, extra in ENTRIES:
+        for library, variant, extra in entries:
             progress = f"{kind}, {workload}: run {repeat + 1}/{options.repeats} of {library} {variant}"
             print(progress, file=sys.stderr, flush=True)
-            command = [python_of(library), str(HERE / "worker.py"), "--model", model, "--data", options.data]
-            command += ["--library", library, "--variant", variant, "--steps", str(options.steps)]
+            command = [pythons[library], str(HERE / "worker.py"), "--model", model, "--data", options.data]
+            command += ["--library", library, "--variant", variant, "--steps", str(options.steps), "--device", device]
             command += ["--workload", workload, *(["--full"] if kind == "full" else [])]
             runs[library, variant].append(run_worker(command, extra, f"{library} {variant}"))
     return runs

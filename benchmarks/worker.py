@@ -1,6 +1,7 @@
 """One measured run of one library, in a process of its own; prints one line of JSON.
 
-The script is the same for both libraries but for the import: their public names, the same model, data, order and seed.
+The script is the same for all libraries but for what each asks for: their public names, the same model, data, order
+and seed. All that depends on the device is how memory is measured, `peak_memory_bytes`.
 """
 
 from __future__ import annotations
@@ -17,16 +18,26 @@ from typing import Any
 
 STARTED = time.perf_counter()
 
-# What each variant sets beside the common arguments. "documented" is what the library's own pages show for a CPU;
-# "tuned" the best of TRL's documented switches found here.
-VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
-    "trl": {"documented": {"use_cpu": True}, "tuned": {"use_cpu": True, "gradient_checkpointing": False}},
-    "posttrain": {"default": {}},
+# What each variant sets beside the common arguments. "documented" is what the library's own pages show for the device;
+# "tuned" the best of TRL's documented switches found there.
+VARIANTS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
+    "cpu": {
+        "trl": {"documented": {"use_cpu": True}, "tuned": {"use_cpu": True, "gradient_checkpointing": False}},
+        "posttrain": {"default": {"use_cpu": True}},
+    },
+    "cuda": {
+        "trl": {"documented": {}, "tuned": {"gradient_checkpointing": False, "use_liger_kernel": True}},
+        "unsloth": {"documented": {"bf16": True}},
+        "posttrain": {"default": {}},
+    },
 }
+LIBRARIES = ("posttrain", "trl", "unsloth")
 
 
 def main() -> None:
     options = _options()
+    if options.library == "unsloth":  # it changes transformers, and so wants to be imported before it
+        import_module("unsloth")
     import torch
     from transformers import TrainerCallback
 
@@ -40,13 +51,14 @@ def main() -> None:
         def on_step_end(self, *_: Any, **__: Any) -> None:
             self.ends.append(time.perf_counter())
 
-    library = import_module(options.library)
+    library = import_module("trl" if options.library == "unsloth" else options.library)
+    model, peft_config = _model(options)
     rows = WORKLOADS[options.workload](_rows(Path(options.data), options.rows))
     clock = Clock()
     from datasets import Dataset
 
     trainer = library.SFTTrainer(
-        model=options.model,
+        model=model,
         args=library.SFTConfig(
             tempfile.mkdtemp(),
             per_device_train_batch_size=options.batch,
@@ -57,19 +69,20 @@ def main() -> None:
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            **VARIANTS[options.library][options.variant],
+            **VARIANTS[options.device][options.library][options.variant],
         ),
         train_dataset=Dataset.from_list(rows),
-        peft_config=None if options.full else _lora(),
+        peft_config=peft_config,
         callbacks=[clock],
     )
     trainer.train()
-    _print(trainer.state.log_history, clock.ends, options.warmup)
+    _print(trainer.state.log_history, clock.ends, options.warmup, peak_memory_bytes(options.device))
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--library", choices=VARIANTS, required=True)
+    parser.add_argument("--library", choices=LIBRARIES, required=True)
+    parser.add_argument("--device", choices=VARIANTS, default="cpu")
     parser.add_argument("--variant", required=True)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
@@ -111,13 +124,36 @@ def _uneven(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 WORKLOADS = {"gsm8k": lambda rows: rows, "uneven": _uneven}
 
 
-def _lora() -> Any:
+def _model(options: argparse.Namespace) -> tuple[Any, Any]:
+    """The model, or its name, and the adapter to add to it. Unsloth wants to load and to wrap it itself."""
+    if options.library == "unsloth":
+        from unsloth import FastLanguageModel
+
+        model, _ = FastLanguageModel.from_pretrained(
+            options.model, max_seq_length=2048, load_in_4bit=False, full_finetuning=options.full
+        )
+        if not options.full:
+            model = FastLanguageModel.get_peft_model(
+                model, r=16, lora_alpha=32, lora_dropout=0, use_gradient_checkpointing="unsloth"
+            )
+        return model, None
+    if options.full:
+        return options.model, None
     from peft import LoraConfig
 
-    return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    return options.model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def _print(history: list[dict[str, Any]], ends: list[float], warmup: int) -> None:
+def peak_memory_bytes(device: str) -> int:
+    """The one call that only the device itself can answer: what its allocator had given out at most."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _print(history: list[dict[str, Any]], ends: list[float], warmup: int, peak: int) -> None:
     steps = [entry for entry in history if "loss" in entry]
     tokens = steps[-1]["num_tokens"] - steps[warmup - 1]["num_tokens"]
     seconds = ends[-1] - ends[warmup - 1]
@@ -130,7 +166,7 @@ def _print(history: list[dict[str, Any]], ends: list[float], warmup: int) -> Non
         "trained_share": sum(shares) / len(shares) if shares else None,
         "hardware_share_per_token_per_second": sum(limits) / len(limits) if limits else None,
         "seconds_to_first_step": ends[0] - STARTED,
-        "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_memory_gib": peak / 2**30,
     }
     print("RESULT " + json.dumps(result))
     sys.stdout.flush()
