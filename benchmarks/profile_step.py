@@ -4,9 +4,10 @@
     .venv/bin/python benchmarks/profile_step.py --full --json step.json
     .venv/bin/python benchmarks/profile_step.py --recompute full
 
-Each operation's own time (without what it calls) is put down to the innermost of these that it ran in: attention, norms,
-head, optimiser, by the function that called it; else by its name: matrix products, fills and copies, the rest. Backward
-passes of our own functions are told apart the same way, for autograd names them. On CUDA it is the device's time.
+Each operation's own time (without what it calls) is put down to the innermost of these that it ran in: attention,
+norms, head, optimiser, by the function that called it; else by its name: matrix products, fills and copies, the rest.
+Backward passes of our own functions are told apart the same way, for autograd names them. On CUDA it is the device's
+time.
 """
 
 from __future__ import annotations

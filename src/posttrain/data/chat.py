@@ -1,7 +1,8 @@
 """Rendering conversations with a chat template.
 
 A template of our own is rendered here, any other in a child process (sandbox.py), for it is a program out of a file.
-Both write what transformers' `apply_chat_template` writes, which is what the model is given when it is used.
+Both write what transformers' `apply_chat_template` writes, which is what the model is given when it is used; but ours
+are given the arguments of tool calls as objects, however the row holds them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from posttrain.data.rendering import (
     Span,
     plain,
     rendered,
+    with_objects,
     with_reasoning,
 )
 from posttrain.data.sandbox import SANDBOX
@@ -140,10 +142,12 @@ class Chat:
         taken = sorted({"messages", "tools", "add_generation_prompt"} & set(example.template_kwargs))
         if taken:
             raise RenderError(f"chat_template_kwargs cannot set {', '.join(taken)}")
-        shape = self._shape(self.text(example))
+        template = self.text(example)
+        shape = self._shape(template)
         tools = [_schema(tool) for tool in example.tools] if example.tools is not None else None
+        shown = [with_reasoning(plain(_shaped(spoken(message), shape))) for message in messages]
         return {
-            "messages": [with_reasoning(plain(_shaped(spoken(message), shape))) for message in messages],
+            "messages": [with_objects(message) for message in shown] if is_ours(template) else shown,
             "tools": plain(tools),
             "documents": None,
             "add_generation_prompt": generation_prompt,

@@ -6,7 +6,9 @@ without a beginning-of-sequence token gets none. Both are worth knowing.
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from posttrain.data.chat import Chat
@@ -14,6 +16,7 @@ from posttrain.data.codes import bad_row
 from posttrain.data.flags import has_flags
 from posttrain.data.layout import has_odd_systems
 from posttrain.data.render import Rendered
+from posttrain.data.rendering import RenderError, with_objects
 from posttrain.data.report import DataReport
 from posttrain.types import Example, Message, Tokenized
 
@@ -33,6 +36,7 @@ def remark_on_text(rendered: Rendered, chat: Chat, missing: tuple[str, ...], rep
         "given_otherwise": rendered.given_otherwise,
         "thought_lost": rendered.thought_lost,
         "tools_left_out": _leaves_tools_out(rendered),
+        "arguments_quoted": _quotes_arguments(rendered, chat),
         "odd_systems": has_odd_systems([message for talk in _talks(rendered.example) for message in talk]),
         "special_in_text": _holds_special(rendered.example, chat),
     }
@@ -73,3 +77,27 @@ def _leaves_tools_out(rendered: Rendered) -> bool:
     said = [tool.get("description") or tool.get("name") for tool in tools if isinstance(tool, dict)]
     starts = [PLAIN.match(text)[0] for text in said if isinstance(text, str)]  # type: ignore[index]
     return any(starts) and not any(start in rendered.full for start in starts if start)
+
+
+def _quotes_arguments(rendered: Rendered, chat: Chat) -> bool:
+    """Whether arguments that are JSON in a text are written as JSON once more, in quotes which the equal objects would
+    not get. (Never by our own templates, which are given objects.)"""
+    talk = [message for part in _talks(rendered.example) for message in part]
+    quoted = {form for text in _arguments(talk) for form in (json.dumps(text), json.dumps(text, ensure_ascii=False))}
+    found = [form for form in quoted if form in rendered.full]
+    if not found:
+        return False
+    try:
+        of_objects = chat.render([with_objects(message) for message in talk], rendered.example)
+    except RenderError:  # it wants texts
+        return False
+    return any(rendered.full.count(form) > of_objects.count(form) for form in found)
+
+
+def _arguments(talk: list[Message]) -> Iterator[str]:
+    """Those of calls that are texts."""
+    for message in talk:
+        for call in message.get("tool_calls") or []:
+            written = call.get("function", call).get("arguments")
+            if isinstance(written, str) and written.strip():
+                yield written

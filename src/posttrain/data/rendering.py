@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from posttrain.data.strict_json import decode_json
+
 Span = tuple[int, int]
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """The names under which messages hold a thought."""
@@ -60,3 +62,19 @@ def with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
     """`message` with its thought under each of the names that templates ask for."""
     thought = next((message[key] for key in REASONING if message.get(key) is not None), None)
     return message if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
+
+
+def with_objects(message: dict[str, Any]) -> dict[str, Any]:
+    """`message` with the arguments of its calls as objects, also where they are JSON in a text, as OpenAI has them: a
+    template that writes arguments as JSON would write such a text as JSON a second time, in quotes."""
+    calls = message.get("tool_calls")
+    return {**message, "tool_calls": [_with_object(call) for call in calls]} if calls else message
+
+
+def _with_object(call: dict[str, Any]) -> dict[str, Any]:
+    function = call.get("function", call)
+    written = function.get("arguments", {})
+    if not isinstance(written, str | None):
+        return call
+    meant = {**function, "arguments": decode_json(written) if written and written.strip() else {}}
+    return {**call, "function": meant} if "function" in call else meant

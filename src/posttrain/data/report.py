@@ -22,6 +22,8 @@ REMARKS = {
     "generation prompt or earlier turns that the template writes otherwise): see one with `posttrain data tokens`",
     "thought_lost": "hold thoughts that the chat template leaves out, so that they are not trained",
     "tools_left_out": "have tools that the chat template leaves out, so that the model does not see what it may call",
+    "arguments_quoted": "hold calls whose arguments are JSON in a text, which the chat template writes as JSON once "
+    "more, so that the model learns to write them in quotes: give `arguments` as objects",
     "special_in_text": "hold special tokens in what others than the assistant say: they are encoded as these tokens",
     "odd_systems": "hold several system turns, or one that does not come first (W-DATA-0129): the chat template writes "
     "them where they stand, as few models have seen it",
@@ -51,7 +53,8 @@ class DataReport:
     token to stop at; `left_out` says why of every row that is not used (of the first 10,000); `boundary_moved` are rows
     whose prompt alone has other tokens than in front of its completion, or in which a turn begins or ends within a
     token. `given_otherwise` are rows in which the model is given another text, in use, than stands before a turn of its
-    own; `thought_lost` and `tools_left_out`, whose thoughts or tools the template leaves out; `special_in_text`, whose
+    own; `thought_lost` and `tools_left_out`, whose thoughts or tools the template leaves out; `arguments_quoted`, with
+    arguments of calls that are JSON in a text and that the template writes as JSON once more; `special_in_text`, whose
     user or tool text holds special tokens; `odd_systems`, with a system turn that is not the first message;
     `without_bos`, that begin without the token which the tokenizer puts before plain text. `written_as_text` counts the
     rows that hold each marker of a named template that is no token of the
@@ -75,6 +78,7 @@ class DataReport:
     given_otherwise: Cases = field(default_factory=Cases)
     thought_lost: Cases = field(default_factory=Cases)
     tools_left_out: Cases = field(default_factory=Cases)
+    arguments_quoted: Cases = field(default_factory=Cases)
     special_in_text: Cases = field(default_factory=Cases)
     odd_systems: Cases = field(default_factory=Cases)
     without_bos: Cases = field(default_factory=Cases)

@@ -2,7 +2,7 @@
 comes with its origin.
 
 A data set on the Hugging Face hub is named `owner/name`, `owner/name:config`, `owner/name@split` or
-`owner/name:config@split` (split: train), and loaded with `datasets`. A file or folder of that name comes first.
+`owner/name:config@split` (split: train), and loaded by hub.py. A file or folder of that name comes first.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.data.codes import Reject, Row, bad_row, excerpt, kind, refuse
+from posttrain.data.hub import load_from_hub
 from posttrain.data.json_files import read_json, read_json_lines
 from posttrain.data.mixing import Mixture, Part, mixed_rows
 from posttrain.data.parquet import clean_arrow_row, read_parquet
@@ -135,7 +136,7 @@ def _read_path(path: Path, given: str, reject: Reject) -> Rows:
     if path.is_file():
         return _read_file(path, reject)
     if hub := hub_name(given):
-        return _read_hub(hub, given)
+        return _read_dataset(load_from_hub(hub, given), given)
     if glob.has_magic(given):
         return _read_files(_found(given), given, reject)
     raise _missing(path, given)
@@ -145,24 +146,6 @@ def hub_name(given: str, root: Path = Path()) -> re.Match[str] | None:
     """The parts of a name on the hub; None for what names a file, or a folder that is there."""
     is_file_name = (root / given.partition("/")[0]).is_dir() or kind_of(Path(given)) in READERS
     return None if is_file_name else HUB_NAME.fullmatch(given)
-
-
-def _read_hub(name: re.Match[str], given: str) -> Rows:
-    try:
-        import datasets
-    except ImportError as error:
-        message = f"{given}: no such file; if it is on the hub, it needs the datasets library"
-        raise DataError(message, hint="pip install 'posttrain[data]'") from error
-    split = name["split"] or "train"
-    try:
-        dataset = datasets.load_dataset(name["path"], name["config"], split=split)
-    except Exception as error:  # of a dozen kinds: no network, no such set, config or split, no rights
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise DataError(
-            f"{given}: no such file, and not to be had from the hub as split {split!r}: {reason}",
-            hint="check the name (owner/name:config@split) and the network, or give a file",
-        ) from error
-    return _read_dataset(dataset, given)
 
 
 def kind_of(path: Path) -> str:

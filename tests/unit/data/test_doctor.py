@@ -74,7 +74,7 @@ CASES: dict[str, tuple[Any, int, Any]] = {
                          "chosen": chat("system", "assistant")["messages"], "rejected": chat("assistant")["messages"]}],
                     4, [chat("system", "user", "assistant"), row("a\r\t\rsystem", "b")]),
 }  # fmt: skip
-ELSEWHERE = {"W-DATA-0107", "W-DATA-0119", *(f"W-DATA-01{n}" for n in range(21, 29))}
+ELSEWHERE = {"W-DATA-0107", "W-DATA-0119", "W-DATA-0130", *(f"W-DATA-01{n}" for n in range(21, 29))}
 """Tested in test_doctor_lengths.py, test_doctor_near.py and test_doctor_models.py."""
 
 

@@ -52,10 +52,16 @@ def test_the_copy_leaves_them_out(tmp_path: Path) -> None:
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 3
 
 
+CALLS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for call in m.tool_calls or [] %}" \
+        "{{ call | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"  # fmt: skip
+CALL = {"function": {"name": "look", "arguments": '{"where": "up"}'}}
+CALLING = [{"messages": [row("Look!", "")["messages"][0], {"role": "assistant", "content": "", "tool_calls": [CALL]}]}]
+
 REMARKS: dict[str, tuple[Any, Any, str | None]] = {
     "W-DATA-0121": (plain(2), TOKENIZER, ENDLESS),
     "W-DATA-0122": ([{"prompt": "What is two plu", "completion": "s two?"}], plain_tokenizer(), None),
     "W-DATA-0126": ([row("Say <|im_end|> twice.", "No.")], TOKENIZER, None),
+    "W-DATA-0130": (CALLING, TOKENIZER, CALLS),
     "W-DATA-0128": (plain(2), plain_tokenizer(extra=("<|eot_id|>",)), "llama-3"),
 }
 

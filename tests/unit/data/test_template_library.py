@@ -6,6 +6,7 @@ prefixes of the conversation, and from what each template is known to write afte
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,94 @@ def test_tools(name: str) -> None:
     assert ('"Adds"' in given) == (name != "deepseek-r1")  # the model was never shown what tools there are
     assert prepared.report.tools_left_out.count == (name == "deepseek-r1")
     assert "2" in given
+
+
+ARGUMENTS = [
+    {"a": 1},
+    {},
+    {"city": 'Zürich "Mitte"', "days": [1, 2.0], "deep": {"x": None, "y": True}, "path": "C:\\new\nline", "n": 1e30},
+]
+
+
+def calling(arguments: Any, is_bare: bool) -> dict[str, Any]:
+    function = {"name": "add", "arguments": arguments}
+    call = function if is_bare else {"type": "function", "id": "call12345", "function": function}
+    return {"messages": [CALLING[0], {**CALLING[1], "tool_calls": [call]}, *CALLING[2:]], "tools": TOOLS}
+
+
+@pytest.mark.parametrize("is_bare", [False, True])
+@pytest.mark.parametrize("arguments", ARGUMENTS)
+@pytest.mark.parametrize("name", WITH_TOOLS)
+def test_arguments_as_text_are_written_as_the_equal_object(name: str, arguments: dict[str, Any], is_bare: bool) -> None:
+    tokenizer = tokenizer_of(name)
+    expected = run(name, calling(arguments, is_bare), tokenizer).samples[0][0].branches[0]
+    text = tokenizer.decode(expected.ids)
+    assert (json.dumps(arguments, ensure_ascii=False) in text) == (name != "lfm2")  # which writes Python
+    compact, indented = json.dumps(arguments, separators=(",", ":")), json.dumps(arguments, indent=2)
+    for written in (
+        compact,
+        indented,
+        json.dumps(arguments, ensure_ascii=False),
+        *(("", " ") if not arguments else ()),
+    ):
+        prepared = run(name, calling(written, is_bare), tokenizer)
+        found = prepared.samples[0][0].branches[0]
+        assert tokenizer.decode(found.ids) == text
+        np.testing.assert_array_equal(found.ids, expected.ids)
+        np.testing.assert_array_equal(found.supervised, expected.supervised)
+        assert prepared.report.arguments_quoted.count == 0
+
+
+@pytest.mark.parametrize("name", WITH_TOOLS)
+def test_arguments_as_text_when_the_template_is_saved_with_the_model(name: str) -> None:
+    tokenizer = tokenizer_of(name)
+    tokenizer.chat_template = without_markers(resolve_template(tokenizer, name) or "")
+    of_object, of_text = (
+        prepare([calling(arguments, False)], tokenizer, DataSettings(assistant_only=True)).samples[0][0].branches[0]
+        for arguments in ({"a": 1}, '{"a":1}')
+    )
+    np.testing.assert_array_equal(of_text.ids, of_object.ids)
+
+
+OWN = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for call in m.tool_calls or [] %}"
+    "{{ ARGUMENTS }}{% endfor %}<|im_end|>\n{% endfor %}"
+)
+AGAIN, AS_IT_IS = "call.function | tojson", "call.function.name + ' ' + call.function.arguments"
+
+
+@pytest.mark.parametrize(
+    ("template", "arguments", "count"),
+    [
+        (AGAIN, '{"city": "Paris"}', 1),
+        (AGAIN, "{}", 1),
+        (AGAIN, '{"city": "Zürich"}', 1),
+        (AGAIN, {"city": "Paris"}, 0),
+        (AGAIN, "", 0),
+        (AGAIN.replace("tojson", "tojson(ensure_ascii=True)"), '{"city": "Zürich"}', 1),
+        (AS_IT_IS, '{"city": "Paris"}', 0),  # an object would break it
+        (AS_IT_IS.replace("arguments", "arguments | string"), '{"city": "Paris"}', 0),
+    ],
+)
+def test_another_template_is_given_what_the_row_holds(template: str, arguments: Any, count: int) -> None:
+    tokenizer = plain_tokenizer(template=OWN.replace("ARGUMENTS", template))
+    row = {"messages": calling(arguments, False)["messages"]}
+    prepared = prepare([row], tokenizer, DataSettings())
+    ids = tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=True)["input_ids"]
+    assert prepared.samples[0][0].branches[0].ids.tolist() == ids
+    assert prepared.report.arguments_quoted.count == count
+    assert any("writes as JSON once more" in note for note in prepared.report.notes()) == bool(count)
+
+
+def test_quotes_that_stand_in_the_text_anyway_are_no_second_time() -> None:
+    either = "given if given is string else given | tojson"
+    template = OWN.replace(
+        "ARGUMENTS", "call.function.name + (" + either.replace("given", "call.function.arguments") + ")"
+    )
+    tokenizer = plain_tokenizer(template=template)
+    messages = calling("{}", False)["messages"]
+    said = [{"role": "user", "content": 'Is "{}" a text?'}, *messages[1:]]
+    assert prepare([{"messages": said}], tokenizer, DataSettings()).report.arguments_quoted.count == 0
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not TEMPLATES[name].tools])

@@ -142,6 +142,7 @@ REMARKED = {
     "tools_left_out": "W-DATA-0125",
     "special_in_text": "W-DATA-0126",
     "without_bos": "W-DATA-0127",
+    "arguments_quoted": "W-DATA-0130",
 }
 
 

@@ -59,4 +59,7 @@ KINDS: dict[str, Kind] = {
     "W-DATA-0129": Kind(
         "warning", "odd system turns", "one system turn, the first; posttrain data tokens shows the row"
     ),
+    "W-DATA-0130": Kind(
+        "warning", "arguments of calls in quotes", "write them as objects, or --chat-template NAME of one of ours"
+    ),
 }
