@@ -181,12 +181,18 @@ def test_a_terminal_without_check_marks(project: Path) -> None:
     assert b"? trained  1 steps, loss" in done.stdout
 
 
+def heed_signals() -> None:
+    """In the child: whoever runs the tests may have them ignored (`nohup`, a job in the background of a script)."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_before_training(project: Path, number: signal.Signals) -> None:
     with (project / "many.jsonl").open("w") as file:
         file.write((project / "train.jsonl").read_text() * 30_000)
     running = subprocess.Popen(command("train", "run.yaml", "--set", "dataset.path=many.jsonl"), cwd=project,
-                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+                               stderr=subprocess.PIPE, text=True, preexec_fn=heed_signals)  # fmt: skip
     assert running.stderr is not None
     while "config" not in running.stderr.readline():
         assert running.poll() is None

@@ -81,14 +81,14 @@ def _split(options: argparse.Namespace) -> int:
 def _dedup(options: argparse.Namespace) -> int:
     from posttrain.data.change import dedup
     from posttrain.data.doctor.settings import DoctorSettings
-    from posttrain.data.writing import check_new_file, check_place, write_report
+    from posttrain.data.writing import check_new_file, check_report, write_report
     from posttrain.errors import ConfigError
 
     check_new_file(options.out, options.force, [options.file])
     if not options.near and (options.similarity is not None or options.report is not None):
         raise ConfigError("--similarity and --report are for near duplicates", hint="--near looks for them")
     if options.report is not None:
-        check_place(options.report, "--report", [options.file, options.out])
+        check_report(options.report, "--report", [options.file, options.out])
     default = DoctorSettings.near_similarity
     similarity = (default if options.similarity is None else options.similarity) if options.near else None
     found = dedup(options.file, options.out, _settings(options), options.key == "prompt", similarity)

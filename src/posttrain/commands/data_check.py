@@ -56,13 +56,13 @@ def _check(options: argparse.Namespace) -> int:
     from posttrain.data.doctor.check import check
     from posttrain.data.doctor.repair import check_target, repair
     from posttrain.data.doctor.settings import parse_settings
-    from posttrain.data.writing import check_place, write_report
+    from posttrain.data.writing import check_report, write_report
 
     near = [] if options.near is None else [f"near_rows={sys.maxsize if options.near == 'all' else options.near}"]
     settings, sources = parse_settings([*options.set, *near]), [*options.files, *([options.val] if options.val else [])]
     _refuse_lonely(options)
     if options.report:
-        check_place(options.report, "--report", sources)
+        check_report(options.report, "--report", [*sources, *([options.fix] if options.fix else [])])
     if options.fix:
         check_target(sources, options.fix)
     data = data_settings(options, sources, on_bad_row=options.policy, max_length=options.max_length,

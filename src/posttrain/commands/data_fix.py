@@ -33,7 +33,7 @@ def add(verbs: Any, common: argparse.ArgumentParser) -> None:
 def _fix(options: argparse.Namespace) -> int:
     from posttrain.data.change.fix import COPIES, default_copy, default_report, fix
     from posttrain.data.doctor.rules import parse_rules
-    from posttrain.data.writing import check_new_file, check_place, write_report
+    from posttrain.data.writing import check_new_file, check_report, write_report
     from posttrain.errors import ConfigError
 
     parse_rules(options.rule)
@@ -42,7 +42,7 @@ def _fix(options: argparse.Namespace) -> int:
     if out.suffix.lower() not in COPIES:
         raise ConfigError(f"{out}: a repaired copy is written as {' or '.join(COPIES)}", hint=f"-o {out.stem}.jsonl")
     check_new_file(out, options.force, [options.file])
-    check_place(report, "--report", [options.file, out])
+    check_report(report, "--report", [options.file, out])
     document = fix(options.file, out, data_settings(options, [options.file]), options.rule)
     write_report(report, document)
     if options.json:

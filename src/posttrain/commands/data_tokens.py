@@ -50,12 +50,12 @@ def _tokens(options: argparse.Namespace) -> int:
     from posttrain.data.view import PairView, parse_rows, view_rows
     from posttrain.data.view.html import as_html
     from posttrain.data.view.text import as_text, legend
-    from posttrain.data.writing import check_place
+    from posttrain.data.writing import check_report
     from posttrain.models.load import load_tokenizer
 
     rows = parse_rows(options.rows)
     if options.html is not None:
-        check_place(options.html, "--html", [options.file])
+        check_report(options.html, "--html", [options.file])
     settings = data_settings(
         options,
         [options.file],

@@ -141,7 +141,8 @@ def _is_of(part: Part, source: str) -> bool:
     """Whether rows with the origin `source` come from `part`: a file, or one of a folder or glob."""
     if isinstance(part.source, Mixture):
         return any(_is_of(inner, source) for inner in part.source.parts)
-    return source == part.name or Path(part.name) in Path(source).parents or fnmatch(source, part.name)
+    name = str(Path(part.name)) if isinstance(part.source, str | Path) else part.name  # origins have no `./`
+    return source in (name, part.name) or Path(name) in Path(source).parents or fnmatch(source, name)
 
 
 def _no_row(part: Part) -> DataError:

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 from posttrain.data.codes import Row, excerpt
 from posttrain.data.parquet import NO_CHARACTER, columns_of, no_table, write_parquet
+from posttrain.data.sources import files_of
 from posttrain.errors import ConfigError, DataError
 
 KINDS = (".jsonl", ".json", ".csv", ".parquet")
@@ -40,9 +41,35 @@ def check_place(path: Path, option: str = "", sources: Iterable[Any] = ()) -> No
         raise ConfigError(f"{said}: there is no folder {path.parent}", hint=f"mkdir -p {shlex.quote(str(path.parent))}")
     if not os.access(path.parent, os.W_OK):
         raise ConfigError(f"{said}: nothing can be written into {path.parent}", hint="name a folder of your own")
-    for source in sources:
-        if isinstance(source, str | Path) and path.exists() and os.path.exists(source) and path.samefile(source):
-            raise ConfigError(f"{said} is what is read; it is never written over", hint="name another file")
+    for source in (source for source in sources if isinstance(source, str | Path)):
+        if os.path.isdir(source) and path.parent.samefile(source) and path.suffix.lower() in KINDS:
+            raise ConfigError(f"{said} would lie in the folder that is read", hint="name a file in another folder")
+        if any(_is_same(path, Path(file)) for file in files_of(source)):
+            raise ConfigError(f"{said} is what is read; it is never written over",
+                              hint="name another file")  # fmt: skip
+
+
+def check_report(path: Path, option: str, sources: Iterable[Any] = ()) -> None:
+    """`check_place`, and besides that what is there already is no more than an earlier report."""
+    check_place(path, option, sources)
+    if path.exists() and not _is_report(path):
+        raise ConfigError(
+            f"{option} {path}: there is such a file already, and it is no report", hint="name another one"
+        )
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    """Whether both name one file, also where it is still to be written."""
+    if one.exists() and other.exists():
+        return one.samefile(other)
+    return one.resolve() == other.resolve()
+
+
+def _is_report(path: Path) -> bool:
+    """By how reports and pages of ours begin."""
+    with open(path, "rb") as file:
+        beginning = file.read(200).lstrip().lower()
+    return beginning.startswith(b"<!doctype html") or (beginning.startswith(b"{") and b'"schema_version"' in beginning)
 
 
 def write_rows(path: Path, rows: Iterable[Row], check: Callable[[Path], None] | None = None) -> int:

@@ -151,3 +151,12 @@ def test_one_data_set_is_no_mixture() -> None:
     datasets = pytest.importorskip("datasets")
     with pytest.raises(ConfigError, match="saw a Dataset"):
         posttrain.mix(datasets.Dataset.from_list(FEW))
+
+
+def test_parts_are_known_however_their_paths_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "One and one."}\n')
+    for paths in (["./a.jsonl", "b.jsonl"], ["./*.jsonl"], [".//a.jsonl"]):
+        mixture = posttrain.mix(paths)
+        assert prepare(mixture, chatml_tokenizer(), DataSettings()).report.used >= 1

@@ -67,7 +67,7 @@ def convert(source: Any, to: str, out: Path, settings: DataSettings, keep: str |
             hint = "without --policy skip it is said why" if reading.skipped else "no answer is rated good"
             raise DataError(f"{out}: not a single row is left to write", hint=hint, code="E-DATA-0052")
 
-    count = write_rows(out, converted(), lambda file: _compare(file, out, written))
+    count = write_rows(out, converted(), lambda file: read_again(file, out, written))
     kept = {"left_out": left_out} if keep is not None else {}
     return {"written": count, **kept, SKIPPED: reading.skipped}
 
@@ -132,9 +132,9 @@ def _others(example: Example) -> Row:
     return {**extra, **{name: value for name, value in example.columns.items() if value is not None}}
 
 
-def _compare(file: Path, out: Path, written: array[int]) -> None:
-    """Whether the `file` that is to become `out` says what was written."""
-    reader, number = RowReader(DataSettings()), 0
+def read_again(file: Path, out: Path, written: array[int], settings: DataSettings | None = None) -> None:
+    """Whether the `file` that is to become `out` says what was written. Raises DataError (E-DATA-0054)."""
+    reader, number = RowReader(settings or DataSettings()), 0
     try:
         for number, (origin, row) in enumerate(islice(read_rows(file), len(written))):
             if essence(*reader.parsed(row, origin)) != written[number]:

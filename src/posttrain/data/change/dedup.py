@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy as np
 
+from posttrain.data.change.convert import read_again
+from posttrain.data.change.essence import essence
 from posttrain.data.change.reading import SKIPPED, Reading, hashed
 from posttrain.data.codes import Row
-from posttrain.data.doctor.content import Said
+from posttrain.data.doctor.content import RowReader, Said
 from posttrain.data.doctor.settings import DoctorSettings
 from posttrain.data.doctor.sketches import CHUNK, Sketches, shingles
 from posttrain.data.settings import DataSettings
-from posttrain.data.writing import write_rows
+from posttrain.data.writing import TABLES, write_rows
 from posttrain.errors import ConfigError
 from posttrain.types import Origin
 
@@ -36,7 +38,7 @@ def dedup(
     """
     distinct = _Distinct(Reading(source, settings), by_prompt)
     if near is None:
-        written = write_rows(out, (row for _, row, _ in distinct.rows()))
+        written = _write(out, (row for _, row, _ in distinct.rows()), settings)
         return {"written": written, "dropped": distinct.dropped, SKIPPED: distinct.reading.skipped}
     kept_for = _nearest(distinct, near)
     named: dict[int, list[str]] = {
@@ -51,9 +53,23 @@ def dedup(
             if first == number:
                 yield row
 
-    written = write_rows(out, kept())
+    written = _write(out, kept(), settings)
     counts = {"written": written, "dropped": distinct.dropped, "near": len(kept_for) - written}
     return {**counts, SKIPPED: distinct.reading.skipped, "groups": list(named.values())[:NUM_GROUPS]}
+
+
+def _write(out: Path, rows: Iterator[Row], settings: DataSettings) -> int:
+    """A table cannot hold every row as it is, so one is read again before it is in place."""
+    if out.suffix.lower() not in TABLES:
+        return write_rows(out, rows)
+    reader, said = RowReader(settings), array("Q")
+
+    def noted() -> Iterator[Row]:
+        for row in rows:
+            said.append(essence(*reader.parsed(row, Origin("", 0))))
+            yield row
+
+    return write_rows(out, noted(), lambda file: read_again(file, out, said, settings))
 
 
 @dataclasses.dataclass
