@@ -157,7 +157,7 @@ def _prepare(spec: Spec, incident: Incident, trainer: Any) -> None:
     evaluate = trainer.run.objective
 
     class Objective:
-        needs = evaluate.needs
+        needs, needs_reference, is_sum = evaluate.needs, evaluate.needs_reference, evaluate.is_sum
 
         def __call__(self, outputs: Any, batch: Any) -> Any:
             if not torch.is_grad_enabled():

@@ -43,9 +43,17 @@ assert signal.getsignal(signal.{name}) in (signal.SIG_DFL, signal.default_int_ha
 """
 
 
+def heed_signals() -> None:
+    """In the child: whoever runs the tests may have them ignored (`nohup`, a job in the background of a script)."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def run(folder: Path, script: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", script]
     return subprocess.run(
-        [sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, timeout=25, check=False
+        command, cwd=folder, capture_output=True, text=True, timeout=25, check=False, preexec_fn=heed_signals
     )
 
 
