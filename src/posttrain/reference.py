@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,15 +26,18 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from posttrain.data.fingerprint import fingerprint
 from posttrain.data.planning import Packing, plan
+from posttrain.errors import CheckpointError
 from posttrain.models.forward import Policy
 from posttrain.session import Session
 from posttrain.types import Batch, Needs, Sample, Tokenized
 
 logger = logging.getLogger("posttrain")
+MOVED = "reference.safetensors"
 CHUNK = 64
 """Samples that are laid out together when log-probabilities are computed ahead."""
 
@@ -69,7 +72,8 @@ class ReferenceModel:
     """Which model is the reference: `model`, or the adapter `adapter`, or without either the model that training starts
     from. `precompute` its answers, and keep them in `folder` (None: nowhere).
 
-    `open` is to be called before anything is learned; what it remembers serves every later session of the same model.
+    `moves` says that `follow` will be called: its weights are then part of checkpoints. `open` is to be called before
+    anything is learned; what it remembers serves every later session of the same model.
     """
 
     model: Any = None
@@ -78,6 +82,8 @@ class ReferenceModel:
     folder: Path | None = None
     _is_open: bool = False
     _is_off: bool = False
+    moves: bool = False
+    _trained: dict[str, nn.Parameter] = field(default_factory=dict, repr=False)
     _held: Held | None = None
     _own: Session | None = None
 
@@ -85,6 +91,7 @@ class ReferenceModel:
         if self._is_open:
             return
         self._is_open = True
+        self._trained = session.trained
         self._is_off = is_fresh_adapter(session.policy.model)
         if self.model is None and self.adapter is None and not self._is_off and not self.precompute:
             self._held = Held(session.trained)
@@ -118,6 +125,35 @@ class ReferenceModel:
             "dtype": str(session.precision.compute_dtype),
             "code": [torch.__version__, transformers.__version__],
         }
+
+    def follow(self, share: float) -> None:
+        """Move towards the policy: `share` of it and the rest of what it was (TR-DPO, arXiv 2404.09656, equation 7)."""
+        with torch.no_grad():
+            for name, tensor in self._own_weights().items():
+                tensor.lerp_(self._trained[name].data.to(tensor), share)
+
+    def save(self, folder: Path) -> None:
+        """What a reference that moves has become, beside a checkpoint's weights."""
+        if self.moves:
+            save_file({name: tensor.contiguous() for name, tensor in self._own_weights().items()}, folder / MOVED)
+
+    def load(self, folder: Path) -> None:
+        """Raises CheckpointError where the checkpoint has none."""
+        if not self.moves:
+            return
+        if not (folder / MOVED).is_file():
+            raise CheckpointError(f"{folder} has no {MOVED}: it was made without sync_ref_model")
+        stored = load_file(folder / MOVED)
+        for name, tensor in self._own_weights().items():
+            tensor.copy_(stored[name])
+
+    def _own_weights(self) -> dict[str, torch.Tensor]:
+        """The reference's own copies of what is trained, by name."""
+        if self._held is not None:
+            return self._held.weights()
+        assert self.model is not None
+        found = dict(self.model.named_parameters())
+        return {name: found[name].data for name in self._trained}
 
     def close(self) -> None:
         """Give a model of its own back as it was."""
@@ -153,7 +189,12 @@ class Held:
     """A copy of what is trained, which can take its place for a while."""
 
     def __init__(self, trained: dict[str, nn.Parameter]):
+        self._names = list(trained)
         self._pairs = [(parameter, parameter.detach().clone()) for parameter in trained.values()]
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """What is held while it is not in place, by name."""
+        return {name: held for name, (_, held) in zip(self._names, self._pairs, strict=True)}
 
     @contextmanager
     def in_place(self, publish: Callable[[], None]) -> Iterator[None]:

@@ -412,6 +412,8 @@ class Run:
         def fill(folder: Path) -> None:
             with self._weights_to_use(session):
                 self.write_model(folder, session)
+            if self.reference is not None:
+                self.reference.save(folder)
             self.events.save_state(str(folder / "trainer_state.json"))
             if not self.args.save_only_model:
                 document = {"run_id": self.run_id, "identity": self.identity, "loop": loop_state}
@@ -448,6 +450,8 @@ class Run:
         snapshot.check_same_run(folder, self.identity)
         with session.precision.exported():
             load_weights(self.model, folder)
+        if self.reference is not None:
+            self.reference.load(folder)
         saved = snapshot.read_training_state(folder, self.optimizer, self.scheduler)
         session.precision.publish()
         self.run_id = saved["run_id"]

@@ -132,7 +132,7 @@ def test_labels_that_come_sorted_or_all_alike(tmp_path: Path, caplog: pytest.Log
 @pytest.mark.parametrize(
     "wrong",
     [{"per_device_train_batch_size": 1}, {"train_sampling_strategy": "random"}, {"truncation_mode": "keep_end"},
-     {"loss_type": "dpo"}, {"beta": 0.0}, {"sync_ref_model": True}, {"desirable_weight": -1.0}],
+     {"loss_type": "dpo"}, {"beta": 0.0}, {"desirable_weight": -1.0}],
     ids=lambda wrong: next(iter(wrong)),
 )  # fmt: skip
 def test_kto_settings_that_mean_nothing(wrong: dict[str, Any], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, set_seed
 
 from posttrain.data.cache import default_folder
@@ -94,15 +94,34 @@ class ReferenceConfig(AnswerConfig):
     precompute_ref_batch_size: int | None = field(
         default=None, metadata={"help": "Accepted; batches hold token_budget tokens."}
     )
-    sync_ref_model: bool = field(default=False, metadata={"help": "Not supported yet: the reference stays."})
-    ref_model_mixup_alpha: float = field(default=0.6, metadata={"help": "Of sync_ref_model."})
-    ref_model_sync_steps: int = field(default=512, metadata={"help": "Of sync_ref_model."})
+    sync_ref_model: bool = field(
+        default=False, metadata={"help": "Let the reference follow the policy (TR-DPO); not with an adapter."}
+    )
+    ref_model_mixup_alpha: float = field(
+        default=0.6, metadata={"help": "With sync_ref_model: share of the policy in what the reference becomes."}
+    )
+    ref_model_sync_steps: int = field(default=512, metadata={"help": "With sync_ref_model: every so many steps."})
 
     def _check_choices(self) -> None:
         super()._check_choices()
-        if self.sync_ref_model:
-            help_text = type(self).__dataclass_fields__["sync_ref_model"].metadata["help"]
-            raise ConfigError(f"sync_ref_model=True is not honoured: {help_text}")
+        if not 0 <= self.ref_model_mixup_alpha <= 1:
+            raise ConfigError(f"ref_model_mixup_alpha={self.ref_model_mixup_alpha} must be in [0, 1]")
+        if self.ref_model_sync_steps < 1:
+            raise ConfigError(f"ref_model_sync_steps={self.ref_model_sync_steps} must be at least 1")
+        if self.sync_ref_model and self.precompute_ref_log_probs:
+            raise ConfigError("sync_ref_model=True moves the reference, and precompute_ref_log_probs=True asks it once",
+                              hint="leave one of them out")  # fmt: skip
+
+
+class _Follow(TrainerCallback):
+    """The reference follows the policy as `sync_ref_model` says."""
+
+    def __init__(self, reference: ReferenceModel):
+        self.reference = reference
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % args.ref_model_sync_steps == 0:
+            self.reference.follow(args.ref_model_mixup_alpha)
 
 
 class AnswerTrainer(DataTrainer):
@@ -182,6 +201,8 @@ class AnswerTrainer(DataTrainer):
             columns=self.columns,
             reference=self._reference(ref_model, is_stream) if objective.needs_reference else None,
         )
+        if self.run.reference is not None and self.run.reference.moves:
+            self.add_callback(_Follow(self.run.reference))
         if args.eval_strategy != IntervalStrategy.NO and not self.run.eval_sets:
             raise ConfigError(f"eval_strategy={args.eval_strategy.value!r} needs an eval_dataset")
 
@@ -207,13 +228,17 @@ class AnswerTrainer(DataTrainer):
         assert isinstance(args, ReferenceConfig)
         several = args.num_train_epochs > 1 or args.max_steps > 0
         whole = not isinstance(self._model, PeftModel) and ref_model is None
-        precompute = args.precompute_ref_log_probs
+        precompute = False if args.sync_ref_model else args.precompute_ref_log_probs
+        if args.sync_ref_model and (isinstance(self._model, PeftModel) or args.ref_adapter_name):
+            raise ConfigError("sync_ref_model=True is not honoured with an adapter: its reference has no weights",
+                              hint="train all weights (no peft_config), or leave it out")  # fmt: skip
         if precompute and is_stream:
             raise ConfigError("precompute_ref_log_probs=True needs rows that can be counted, not a stream")
         if precompute is None:
             precompute = (several or whole) and not is_stream
         folder = default_folder().parent / "reference"
-        return ReferenceModel(ref_model, args.ref_adapter_name, precompute, folder if args.dataset_cache else None)
+        kept = folder if args.dataset_cache else None
+        return ReferenceModel(ref_model, args.ref_adapter_name, precompute, kept, moves=args.sync_ref_model)
 
 
 def check_reference(model: Any, ref_model: Any, args: ReferenceConfig) -> None:

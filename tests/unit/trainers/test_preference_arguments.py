@@ -26,7 +26,7 @@ ACCEPTED = {  # nothing that they could change exists here
     "precompute_ref_batch_size", "padding_value", "padding_free", "pad_to_multiple_of", "dataset_num_proc",
 }  # fmt: skip
 REFUSED: dict[str, Any] = {
-    "sync_ref_model": True, "ref_model_mixup_alpha": 0.5, "ref_model_sync_steps": 3, "activation_offloading": True,
+    "ref_model_mixup_alpha": 0.5, "ref_model_sync_steps": 3, "activation_offloading": True,
     "trust_remote_code": True, "generate_during_eval": True, "max_completion_length": 5, "is_encoder_decoder": True,
 }  # fmt: skip
 """With a value that is refused."""
