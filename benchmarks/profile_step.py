@@ -4,9 +4,10 @@
     .venv/bin/python benchmarks/profile_step.py --full --json step.json
     .venv/bin/python benchmarks/profile_step.py --recompute full
 
-Each operation's own time (without what it calls) is put down to the innermost of these that it ran in: attention, norms,
-head, optimiser, by the function that called it; else by its name: matrix products, fills and copies, the rest. Backward
-passes of our own functions are told apart the same way, for autograd names them. On CUDA it is the device's time.
+Each operation's own time (without what it calls) is put down to the innermost of these that it ran in: attention,
+norms, head, optimiser, by the function that called it; else by its name: matrix products, fills and copies, the rest.
+Backward passes of our own functions are told apart the same way, for autograd names them. On CUDA it is the device's
+time. The profiler itself costs time, so shares are what to read here, and rates elsewhere.
 """
 
 from __future__ import annotations
@@ -147,7 +148,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--full", action="store_true", help="all weights and not an adapter")
     parser.add_argument("--recompute", default="auto", choices=("auto", "none", "selective", "full"))
     parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--cpu", action="store_true", help="even where there is a GPU")
     parser.add_argument("--json", help="write the seconds of each kind here too")
