@@ -161,12 +161,14 @@ class Loop:
             return None
         if not (_finite(loss_value) and _finite(self.grad_norm)):
             self.optimizer.zero_grad()
+            self.publish()  # the copies may be gone
             raise self._non_finite(step, micro, loss_value)
         return loss_value
 
     def _discard(self, rng: dict[str, Any]) -> None:
         """Undo what an unfinished step has done."""
         self.optimizer.zero_grad()
+        self.publish()
         self.meter.discard_step()
         restore_rng(rng)
 

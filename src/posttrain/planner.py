@@ -94,6 +94,7 @@ def make_plan(
     if not plan.fits:
         if device.type == "cpu":
             return_freed_pages()
+        session.precision.sheds_copies = True
         plan = _tight(needs, work, token_budget, levels, device, (total, limit))
         session.recompute(plan.recomputation)
         longest = min(work.longest, PROBE_TOKENS)
@@ -117,10 +118,14 @@ def probe(session: Session, needs: Footprint, lengths: Sequence[int]) -> float:
         del outputs
         session.precision.settle()
     session.precision.drop_gradients()
+    session.precision.publish()
     for parameter in session.trained.values():
         parameter.grad = None
     restore_rng(rng)
-    return growth.num_bytes / max(1, needs.step(session.recomputation, sum(lengths), max(lengths), 1))
+    expected = needs.step(
+        session.recomputation, sum(lengths), max(lengths), 1, sheds_copies=session.precision.sheds_copies
+    )
+    return growth.num_bytes / max(1, expected)
 
 
 def _levels(session: Session, recompute: str) -> tuple[str, ...]:
@@ -134,9 +139,10 @@ def _roomy(
     needs: Footprint, work: Workload, budget: int, level: str, device: torch.device, bounds: tuple[int, int]
 ) -> Plan:
     fixed = memory_in_use(device) + needs.optimizer
-    low = fixed + _step(needs, work.usual, work.longest, level, budget)
-    holes = HOLES if device.type == "cpu" else 1.0
-    high = fixed + int(holes * _step(needs, work.largest, work.longest, level, budget))
+    low, high = (
+        _step(needs, tokens, work.longest, level, budget, tight=False) for tokens in (work.usual, work.largest)
+    )
+    low, high = fixed + low, fixed + int(high * (HOLES if device.type == "cpu" else 1.0))
     return Plan(budget, level, False, fixed, (low, high), *bounds)
 
 
@@ -155,7 +161,8 @@ def _tight(
     wanted = [(level, budget) for level in levels for budget in _halves(most, min(most, max(least, EFFICIENT_TOKENS)))]
     wanted += [(levels[-1], budget) for budget in _halves(most, least)]
     for level, budget in wanted:
-        low, high = (fixed + _step(needs, tokens, work.longest, level, budget) for tokens in (work.usual, work.largest))
+        both = (work.usual, work.largest)
+        low, high = (fixed + _step(needs, tokens, work.longest, level, budget, tight=True) for tokens in both)
         plan = Plan(budget, level, True, fixed, (low, high), *bounds)
         if plan.fits:
             break
@@ -167,10 +174,10 @@ def _halves(most: int, least: int) -> list[int]:
     return [*(most >> i for i in range(steps + 1)), *([least] if most >> steps != least else [])]
 
 
-def _step(needs: Footprint, tokens: int, longest: int, level: str, budget: int) -> int:
+def _step(needs: Footprint, tokens: int, longest: int, level: str, budget: int, *, tight: bool) -> int:
     """A micro-batch is never smaller than the longest sequence."""
     micro_batches = math.ceil(tokens / budget)
-    return needs.step(level, min(tokens, max(budget, longest)), longest, micro_batches)
+    return needs.step(level, min(tokens, max(budget, longest)), longest, micro_batches, sheds_copies=tight)
 
 
 def _scaled(needs: Footprint, ratio: float) -> Footprint:

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError
+from safetensors import torch as tensor_files
 from safetensors.numpy import load_file, save_file
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from posttrain.data.fingerprint import fingerprint
@@ -135,7 +135,7 @@ class ReferenceModel:
     def save(self, folder: Path) -> None:
         """What a reference that moves has become, beside a checkpoint's weights."""
         if self.moves:
-            save_file({name: tensor.contiguous() for name, tensor in self._own_weights().items()}, folder / MOVED)
+            tensor_files.save_file({name: tensor.contiguous() for name, tensor in self._own_weights().items()}, folder / MOVED)
 
     def load(self, folder: Path) -> None:
         """Raises CheckpointError where the checkpoint has none."""
@@ -143,7 +143,7 @@ class ReferenceModel:
             return
         if not (folder / MOVED).is_file():
             raise CheckpointError(f"{folder} has no {MOVED}: it was made without sync_ref_model")
-        stored = load_file(folder / MOVED)
+        stored = tensor_files.load_file(folder / MOVED)
         for name, tensor in self._own_weights().items():
             tensor.copy_(stored[name])
 

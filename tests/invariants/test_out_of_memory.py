@@ -209,6 +209,21 @@ class Stream:
         return iter(rows())
 
 
+@pytest.mark.parametrize("recompute", ["none", "selective", "full", "auto"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_a_run_that_saves_memory_has_the_same_numbers(
+    recompute: str, lora: bool, quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """Bit for bit: recomputation, freed pages that go back, copies that are let go; dropout and bf16 included."""
+    arguments = {"bf16": True, "eval_strategy": "steps", "eval_steps": 2}
+    tight = short(tmp_path / "tight", lora, max_memory="1000", recompute=recompute, **arguments)
+    tight.train()
+    plenty = short(tmp_path / "plenty", lora, **arguments | {"token_budget": tight.run.source.token_budget})
+    plenty.train()
+    assert "it may not fit" in caplog.text
+    assert_same_end(end_state(tight), end_state(plenty))
+
+
 # --- a single sequence, the optimiser, evaluation -------------------------------------------------------------------
 
 

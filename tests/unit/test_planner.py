@@ -101,6 +101,7 @@ def planned(opened: Session, limit: float, work: Workload, budget: int | None = 
 NEEDS = Footprint(
     gradients=100,
     waiting=50,
+    copies=50,
     optimizer=200,
     kept={"none": 1000.0, "selective": 700.0, "full": 200.0},
     weights={"none": 1.0, "selective": 0.0, "full": 0.1},
@@ -114,6 +115,9 @@ def test_a_step_counts_what_is_there_at_its_worst_moment() -> None:
     assert once == int((8 * 1004 + 500) * 1.1)
     assert NEEDS.step("none", 8, 4, 2) == once + 50
     assert NEEDS.step("none", 8, 4, 3) == once + 100
+    roomy = Footprint(10_000, 0, 3000, 0, {"none": 1.0}, {"none": 0.0}, 1.0, 10)
+    assert roomy.step("none", 8, 4, 1) == 10_000
+    assert roomy.step("none", 8, 4, 1, sheds_copies=True) == 7_000
     assert NEEDS.step("selective", 8, 4, 1) == int((8 * 700 + 500) * 1.1)
 
 

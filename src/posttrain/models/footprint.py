@@ -33,19 +33,22 @@ class Footprint:
 
     gradients: int
     waiting: int
+    copies: int
     optimizer: int
     kept: Mapping[str, float]
     weights: Mapping[str, float]
     layer: float
     head: int
 
-    def step(self, level: str, tokens: int, longest: int, micro_batches: int) -> int:
+    def step(self, level: str, tokens: int, longest: int, micro_batches: int, *, sheds_copies: bool = False) -> int:
         """What a step needs beside the parameters and the optimiser's state, at its worst moment: the last backward
-        begins, or the optimiser has its turn. A first micro-batch's gradients wait in the compute dtype."""
+        begins, or the optimiser has its turn, perhaps without the computing copies. A first micro-batch's gradients
+        wait in the compute dtype."""
         before = {1: 0, 2: self.waiting}.get(micro_batches, self.gradients)
         activations = tokens * (self.kept[level] + self.weights[level] * min(longest, MAX_LENGTH))
         passing = max(self.head, tokens * self.layer)
-        return int(max((activations + passing) * OVERHEAD + before, self.gradients))
+        update = self.gradients - (self.copies if sheds_copies else 0)
+        return int(max((activations + passing) * OVERHEAD + before, update))
 
 
 def footprint(base: Any, trained: Mapping[str, nn.Parameter], lean: set[nn.Module], optimizer: str) -> Footprint:
@@ -65,6 +68,7 @@ def footprint(base: Any, trained: Mapping[str, nn.Parameter], lean: set[nn.Modul
     return Footprint(
         gradients=4 * count,
         waiting=low * (count - adapters) + 4 * adapters if low else 4 * count,
+        copies=low * (count - adapters),
         optimizer=per_parameter * count,
         kept={
             "none": sum(layer.kept for layer in layers),

@@ -34,7 +34,8 @@ class _Master:
 class MixedPrecision:
     """Casts `model` to `compute_dtype` with fp32 masters; `adapter_parameters` (by identity) are kept fp32 as they are.
 
-    Call `settle` before each optimiser step, `publish` after it, and `restore` once at the end.
+    Call `settle` before each optimiser step, `publish` after it, and `restore` once at the end. Where memory is short,
+    `sheds_copies` lets the computing copies go between the two, when nothing computes with them.
     """
 
     def __init__(self, model: nn.Module, compute_dtype: torch.dtype, adapter_parameters: set[nn.Parameter]):
@@ -42,6 +43,7 @@ class MixedPrecision:
         self._masters: list[_Master] = []
         self._frozen: list[tuple[nn.Parameter, torch.dtype, torch.Tensor | None]] = []
         self._waiting: dict[nn.Parameter, torch.Tensor] = {}
+        self.sheds_copies = False
         holders: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
         for module in model.modules():
             for name, parameter in module._parameters.items():
@@ -94,6 +96,10 @@ class MixedPrecision:
 
     def settle(self) -> None:
         """Give every master its gradient in fp32."""
+        if self.sheds_copies:
+            for held in self._masters:
+                if held.compute is not held.parameter:
+                    held.compute.data = held.compute.data.new_empty(0)
         while self._waiting:
             master, gradient = self._waiting.popitem()
             master.grad = gradient.to(master.dtype)
@@ -108,8 +114,12 @@ class MixedPrecision:
     def publish(self) -> None:
         """Copy the masters' new values into the computing copies."""
         for master in self._masters:
-            if master.compute is not master.parameter:
+            if master.compute is master.parameter:
+                continue
+            if master.compute.shape == master.parameter.shape:
                 master.compute.copy_(master.parameter)
+            else:  # it was let go
+                master.compute.data = master.parameter.data.to(self.compute_dtype)
 
     def masters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and fp32 masters of the trained parameters that are not adapters."""

@@ -122,6 +122,21 @@ def test_dropped_gradients_are_gone() -> None:
         assert master.grad is layer.weight.grad is None
 
 
+def test_copies_that_were_let_go_come_back() -> None:
+    model = tiny_model("llama")
+    precision = MixedPrecision(model, torch.bfloat16, set())
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    precision.sheds_copies = True
+    precision.settle()
+    assert all(parameter.numel() == 0 for parameter in model.parameters())
+    precision.publish()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])
+    precision.settle()
+    precision.restore()
+    assert torch.equal(model.lm_head.weight, tiny_model("llama").lm_head.weight)
+
+
 def test_in_fp32_the_parameters_are_their_own_masters() -> None:
     model = tiny_model("llama")
     before = snapshot(model)
