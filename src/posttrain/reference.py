@@ -135,7 +135,9 @@ class ReferenceModel:
     def save(self, folder: Path) -> None:
         """What a reference that moves has become, beside a checkpoint's weights."""
         if self.moves:
-            tensor_files.save_file({name: tensor.contiguous() for name, tensor in self._own_weights().items()}, folder / MOVED)
+            tensor_files.save_file(
+                {name: tensor.contiguous() for name, tensor in self._own_weights().items()}, folder / MOVED
+            )
 
     def load(self, folder: Path) -> None:
         """Raises CheckpointError where the checkpoint has none."""

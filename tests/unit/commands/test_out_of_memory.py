@@ -9,12 +9,20 @@ import pytest
 from posttrain.cli import main
 from posttrain.shortage import Shortage, is_out_of_memory, shortage_of
 
-CPU = "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 2254857830 bytes."
+CPU = (
+    "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: "
+    "you tried to allocate 2254857830 bytes."
+)
 WINDOWS = "DefaultCPUAllocator: not enough memory: you tried to allocate 1048576 bytes."
-CUDA = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 139.80 GiB of which 1.40 GiB is free."
+CUDA = (
+    "CUDA out of memory. Tried to allocate 2.50 GiB. "
+    "GPU 0 has a total capacity of 139.80 GiB of which 1.40 GiB is free."
+)
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError(CPU), RuntimeError(WINDOWS), RuntimeError(CUDA)], ids=str)
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError(CPU), RuntimeError(WINDOWS), RuntimeError(CUDA)], ids=str
+)
 def test_exit_code_8(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -46,13 +54,9 @@ def test_other_errors_are_none() -> None:
 
 
 def test_the_cause_counts() -> None:
-    try:
-        try:
-            raise MemoryError
-        except MemoryError as inner:
-            raise OSError("cannot read") from inner
-    except OSError as error:
-        assert is_out_of_memory(error)
+    error = OSError("cannot read")
+    error.__cause__ = MemoryError()
+    assert is_out_of_memory(error)
 
 
 def test_what_is_said() -> None:
