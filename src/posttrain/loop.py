@@ -51,7 +51,8 @@ class Loop:
     known from the data (a reference's log-probabilities); `parameters` are what the optimiser trains (masters and
     adapters); `settle` completes their gradients, `publish` copies them into the computing weights; `evaluate` returns
     metrics and `save` a checkpoint's path. `position` is the step of the source that comes next, ahead of `global_step`
-    where a callback ended an epoch early; `phase` is what is being done."""
+    where a callback ended an epoch early; `phase` is what is being done. `schedule` has an objective for each epoch
+    (or part of one)."""
 
     annotate: Callable[[Batch], Batch]
     forward: Callable[[Batch, Needs], Outputs]
@@ -71,6 +72,7 @@ class Loop:
     extra_logs: Callable[[Meter], dict[str, float]]
     flops: Callable[[Batch], float]
     backoff: BackOff
+    schedule: Callable[[float], Objective] | None = None
     position: int = 0
     meter: Meter = field(default_factory=Meter)
     total_loss: float = 0.0
@@ -106,6 +108,8 @@ class Loop:
             self.optimizer.train()  # type: ignore[attr-defined]
             self.publish()
         self.events.step_begin()
+        if self.schedule is not None:
+            self.objective = self.schedule(self.source.epoch_after(step))
         self.meter.start_step()
         try:
             micro = self.source.micro_batches(step)

@@ -63,7 +63,8 @@ class TrainResult(TrainOutput):
 @dataclass
 class Run:
     """`train_samples` is a list, or a function that starts a new pass over a stream. `predict` computes the user's own
-    metrics over an evaluation set; `data_names` says what the training data were, for the checkpoint's record."""
+    metrics over an evaluation set; `schedule` has the objective for each moment, in epochs, where it changes;
+    `first_look` is called before the first step, while the model is what it was."""
 
     model: Any
     processing_class: Any
@@ -75,6 +76,8 @@ class Run:
     token_budget: int | None = None
     predict: Callable[[Session, Sequence[Sample], str], dict[str, float]] | None = None
     reference: ReferenceModel | None = None
+    schedule: Callable[[float], Objective] | None = None
+    first_look: Callable[[Session], None] | None = None
     optimizers: tuple[Any, Any] = (None, None)
     optimizer_choice: tuple[type, dict[str, Any]] | None = None
     session: Session | None = None
@@ -96,6 +99,8 @@ class Run:
         with only_run_in(Path(args.output_dir), self.run_id), self._open() as session, StopRequest() as stop:
             session.policy.model.train()
             source.packing = self._packing(session)
+            if self.first_look is not None:
+                self.first_look(session)
             self._open_reference(session, source)
             started = time.time()
             source.token_budget = self._plan(session)
@@ -237,6 +242,7 @@ class Run:
             extra_logs=self._extra_logs(session),
             flops=flops_counter(session.policy.base),
             backoff=self._backoff(session, source),
+            schedule=self.schedule,
         )
 
     def _extra_logs(self, session: Session) -> Callable[[Meter], dict[str, float]]:
@@ -359,7 +365,7 @@ class Run:
         args, started = self.args, time.time()
         values = evaluate_loss(
             session.policy,
-            self.objective,
+            self.objective if self.schedule is None else self.schedule(self.events.state.epoch or 0.0),
             samples,
             args.per_device_eval_batch_size,
             self._budget(),

@@ -141,3 +141,22 @@ def test_a_stream(tmp_path: Path) -> None:
     plain = trainer(tmp_path / "p", max_steps=2, train_sampling_strategy="sequential")
     plain.train()
     assert history(stream, "loss") == pytest.approx(history(plain, "loss"), rel=1e-5)
+
+
+def test_beta_for_each_epoch(tmp_path: Path) -> None:
+    """The first epoch is that of a run with the first value throughout; rewards are multiples of it; a resumed run
+    goes on with the epoch's own."""
+    options = {"save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-4}
+    plain, scheduled = (trainer(tmp_path / str(i), beta=beta, **options) for i, beta in enumerate((0.5, [0.5, 0.05])))
+    for one in (plain, scheduled):
+        one.train()
+    assert history(scheduled, "loss", "grad_norm")[:4] == history(plain, "loss", "grad_norm")[:4]
+    third = [entry for entry in scheduled.state.log_history if "loss" in entry][2]
+    other = [entry for entry in plain.state.log_history if "loss" in entry][2]
+    assert third["rewards/margins"] == pytest.approx(other["rewards/margins"] / 10, rel=1e-4)
+    assert third["logps/chosen"] == pytest.approx(other["logps/chosen"], rel=1e-6)  # the weights are the same still
+    resumed = trainer(tmp_path / "1", beta=[0.5, 0.05], **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "1" / "checkpoint-3"))
+    assert history(resumed, "loss", "rewards/margins") == history(scheduled, "loss", "rewards/margins")
+    for name, value in weights(scheduled).items():
+        assert torch.equal(value, weights(resumed)[name]), name

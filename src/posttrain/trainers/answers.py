@@ -24,16 +24,16 @@ from posttrain.errors import ConfigError
 from posttrain.objectives.base import Objective
 from posttrain.reference import ReferenceModel
 from posttrain.run import Run
+from posttrain.session import Session
 from posttrain.trainers.arguments import check_arguments
 from posttrain.trainers.base import make_events
 from posttrain.trainers.config import PackedConfig
 from posttrain.trainers.data import DataTrainer
+from posttrain.trainers.forewarning import warn_of_rate, warn_of_reference, warn_of_unlikely_answers
 from posttrain.trainers.opening import as_dict, open_model
 from posttrain.types import Sample
 
 logger = logging.getLogger("posttrain")
-HIGH_RATES = {True: 1e-4, False: 1e-5}
-"""From which learning rate on it is one of supervised training: with an adapter, and for all weights."""
 
 
 @dataclass
@@ -51,8 +51,13 @@ class AnswerConfig(PackedConfig):
         default=None, metadata={"help": "Longest prompt in tokens: its beginning is cut off. Default: no limit."}
     )
 
-    def objective(self) -> Objective:
-        """Raises ConfigError for settings that contradict each other."""
+    @property
+    def has_schedule(self) -> bool:
+        """Whether the objective changes from epoch to epoch."""
+        return False
+
+    def objective(self, epoch: float = 0.0) -> Objective:
+        """As it is in `epoch`. Raises ConfigError for settings that contradict each other."""
         raise NotImplementedError
 
     def _check_choices(self) -> None:
@@ -186,6 +191,8 @@ class AnswerTrainer(DataTrainer):
         objective = args.objective()
         train_samples = self._train_samples(train_dataset)
         is_stream = callable(train_samples)
+        if is_stream and args.has_schedule:
+            raise ConfigError("beta has a value for each epoch, and a stream has but one", hint="give one number")
         self.run = Run(
             model=self._model,
             processing_class=self._tokenizer,
@@ -200,6 +207,8 @@ class AnswerTrainer(DataTrainer):
             optimizer_choice=optimizer_choice,
             columns=self.columns,
             reference=self._reference(ref_model, is_stream) if objective.needs_reference else None,
+            schedule=args.objective if args.has_schedule else None,
+            first_look=None if is_stream else self._first_look,
         )
         if self.run.reference is not None and self.run.reference.moves:
             self.add_callback(_Follow(self.run.reference))
@@ -222,6 +231,10 @@ class AnswerTrainer(DataTrainer):
         if self.method == "preference" and (remark := length_bias(samples)):
             logger.warning("data     %s; %s", remark, self.way_out_of_length)
 
+    def _first_look(self, session: Session) -> None:
+        assert not callable(self.run.train_samples)
+        warn_of_unlikely_answers(session, self.run.train_samples)
+
     def _reference(self, ref_model: Any, is_stream: bool) -> ReferenceModel:
         """Asked ahead where that saves a pass an epoch, or a copy of all weights; a stream has no rows to ask about."""
         args = self.args
@@ -236,6 +249,7 @@ class AnswerTrainer(DataTrainer):
             raise ConfigError("precompute_ref_log_probs=True needs rows that can be counted, not a stream")
         if precompute is None:
             precompute = (several or whole) and not is_stream
+        warn_of_reference(self._model, ref_model, args.ref_adapter_name)
         folder = default_folder().parent / "reference"
         kept = folder if args.dataset_cache else None
         return ReferenceModel(ref_model, args.ref_adapter_name, precompute, kept, moves=args.sync_ref_model)
@@ -252,10 +266,3 @@ def check_reference(model: Any, ref_model: Any, args: ReferenceConfig) -> None:
                           hint="leave it out; the starting model is the reference then")  # fmt: skip
     if args.ref_adapter_name is not None:
         raise ConfigError("ref_model and ref_adapter_name both name a reference; give one of them")
-
-
-def warn_of_rate(args: PackedConfig, adapted: bool) -> None:
-    if args.learning_rate >= HIGH_RATES[adapted]:
-        usual = "5e-6 to 5e-5 with an adapter" if adapted else "5e-7 to 5e-6 for all weights"
-        logger.warning("learning_rate=%g is one of supervised training; preference methods take %s",
-                       args.learning_rate, usual)  # fmt: skip

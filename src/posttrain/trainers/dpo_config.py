@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -27,6 +28,13 @@ class DPOConfig(ReferenceConfig):
         "f_alpha_divergence_coef": ("f_divergence_type", ("alpha_divergence",)),
     }
 
+    beta: Any = field(
+        default=0.1,
+        metadata={
+            "help": "How far the policy may leave the reference: less with a larger one. A list has one for each "
+            "epoch; the last stays."
+        },
+    )
     loss_type: Any = field(
         default_factory=lambda: ["sigmoid"], metadata={"help": f"One or several of: {', '.join(LOSSES)}."}
     )
@@ -53,13 +61,26 @@ class DPOConfig(ReferenceConfig):
         if not isinstance(self.loss_type, list | tuple) or not self.loss_type:
             raise ConfigError(f"loss_type={self.loss_type!r} is neither a name nor a list of them")
 
-    def objective(self) -> PreferenceLoss:
-        """Raises ConfigError for settings that contradict each other."""
+    @property
+    def has_schedule(self) -> bool:
+        return isinstance(self.beta, list | tuple)
+
+    def beta_at(self, epoch: float) -> float:
+        """Raises ConfigError for what is no number, and no list of them."""
+        betas = list(self.beta) if self.has_schedule else [self.beta]
+        if not betas or any(isinstance(beta, bool) or not isinstance(beta, int | float) for beta in betas):
+            raise ConfigError(f"beta={self.beta!r} is neither a number nor a list of them, one for each epoch")
+        if min(betas) <= 0 or not math.isfinite(max(betas)):
+            raise ConfigError(f"beta={self.beta!r} must be above 0", hint="0.1 is usual, 0.01 to 0.5 are tried")
+        return float(betas[min(int(epoch + 1e-6), len(betas) - 1)])
+
+    def objective(self, epoch: float = 0.0) -> PreferenceLoss:
+        """As it is in `epoch`. Raises ConfigError for settings that contradict each other."""
         return PreferenceLoss(
             losses=tuple(self.loss_type),
             weights=tuple(self.loss_weights or [1.0] * len(self.loss_type)),
             settings=Settings(
-                beta=self.beta,
+                beta=self.beta_at(epoch),
                 label_smoothing=self.label_smoothing,
                 discopop_tau=self.discopop_tau,
                 simpo_gamma=self.simpo_gamma,

@@ -63,7 +63,7 @@ class KTOConfig(ReferenceConfig):
                 hint="shuffle_dataset=True shuffles once, before batches are made",
             )
 
-    def objective(self) -> RatedLoss:
+    def objective(self, epoch: float = 0.0) -> RatedLoss:
         return RatedLoss(self.loss_type, self.beta, self.desirable_weight, self.undesirable_weight)
 
 

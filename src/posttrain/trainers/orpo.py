@@ -41,7 +41,7 @@ class ORPOConfig(AnswerConfig):
             if getattr(self, name):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not honoured: {why}")
 
-    def objective(self) -> OddsRatioLoss:
+    def objective(self, epoch: float = 0.0) -> OddsRatioLoss:
         return OddsRatioLoss(self.beta)
 
 

@@ -29,6 +29,7 @@ from posttrain.models.load import load_model, load_tokenizer, set_pad_token
 from posttrain.models.scoring import as_classifier, is_classifier
 from posttrain.objectives.reward import RewardLoss
 from posttrain.planner import default_token_budget
+from posttrain.session import Session
 from posttrain.trainers.answers import AnswerConfig, AnswerTrainer
 from posttrain.trainers.config import PackedConfig, accepts_old_spellings
 from posttrain.trainers.opening import as_dict, dtype_to_load, open_model, read_config, refuse
@@ -51,7 +52,7 @@ class RewardConfig(AnswerConfig):
         default=None, metadata={"help": "Weight of a pull of all scores towards zero; 0.01 is usual."}
     )
 
-    def objective(self) -> RewardLoss:
+    def objective(self, epoch: float = 0.0) -> RewardLoss:
         return RewardLoss(self.center_rewards_coefficient)
 
 
@@ -145,6 +146,9 @@ class RewardTrainer(AnswerTrainer):
             raise ConfigError(f"the {name} set {'has' if with_margin else 'lacks'} a column `margin`, unlike the "
                               "training set")  # fmt: skip
         return samples
+
+    def _first_look(self, session: Session) -> None:
+        """A model that scores answers has no likelihood of them."""
 
     def _train_samples(self, dataset: Any) -> Any:
         samples = super()._train_samples(dataset)

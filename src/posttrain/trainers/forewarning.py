@@ -1,0 +1,153 @@
+"""What is said before the first step of a preference method, because it costs a run to find out afterwards: a learning
+rate of supervised training, a reference that is not what training starts from, answers that the model cannot have been
+made for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from posttrain.data.planning import plan
+from posttrain.reference import is_fresh_adapter
+from posttrain.session import Session
+from posttrain.shortage import is_out_of_memory
+from posttrain.trainers.config import PackedConfig
+from posttrain.types import Batch, Needs, Sample, Tokenized
+
+logger = logging.getLogger("posttrain")
+HIGH_RATES = {True: 1e-4, False: 1e-5}
+"""From which learning rate on it is one of supervised training: with an adapter, and for all weights."""
+NUM_ANSWERS, NUM_TOKENS = 16, 2048
+"""How many good answers are looked at, and with how many tokens at most."""
+UNLIKELY, UNLIKELY_END = -6.0, -12.0
+"""Mean log-probability of their tokens, and of their last ones, from which on down they are absurd: one in 400, and one
+in 160,000. A model with a template that is not its own finds words a little, and the end of a turn very unlikely."""
+
+
+def warn_of_rate(args: PackedConfig, adapted: bool) -> None:
+    if args.learning_rate >= HIGH_RATES[adapted]:
+        usual = "5e-6 to 5e-5 with an adapter" if adapted else "5e-7 to 5e-6 for all weights"
+        logger.warning("learning_rate=%g is one of supervised training; preference methods take %s",
+                       args.learning_rate, usual)  # fmt: skip
+
+
+# --- the reference ----------------------------------------------------------------------------------------------------
+
+
+def warn_of_reference(model: Any, ref_model: Any, ref_adapter: str | None) -> None:
+    """Where the reference is another model than the one that training starts from, so that the first step is pulled
+    towards it already."""
+    if ref_model is not None:
+        problem = _difference(model, ref_model)
+    elif ref_adapter is not None:
+        problem = _difference_of_adapters(model, ref_adapter)
+    else:
+        return
+    if problem is not None:
+        logger.warning("the reference is not the model that training starts from: %s; rewards and margins begin away "
+                       "from 0, and the policy is pulled back to it", problem)  # fmt: skip
+
+
+def _difference(model: Any, ref_model: Any) -> str | None:
+    own, others = _plain_weights(model), _plain_weights(ref_model)
+    missing = sorted(own.keys() ^ others.keys())
+    if missing:
+        return f"{len(missing)} parameters are in one of them only (first: {missing[0]})"
+    different = [name for name, weight in own.items() if not _equal(weight, others[name])]
+    if different:
+        return f"{len(different)} of {len(own)} parameters differ (first: {different[0]})"
+    if isinstance(model, PeftModel) and not isinstance(ref_model, PeftModel) and not is_fresh_adapter(model):
+        return "the adapter has been trained before, and the reference has none"
+    return None
+
+
+def _difference_of_adapters(model: Any, name: str) -> str | None:
+    active = model.active_adapter
+    pairs = [
+        (parameter, parameters[other])
+        for parameters in [dict(model.named_parameters())]
+        for own, parameter in parameters.items()
+        if f".{active}." in own and (other := own.replace(f".{active}.", f".{name}.")) in parameters
+    ]
+    different = sum(not _equal(one, other) for one, other in pairs)
+    return f"{different} of {len(pairs)} parameters of adapter {name!r} differ from {active!r}" if different else None
+
+
+def _plain_weights(model: Any) -> dict[str, torch.Tensor]:
+    """By the names that they have without adapters."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    named = base.named_parameters()
+    return {name.replace(".base_layer", ""): weight for name, weight in named if ".lora_" not in name}
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """In the less precise of the two dtypes."""
+    if one.shape != other.shape:
+        return False
+    dtype = min(one.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
+    return torch.equal(one.detach().to(dtype), other.detach().to(one.device, dtype))
+
+
+# --- the answers ------------------------------------------------------------------------------------------------------
+
+
+def warn_of_unlikely_answers(session: Session, samples: Sequence[Sample]) -> None:
+    """Where the model, as it is, finds the good answers absurdly unlikely. One short forward pass."""
+    trees = list(_good_answers(samples))
+    if not trees:
+        return
+    batches = plan([(tree,) for tree in trees], NUM_TOKENS)
+    try:
+        values = [_logps(session, batch) for batch in batches]
+    except Exception as error:
+        if is_out_of_memory(error):  # training will find out, and knows what to do
+            return
+        raise
+    mean = torch.cat(values).mean().item()
+    ends = torch.cat([v[_last_rows(batch.sequence_R)] for v, batch in zip(values, batches, strict=True)]).mean().item()
+    if mean < UNLIKELY:
+        logger.warning(
+            "the model finds the good answers absurdly unlikely (%.1f a token on average, as logarithm, in %d rows): "
+            "look at them with `posttrain data tokens`; the chat template may not be the model's own, or the text not "
+            "of its language; train it on them first (SFT)", mean, len(trees))  # fmt: skip
+    elif ends < UNLIKELY_END:
+        logger.warning(
+            "the model would never end its answers as these %d rows do (%.1f for the last token, as logarithm): the "
+            "chat template may not be the model's own, or the model was never trained to end its turns; train it on "
+            "the answers first (SFT)", len(trees), ends)  # fmt: skip
+
+
+@torch.no_grad()
+def _logps(session: Session, batch: Batch) -> torch.Tensor:
+    model = session.policy.model
+    training = model.training
+    model.eval()
+    try:
+        return session.policy(batch, Needs()).logp_R.float().cpu()
+    finally:
+        model.train(training)
+
+
+def _good_answers(samples: Sequence[Sample]) -> Iterator[Tokenized]:
+    """The chosen answers, or those rated good, of the first rows, each behind its prompt."""
+    tokens = 0
+    trees = (tree for sample in samples for tree in sample if tree.columns.get("label", True))
+    for tree in islice(trees, NUM_ANSWERS):
+        tree = replace(tree, branches=tree.branches[:1], columns={})
+        tokens += tree.num_tokens
+        if tokens > NUM_TOKENS:
+            return
+        yield tree
+
+
+def _last_rows(sequence_R: torch.Tensor) -> torch.Tensor:
+    """The last row of each sequence, whose rows come in order."""
+    ends = torch.ones_like(sequence_R, dtype=torch.bool)
+    ends[:-1] = sequence_R[1:] != sequence_R[:-1]
+    return ends.cpu()

@@ -1,0 +1,171 @@
+"""What is said before the first step of a preference method."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from posttrain import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, ORPOConfig, ORPOTrainer
+from posttrain.errors import ConfigError
+from posttrain.trainers.forewarning import warn_of_reference
+from tests.tiny_models import tiny_model
+from tests.tiny_tokenizers import chatml_tokenizer
+
+ROWS: list[dict[str, Any]] = [
+    {"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": "No idea."} for i in range(4)
+]
+REFERENCE = "the reference is not the model that training starts from"
+UNLIKELY = "absurdly unlikely"
+NO_END = "would never end its answers"
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
+
+
+def settings(**options: Any) -> dict[str, Any]:
+    return {"max_steps": 1, "per_device_train_batch_size": 2, "bf16": False, "save_strategy": "no", "report_to": "none",
+            "disable_tqdm": True, "learning_rate": 1e-6, **options}  # fmt: skip
+
+
+def model() -> Any:
+    return tiny_model("llama", len(chatml_tokenizer()))
+
+
+def lora() -> LoraConfig:
+    return LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def saying(logits: dict[str, float]) -> Any:
+    """A model whose logits are these for the tokens of these texts and 0 for others, whatever it has read."""
+    made, tokenizer = model(), chatml_tokenizer()
+    with torch.no_grad():
+        made.model.norm.weight.zero_()
+        made.lm_head.bias = torch.nn.Parameter(torch.zeros(made.lm_head.out_features))
+        for text, logit in logits.items():
+            made.lm_head.bias[tokenizer(text, add_special_tokens=False)["input_ids"]] = logit
+    return made
+
+
+# --- the reference ----------------------------------------------------------------------------------------------------
+
+
+def test_the_starting_model_is_no_surprise(caplog: pytest.LogCaptureFixture) -> None:
+    start = model()
+    warn_of_reference(start, copy.deepcopy(start), None)
+    warn_of_reference(start, copy.deepcopy(start).to(torch.bfloat16), None)
+    warn_of_reference(get_peft_model(copy.deepcopy(start), lora()), start, None)
+    warn_of_reference(start, None, None)
+    assert not caplog.messages
+
+
+def test_another_model_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    start = model()
+    other = copy.deepcopy(start)
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight[0, 0] += 0.5
+    warn_of_reference(start, other, None)
+    assert REFERENCE in caplog.text
+    assert "1 of" in caplog.text
+    assert "layers.1.mlp.up_proj.weight" in caplog.text
+
+
+def test_an_adapter_that_has_been_trained_before(caplog: pytest.LogCaptureFixture) -> None:
+    start = model()
+    adapted = get_peft_model(copy.deepcopy(start), lora())
+    with torch.no_grad():
+        next(p for name, p in adapted.named_parameters() if "lora_B" in name).fill_(0.1)
+    warn_of_reference(adapted, start, None)
+    assert "the adapter has been trained before" in caplog.text
+
+
+def test_another_adapter(caplog: pytest.LogCaptureFixture) -> None:
+    adapted = get_peft_model(model(), lora(), adapter_name="policy")
+    adapted.add_adapter("ref", lora())
+    weights = dict(adapted.named_parameters())
+    with torch.no_grad():
+        for name, weight in weights.items():
+            if ".policy." in name:
+                weights[name.replace(".policy.", ".ref.")].copy_(weight)
+    warn_of_reference(adapted, None, "ref")
+    assert not caplog.messages
+    with torch.no_grad():
+        next(p for name, p in weights.items() if "lora_B.policy" in name).fill_(0.1)
+    warn_of_reference(adapted, None, "ref")
+    assert "1 of" in caplog.text
+    assert "adapter 'ref'" in caplog.text
+
+
+def test_the_trainer_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    other = tiny_model("llama", len(chatml_tokenizer()), seed=1)
+    DPOTrainer(model(), other, DPOConfig(str(tmp_path), **settings()), train_dataset=ROWS,
+               processing_class=chatml_tokenizer())  # fmt: skip
+    assert REFERENCE in caplog.text
+
+
+# --- the answers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("trainer", "config"), [(DPOTrainer, DPOConfig), (ORPOTrainer, ORPOConfig), (KTOTrainer, KTOConfig)]
+)
+def test_answers_that_the_model_finds_absurd(
+    trainer: Any, config: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = trainer(saying({"~": 30.0}), args=config(str(tmp_path), **settings()), train_dataset=ROWS,
+                   processing_class=chatml_tokenizer())  # fmt: skip
+    made.train()
+    assert UNLIKELY in caplog.text
+
+
+def test_an_end_that_the_model_would_never_write(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = chatml_tokenizer()
+    rows = [{**row, "chosen": row["chosen"] * 20} for row in ROWS]
+    endless = saying({"It is 0123.": 6.0, str(tokenizer.eos_token): -10.0})
+    made = DPOTrainer(endless, args=DPOConfig(str(tmp_path), **settings()), train_dataset=rows,
+                      processing_class=tokenizer)  # fmt: skip
+    made.train()
+    assert NO_END in caplog.text
+    assert UNLIKELY not in caplog.text
+
+
+def test_only_good_answers_count(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of a model that is sure of nothing nothing is absurd, and bad answers may be."""
+    tokenizer = chatml_tokenizer()
+    rows = [{"prompt": "Say it.", "completion": text, "label": text == "yes"} for text in ("yes", "~~~~~~~~~~~") * 2]
+    agreeing = saying({"yes": 9.0, str(tokenizer.eos_token): 9.0})
+    made = KTOTrainer(agreeing, args=KTOConfig(str(tmp_path), **settings()), train_dataset=rows,
+                      processing_class=tokenizer)  # fmt: skip
+    made.train()
+    assert UNLIKELY not in caplog.text
+    assert NO_END not in caplog.text
+
+
+# --- beta's schedule --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta", [[], [0.1, 0.0], [0.1, "x"], "high", [True], float("inf"), -1])
+def test_a_beta_that_is_none(beta: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="beta"):
+        DPOConfig(str(tmp_path), beta=beta)
+
+
+def test_one_beta_for_each_epoch(tmp_path: Path) -> None:
+    args = DPOConfig(str(tmp_path), beta=[0.5, 0.1])
+    assert [args.beta_at(epoch) for epoch in (0, 0.5, 0.9999999, 1.0, 1.5, 2.0, 7.3)] == [0.5, 0.5, *[0.1] * 5]
+    assert args.objective(1.0).settings.beta == 0.1
+
+
+def test_a_stream_has_one_epoch(tmp_path: Path) -> None:
+    from datasets import IterableDataset
+
+    stream = IterableDataset.from_generator(lambda: iter(ROWS))
+    with pytest.raises(ConfigError, match="a stream has but one"):
+        DPOTrainer(model(), args=DPOConfig(str(tmp_path), **settings(beta=[0.1, 0.2])), train_dataset=stream,
+                   processing_class=chatml_tokenizer())  # fmt: skip
