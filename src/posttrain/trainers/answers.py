@@ -29,7 +29,7 @@ from posttrain.trainers.arguments import check_arguments
 from posttrain.trainers.base import make_events
 from posttrain.trainers.config import PackedConfig
 from posttrain.trainers.data import DataTrainer
-from posttrain.trainers.forewarning import warn_of_rate, warn_of_reference, warn_of_unlikely_answers
+from posttrain.trainers.forewarning import warn_of_beta, warn_of_rate, warn_of_reference, warn_of_unlikely_answers
 from posttrain.trainers.opening import as_dict, open_model
 from posttrain.types import Sample
 
@@ -154,6 +154,8 @@ class AnswerTrainer(DataTrainer):
     def _opened(self, model: Any, tokenizer: Any, peft_config: Any, quantization_config: Any) -> tuple[Any, Any]:
         opened = open_model(model, tokenizer, self.args, peft_config, quantization_config)
         warn_of_rate(self.args, isinstance(opened[0], PeftModel))
+        if isinstance(self.args, ReferenceConfig):
+            warn_of_beta(self.args)
         return opened
 
     def _data_settings(self) -> DataSettings:

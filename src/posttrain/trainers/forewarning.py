@@ -37,6 +37,18 @@ def warn_of_rate(args: PackedConfig, adapted: bool) -> None:
                        args.learning_rate, usual)  # fmt: skip
 
 
+def warn_of_beta(args: Any) -> None:
+    """Of methods with a reference, and SimPO, whose beta scales log-probabilities per token."""
+    losses = args.loss_type if isinstance(args.loss_type, list | tuple) else [args.loss_type]
+    low, high, usual = (1.0, 10.0, "2 to 2.5") if "simpo" in losses else (0.01, 0.5, "0.1")
+    for beta in args.beta if isinstance(args.beta, list | tuple) else [args.beta]:
+        if not low <= beta <= high:
+            logger.warning("beta=%g is outside of what is tried with %s (%g to %g; %s is usual): %s", beta,
+                           "simpo" if "simpo" in losses else "these losses", low, high, usual,
+                           "the policy will hardly move" if beta > high else "the policy may leave the reference far "
+                           "behind and unlearn")  # fmt: skip
+
+
 # --- the reference ----------------------------------------------------------------------------------------------------
 
 

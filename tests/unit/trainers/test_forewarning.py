@@ -147,7 +147,7 @@ def test_only_good_answers_count(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert NO_END not in caplog.text
 
 
-# --- beta's schedule --------------------------------------------------------------------------------------------------
+# --- beta --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("beta", [[], [0.1, 0.0], [0.1, "x"], "high", [True], float("inf"), -1])
@@ -169,3 +169,24 @@ def test_a_stream_has_one_epoch(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="a stream has but one"):
         DPOTrainer(model(), args=DPOConfig(str(tmp_path), **settings(beta=[0.1, 0.2])), train_dataset=stream,
                    processing_class=chatml_tokenizer())  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, ""),
+        ({"beta": 0.5}, ""),
+        ({"beta": 5.0}, "beta=5 is outside of what is tried with these losses (0.01 to 0.5; 0.1 is usual)"),
+        ({"beta": 0.001}, "unlearn"),
+        ({"beta": [0.1, 0.7]}, "beta=0.7 is outside"),
+        ({"beta": 2.5, "loss_type": "simpo"}, ""),
+        ({"beta": 0.1, "loss_type": "simpo"}, "beta=0.1 is outside of what is tried with simpo (1 to 10"),
+    ],
+)
+def test_betas_that_nobody_takes(
+    options: dict[str, Any], said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    DPOTrainer(model(), args=DPOConfig(str(tmp_path), **settings(**options)), train_dataset=ROWS,
+               processing_class=chatml_tokenizer())  # fmt: skip
+    assert said in caplog.text
+    assert bool(said) == ("is outside of what is tried" in caplog.text)
