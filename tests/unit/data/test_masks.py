@@ -242,3 +242,12 @@ def test_a_template_without_an_end_of_turn_is_noted() -> None:
 def test_settings_that_do_not_fit_the_data(row: dict[str, Any], settings: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         run(row, plain_tokenizer(), **settings)
+
+
+@pytest.mark.parametrize("behind", ["", "\n", " \n\n"])
+def test_white_space_behind_the_end_token_brings_no_second_one(behind: str) -> None:
+    tokenizer = plain_tokenizer()
+    for row in ({"text": f"Two plus two.</s>{behind}"}, {"prompt": "Two", "completion": f" plus two.</s>{behind}"}):
+        ids = branch(row, tokenizer).ids.tolist()
+        assert ids.count(tokenizer.eos_token_id) == 1
+        assert tokenizer.decode(ids) == f"Two plus two.</s>{behind}"

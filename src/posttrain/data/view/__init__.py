@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from posttrain.data.codes import Row
-from posttrain.data.columns import rename_columns
+from posttrain.data.columns import read_columns
 from posttrain.data.formats import choose, detect, formats
 from posttrain.data.pipeline import Pipeline
 from posttrain.data.report import DataReport
@@ -207,7 +207,7 @@ def _masks(row: Row, settings: DataSettings, train_on: str, origin: Origin) -> d
         return {"completion_only": False, "assistant_only": False}
     if train_on == "completion" or is_tokenized(row) or settings.formatting_func is not None:
         return {"assistant_only": False}
-    table, row = formats(settings.text_field), rename_columns(row, settings.column_map, origin)
+    table, row = formats(settings.text_field), read_columns(row, settings.column_map, origin)
     example = (choose(settings.format, table) or detect(row, origin, table)).parse(row, origin)
     return {"assistant_only": example.is_conversational and example.prompt is None}
 
