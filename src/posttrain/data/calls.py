@@ -34,14 +34,15 @@ def with_calls(message: Message, field: str, row: Row, origin: Origin) -> Messag
 
 
 def as_call(call: Any, field: str, row: Row, origin: Origin) -> dict[str, Any]:
-    """A bare `{"name", "arguments"}` as a tool call. Arguments become an object: templates write a text out once more
-    as JSON."""
+    """A bare `{"name", "arguments"}` as a tool call, with its `id`, which its result may name. Arguments become an
+    object: templates write a text out once more as JSON."""
     if not isinstance(call, Mapping) or not isinstance(call.get("name"), str) or not call["name"]:
         what = "is no tool call: an object with a `name` is wanted"
         raise bad_row("E-DATA-0015", origin, what, field=field, seen=call, row=row)
     written = call.get("arguments", call.get("parameters"))
     arguments = parse_arguments(written, f"{field}.arguments", row, origin)
-    return {"type": "function", "function": {"name": call["name"], "arguments": arguments}}
+    named = {"id": call["id"]} if call.get("id") is not None else {}
+    return {**named, "type": "function", "function": {"name": call["name"], "arguments": arguments}}
 
 
 def _parsed(value: Any, field: str, row: Row, origin: Origin) -> Any:

@@ -156,13 +156,14 @@ def _parse_at(text: str, position: int, path: Path, unreadable: Unreadable) -> t
             raise unreadable[0][1] from None
         raise _broken_array(error.msg, text, error.pos, path) from None
     except ValueError as error:
-        return _refused(error, text, position, str(path)), _end(text, position, path)
+        line = 1 + text.count("\n", 0, position)
+        return _refused(error, text, position, str(path), line), _end(text, position, path)
     except RecursionError:
         raise _too_deep(f"{path}:{1 + text.count(chr(10), 0, position)}") from None
 
 
-def _refused(error: ValueError, text: str, start: int, source: str, line: int = 1) -> DataError:
-    """What is JSON by its brackets, and no value: `text` begins in this `line` of the file, the row at `start`."""
+def _refused(error: ValueError, text: str, start: int, source: str, line: int) -> DataError:
+    """What is JSON by its brackets, and no value: the row at `start` of `text`, in this `line` of the file."""
     if isinstance(error, NotANumber):
         return _not_a_number(error, text, start, source, line)
     if isinstance(error, Repeated):
@@ -178,7 +179,7 @@ def _refused(error: ValueError, text: str, start: int, source: str, line: int = 
 def _said(found: Place | None, what: str, text: str, start: int, source: str, first_line: int) -> str:
     """What is wrong, where in the file, in which field, and what stands there."""
     position = start if found is None else found.position
-    line, column = first_line + text.count("\n", 0, position), position - text.rfind("\n", 0, position)
+    line, column = first_line + text.count("\n", start, position), position - text.rfind("\n", 0, position)
     field = f'"{found.field}": ' if found is not None and found.field else ""
     return f"{source}:{line}:{column}  {field}{what}\n  | {_around(text, position)}"
 
