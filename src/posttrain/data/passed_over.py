@@ -38,6 +38,8 @@ MEANT: Mapping[str, str | None] = {
     "seq_lengths": None,
 }
 """Columns that seem to say something to the model or about the loss, and the name under which they are read, if any."""
+SAID = ("prompt", "completion", "instruction", "input", "output", "question", "answer", "response")
+"""Columns that other rows are made of. Often they say once more what a conversation says; else they look meant."""
 IN_A_MESSAGE = ("tools", "functions")
 NO_PLACE = "which their format has no place for, so that nothing is made of it"
 
@@ -63,7 +65,7 @@ def passed_over(example: Example, known: Mapping[str, Format], kept: Collection[
     if not rest:
         return PassedOver(meant=in_messages) if in_messages else NOTHING
     others = tuple(name for name, fmt in known.items() if fmt.matches(rest))
-    return PassedOver(tuple(rest), (*_meant(rest), *in_messages), others)
+    return PassedOver(tuple(rest), (*_meant(rest), *_unsaid(rest, example), *in_messages), others)
 
 
 def of_tokens(row: Row, used: Collection[str], known: Mapping[str, Format]) -> PassedOver:
@@ -88,6 +90,18 @@ def way_out(name: str) -> str:
 
 def _meant(rest: Row) -> tuple[str, ...]:
     return tuple(name for name in rest if name.strip().lower() in MEANT)
+
+
+def _unsaid(rest: Row, example: Example) -> tuple[str, ...]:
+    """Columns of `SAID` whose text stands nowhere in the example."""
+    left = {name: rest[name].strip() for name in SAID if isinstance(rest.get(name), str)}
+    parts = (example.prompt or "", *example.completions) if left else ()
+    texts = [
+        text for part in parts for text in ([m.get("content") for m in part] if isinstance(part, list) else [part])
+    ]
+    return tuple(
+        name for name, said in left.items() if not any(said in text for text in texts if isinstance(text, str))
+    )
 
 
 def _in_messages(example: Example) -> tuple[str, ...]:

@@ -188,10 +188,10 @@ def test_half_a_pair_is_read_where_the_format_is_named() -> None:
     assert caught.value.code == "E-DATA-0033"
 
 
-@pytest.mark.parametrize("row", [{"messages": [USER, GOOD], "label": None}, {"prompt": "Hi", "completion": "Hello"}])
-def test_a_rating_that_is_missing_is_named(row: dict[str, Any]) -> None:
-    with pytest.raises(DataError, match='"label" is missing') as caught:
-        prepare([row], chatml_tokenizer(), DataSettings(method="rated"))
+@pytest.mark.parametrize("answer", [{"messages": [USER, GOOD]}, {"prompt": "Hi", "completion": "Hello"}])
+def test_a_rating_that_is_null_is_named(answer: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match='"label" is null') as caught:
+        prepare([{**answer, "label": None}], chatml_tokenizer(), DataSettings(method="rated"))
     assert caught.value.code == "E-DATA-0028"
 
 

@@ -84,6 +84,8 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "Hi", "completion": " Hello", "history": [["a", "b"]]}, "history", "or leave it out"),
     ({"messages": [USER, GOOD], "functions": [{"name": "look"}]}, "functions", "--map functions=tools"),
     ({"messages": [{**SYSTEM, "tools": TOOLS}, USER, GOOD]}, "messages[].tools", "in a column `tools` of the row"),
+    ({"messages": [USER, GOOD], "prompt": "Good day"}, "prompt", "where the format looks for it"),
+    ({"prompt": "Hi", "completion": " Hello", "input": "1, 2"}, "input", "where the format looks for it"),
     ({"messages": [USER, GOOD], "reasoning": "They greet."}, "reasoning", "where the format looks for it"),
 ]
 
@@ -101,9 +103,10 @@ def test_what_looks_meant_is_named(row: dict[str, Any], column: str, way_out: st
 
 def test_what_is_empty_or_the_users_own_is_not() -> None:
     row = {"messages": [USER, GOOD], "system_prompt": "", "history": [], "functions": None, "id": 3, "label": None}
+    row |= {"prompt": " Hi", "answer": "Hello"}  # which is said
     assert notes(row) == "read as messages: column `messages` with keys `role`, `content`"
     report = check([row])
-    assert (report.findings, report.unused) == ([], {"id": 1})
+    assert (report.findings, report.unused) == ([], {"id": 1, "prompt": 1, "answer": 1})
 
 
 def test_renaming_honours_it() -> None:

@@ -98,7 +98,7 @@ def detect(row: Row, origin: Origin, known: dict[str, Format]) -> Format:
         raise bad_row("E-DATA-0017", origin, what, row=row)
     found = next((fmt for fmt in known.values() if fmt.matches(row)), None)
     if found is None:
-        if "rated" in known and any(fmt.matches(row) for fmt in rated.ANSWERS):
+        if "rated" in known and "label" in row and any(fmt.matches(row) for fmt in rated.ANSWERS):
             rated.check_label(row, origin)
         raise _unknown(row, origin, known)
     return found
