@@ -42,11 +42,18 @@ Item = tuple[tuple[Rendered, ...] | Tokenized, str]
 
 class Pipeline:
     """Rows in, tokens out, the report on the side. Rows go through in chunks, for the tokenizer is fast on many texts
-    at once."""
+    at once. `whole_answers`: rows are answers of pairs or ratings, one by one, for whoever looks at those."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: DataSettings, report: DataReport):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: DataSettings,
+        report: DataReport,
+        whole_answers: bool = False,
+    ):
         self.tokenizer, self.settings, self.report = tokenizer, settings, report
-        self.supervision = Supervision(settings.completion_only, settings.assistant_only, settings.method != "sft")
+        whole_answers = whole_answers or settings.method != "sft"
+        self.supervision = Supervision(settings.completion_only, settings.assistant_only, whole_answers)
         self.encoder = Encoder(tokenizer, settings.columns)
         self.formats = formats_of(settings.method, settings.text_field)
         self.format = choose(settings.format, self.formats)

@@ -7,8 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from posttrain.data.doctor.check import check
 from posttrain.data.prepare import Prepared, prepare
 from posttrain.data.settings import DataSettings
+from posttrain.data.view import PairView
+from posttrain.data.view.pairs import any_view
 from posttrain.errors import DataError
 from tests.doctor_files import codes
 from tests.tiny_tokenizers import chatml_tokenizer
@@ -309,3 +312,8 @@ def test_pairs_compare_whole_answers() -> None:
     ((pair,),) = prepare([row], chatml_tokenizer(), settings).samples
     chosen = pair.branches[0]
     assert "Are you sure?" in chatml_tokenizer().decode(chosen.ids[chosen.supervised])
+    view = any_view(row, chatml_tokenizer())
+    assert isinstance(view, PairView)
+    assert view.chosen.counts["trained"] == chosen.supervised.sum()
+    lengths = check([row], tokenizer=chatml_tokenizer()).lengths
+    assert lengths.supervised == pair.num_supervised

@@ -61,11 +61,14 @@ class Lengths:
         return text + f"longest {number(about['longest'])}"
 
 
-def in_tokens(sources: list[Any], tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> Lengths:
-    """A second pass over the rows, through what training does with them. Of sources that break off, the part before."""
+def in_tokens(
+    sources: list[Any], tokenizer: PreTrainedTokenizerBase, settings: DataSettings, whole_answers: bool = False
+) -> Lengths:
+    """A second pass over the rows, through what training does with them. Of sources that break off, the part before.
+    `whole_answers`: they are pairs or ratings."""
     counting = _Counting(settings)
     report = _RowReport("data")
-    pipeline = Pipeline(tokenizer, as_trained(settings, "skip"), report)
+    pipeline = Pipeline(tokenizer, as_trained(settings, "skip"), report, whole_answers)
     problems: list[Finding] = []
     try:
         for source in sources:

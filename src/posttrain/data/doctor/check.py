@@ -92,7 +92,7 @@ def check(
             tally.add(part, settings, max_errors)
     lengths = Lengths("characters", tally.array("length"))
     if tokenizer is not None and tally.used:
-        lengths = in_tokens(several, tokenizer, data)
+        lengths = in_tokens(several, tokenizer, data, whole_answers="sft" not in tally.methods)
     findings = list(judge(tally, settings, data.on_bad_row))
     findings += [*compare.within(tally, settings), *judge_lengths(lengths, tally.used - lengths.unusable)]
     validation, held_out = None, None

@@ -115,9 +115,11 @@ def token_view(
     settings: DataSettings | None = None,
     train_on: str = "assistant",
     origin: Origin | None = None,
+    whole_answers: bool = False,
 ) -> RowView:
     """The tokens of `row`, as training with `settings` would have them. `train_on`: "assistant" (a conversation's
     assistant turns, else what follows the prompt), "completion" (what follows the prompt, else all), or "all".
+    `whole_answers`: the row is one answer of a pair, or a rated one.
 
     Raises ConfigError for settings that do not fit; a DataError is part of what is returned."""
     settings, origin = settings or DataSettings(), origin or Origin("row", 0)
@@ -126,7 +128,7 @@ def token_view(
         wanted = replace(
             settings, max_length=None, packing=False, on_bad_row="error", **_masks(row, settings, train_on, origin)
         )
-        tokenized = Pipeline(tokenizer, wanted, report).one(row, origin)
+        tokenized = Pipeline(tokenizer, wanted, report, whole_answers).one(row, origin)
     except DataError as error:
         return RowView(str(origin), error=error)
     branch = tokenized.branches[0]

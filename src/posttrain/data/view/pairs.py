@@ -45,7 +45,8 @@ def any_view(
         return RowView(str(origin), error=error)
     settings = replace(settings, format="auto", text_field="text")  # the parts of an example have usual names
     sides = [
-        token_view(_as_row(example, answer), tokenizer, settings, train_on, origin) for answer in example.completions
+        token_view(_as_row(example, answer), tokenizer, settings, train_on, origin, whole_answers=True)
+        for answer in example.completions
     ]
     if failed := next((side for side in sides if side.error is not None), None):
         return failed
