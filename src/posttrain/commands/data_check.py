@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from posttrain.data.settings import DataSettings
 
 MAX_PROCESSES = 8
+MAX_COLUMNS = 20
 CHECKING: dict[str, Any] = {
     "val": None, "policy": "error", "model": None, "chat_template": None, "max_length": None, "strict": False,
     "set": [], "near": None,
@@ -150,6 +151,10 @@ def _print(found: CheckReport, options: argparse.Namespace) -> None:
     print(f"{'✔' if found.rows and not unusable else '!'} data     {names} {rows(found.rows)}{usable}")
     for described, count in list(found.formats.items())[:3]:
         print(f"           {described}" + (f" ({number(count)})" if len(found.formats) > 1 else ""))
+    if found.unused:
+        more = len(found.unused) - MAX_COLUMNS
+        names = ", ".join(list(found.unused)[:MAX_COLUMNS])
+        print(f"           columns not used: {names}" + (f" and {number(more)} more" if more > 0 else ""))
     if found.usable:
         print(f"✔ length   {found.lengths.in_words()}")
     if len(found.languages) > 1 or options.verbose:

@@ -241,7 +241,7 @@ def _restored(value: Any, present: Any, name: str) -> Any:
         return DataError(message, hint=hint, code=code)
     if name == "left_out":
         return [(code, why) for code, why in value]
-    if name == "skipped":
+    if isinstance(present, dict):
         return {reason: Cases(cases["count"], list(_origins(cases["first"]))) for reason, cases in value.items()}
     return value
 

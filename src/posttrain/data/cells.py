@@ -11,6 +11,9 @@ NESTED = (*CHAT_COLUMNS, "history", "chat_template_kwargs")
 """Columns in which formats look for lists or objects."""
 ALWAYS = ("messages", "conversations")
 """A text has no meaning in these."""
+AS_TEXT = (*ALWAYS, "history", "chat_template_kwargs")
+"""Columns whose text, in files of any kind, is looked at as JSON. Not those where a text may be just that: what TRL
+trains as a prompt that begins like JSON is one here too."""
 
 
 def parsed(name: str, text: str) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from posttrain.data.layout import Fault
 
 PROBE = "a text to look for"
+TOOL = "tool0qz"
 MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -78,6 +79,24 @@ class Chat:
     def layouts(self) -> dict[tuple[object, ...], Fault | None]:
         """What layout.py has found, by shape of conversation."""
         return {}
+
+    @cached_property
+    def _tools_shown(self) -> dict[tuple[object, ...], bool]:
+        return {}
+
+    def shows_tools(self, messages: list[Message], example: Example) -> bool:
+        """Whether the template writes the tools of a conversation of these roles, found by giving one of them a name
+        that stands nowhere else. True where that cannot be found out."""
+        roles = tuple(message["role"] for message in messages)
+        key = (self.text(example), repr(sorted(example.template_kwargs.items())), roles)
+        if key not in self._tools_shown:
+            tools = [_called(tool, TOOL) for tool in example.tools or [] if isinstance(tool, Mapping)]
+            try:
+                text = self.render(messages, replace(example, tools=tools)) if tools else TOOL
+            except RenderError:
+                text = TOOL
+            self._tools_shown[key] = TOOL in text
+        return self._tools_shown[key]
 
     def _shape(self, template: str) -> str:
         """How `template` takes content, found by showing it some: `any`, `text` alone, or `parts` alone (those of
@@ -168,6 +187,12 @@ def _shaped(message: Message, shape: str) -> Message:
     if shape == "text" and isinstance(content, list):
         return {**message, "content": "".join(part.get("text", "") for part in content)}
     return message
+
+
+def _called(tool: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """`tool` under another name."""
+    function = tool.get("function")
+    return {**tool, "function": {**function, "name": name}} if isinstance(function, Mapping) else {**tool, "name": name}
 
 
 def _schema(tool: Any) -> Any:

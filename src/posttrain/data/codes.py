@@ -35,7 +35,7 @@ REASONS: dict[str, str] = {
     "E-DATA-0015": "broken tool call",
     "E-DATA-0016": "text and messages mixed",
     "E-DATA-0017": "another method's data",
-    "E-DATA-0018": "images",
+    "E-DATA-0018": "content that is no text",
     "E-DATA-0019": "formatting function",
     "E-DATA-0020": "chat template",
     "E-DATA-0021": "assistant turns not found",
@@ -48,6 +48,8 @@ REASONS: dict[str, str] = {
     "E-DATA-0029": "chosen and rejected are the same",
     "E-DATA-0030": "answer cut off by max_length",
     "E-DATA-0031": "nothing left",
+    "E-DATA-0032": "two system messages",
+    "E-DATA-0033": "half a pair",
     "E-DATA-0040": "end-of-turn token missing",
     "E-DATA-0041": "chat template out of bounds",
     "E-DATA-0042": "broken train flag",
@@ -63,6 +65,8 @@ REASONS: dict[str, str] = {
     "E-DATA-0054": "not read back as written",
 }
 
+SKIP = "on_bad_row=skip or --policy skip"
+"""The way to go on without bad rows, in hints: as a setting and as a flag."""
 MAX_SEARCHED = 16 * 2**20
 """Bytes of a file in which the column of a value is looked for: where its lines begin has to be known."""
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
+from posttrain.data.cells import ALWAYS, AS_TEXT, parsed
 from posttrain.data.codes import Row, bad_row
 from posttrain.errors import ConfigError
 from posttrain.types import Origin
 
+JSON = re.compile(r'\s*(\[\s*)?\{\s*"')
+"""Text that is meant as an object, or as a list of them, whether or not it is whole."""
 BOOLEANS = {"true": True, "false": False}
 """How tables spell a label."""
 
@@ -24,6 +29,27 @@ def rename_columns(row: Row, names: Mapping[str, str], origin: Origin) -> Row:
     if isinstance(rating := renamed.get("label"), str) and "label" in names.values():
         renamed["label"] = BOOLEANS.get(rating.strip().lower(), rating)  # tables have no other way to say it
     return renamed
+
+
+def read_columns(row: Row, names: Mapping[str, str], origin: Origin) -> Row:
+    """`row` as formats look at it: with its columns renamed, and with what only lists or objects can be meant by in
+    place of the JSON in a text that some write (readers of tables have done so for columns of these names)."""
+    row = rename_columns(row, names, origin)
+    written = [name for name in AS_TEXT if isinstance(row.get(name), str)]
+    return {**row, **{name: _parsed(name, row, origin) for name in written}} if written else row
+
+
+def _parsed(name: str, row: Row, origin: Origin) -> Any:
+    try:
+        value = parsed(name, row[name])
+    except (ValueError, RecursionError) as error:
+        if not JSON.match(row[name]):  # `[USER]: Hi`
+            return row[name]
+        what = f"is text that is not valid JSON: {error}"
+        raise bad_row("E-DATA-0011", origin, what, field=name, seen=row[name], row=row[name]) from None
+    if name in ALWAYS and isinstance(value, dict):
+        raise bad_row("E-DATA-0011", origin, "is an object, not a list of messages", field=name, row=row)
+    return value
 
 
 def check_names(names: Mapping[str, str]) -> None:

@@ -9,13 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from posttrain.data.codes import Row, bad_row, kind
-from posttrain.data.flags import normalise, spoken
-from posttrain.data.strict_json import decode_json
+from posttrain.data.calls import with_calls
+from posttrain.data.codes import SKIP, Row, bad_row, kind
+from posttrain.data.flags import DETAIL, normalise, spoken
+from posttrain.data.rendering import REASONING
 from posttrain.types import Message, Origin
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment", "documents")
 SYSTEM = ("system", "developer")
+PART = 'a part is {"type": "text", "text": "..."}'
 ALIASES: dict[str, str] = {
     "human": "user",
     "prompter": "user",
@@ -50,8 +52,8 @@ def _clean(message: Any, field: str, row: Row, origin: Origin) -> Message:
         raise bad_row("E-DATA-0011", origin, what, field=field, seen=message, row=row, hint=hint)
     clean = {key: value for key, value in message.items() if value is not None}
     clean["role"] = map_role(message["role"], f"{field}.role", row, origin)
+    clean = with_calls(clean, field, row, origin)
     _check_content(clean, field, row, origin)
-    _check_tool_calls(clean.get("tool_calls"), f"{field}.tool_calls", row, origin)
     return normalise(clean, field, row, origin)
 
 
@@ -82,70 +84,69 @@ def _check_content(message: Message, field: str, row: Row, origin: Origin) -> No
         what = "is missing" if content is None else f"is {kind(content)}, not text"
         raise bad_row("E-DATA-0011", origin, what, field=f"{field}.content", seen=content, row=row)
     for i, part in enumerate(content):
-        part_type = part.get("type") if isinstance(part, Mapping) else kind(part)
-        if part_type != "text":
-            hint = "only text can be trained on for now"
-            where = f"{field}.content[{i}]"
-            raise bad_row("E-DATA-0018", origin, f"is of type {part_type}", field=where, row=row, hint=hint)
-        if not isinstance(part.get("text"), str):
-            what = f"is {kind(part.get('text'))}, not text"
-            raise bad_row("E-DATA-0011", origin, what, field=f"{field}.content[{i}].text", row=row)
+        _check_part(part, f"{field}.content[{i}]", row, origin)
 
 
-def _check_tool_calls(calls: Any, field: str, row: Row, origin: Origin) -> None:
-    """A list of `{"function": {"name", "arguments"}}`, or of the inner objects alone."""
-    if calls is None:
-        return
-    if not isinstance(calls, list):
-        raise bad_row("E-DATA-0015", origin, f"is {kind(calls)}, not a list", field=field, seen=calls, row=row)
-    for i, call in enumerate(calls):
-        function = call.get("function", call) if isinstance(call, Mapping) else call
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            what = "is no tool call: an object with a `name` is wanted"
-            raise bad_row("E-DATA-0015", origin, what, field=f"{field}[{i}]", seen=call, row=row)
-        where = f"{field}[{i}].function.arguments" if "function" in call else f"{field}[{i}].arguments"
-        parse_arguments(function.get("arguments"), where, row, origin)
-
-
-def parse_arguments(arguments: Any, field: str, row: Row, origin: Origin) -> Mapping[str, Any]:
-    """An object, or one written as JSON (as OpenAI has it): what a model is trained to write must be what a caller can
-    read. Null and empty text are calls without arguments."""
-    if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
-        return {}
-    parsed = parse_json(arguments, field, row, origin) if isinstance(arguments, str) else arguments
-    if not isinstance(parsed, Mapping):
-        hint = 'arguments have names: {"city": "Paris"}'
-        what = f"is {kind(parsed)}, not an object"
-        raise bad_row("E-DATA-0015", origin, what, field=field, seen=arguments, row=row, hint=hint)
-    return parsed
+def _check_part(part: Any, field: str, row: Row, origin: Origin) -> None:
+    if not isinstance(part, Mapping) or part.get("type") is None:
+        what = "has no `type`" if isinstance(part, Mapping) else f"is {kind(part)}, not a part"
+        raise bad_row("E-DATA-0011", origin, what, field=field, seen=part, row=row, hint=PART)
+    if part["type"] != "text":
+        hint = "only text can be trained on for now"
+        raise bad_row("E-DATA-0018", origin, f"is of type {part['type']}", field=field, row=row, hint=hint)
+    if not isinstance(part.get("text"), str):
+        what = f"is {kind(part.get('text'))}, not text"
+        raise bad_row("E-DATA-0011", origin, what, field=f"{field}.text", row=row)
 
 
 def check_answers(messages: list[Message], field: str, row: Row, origin: Origin) -> None:
     """An assistant that says nothing and calls nothing would be trained to stop at once."""
     for i, message in enumerate(messages):
         if message["role"] == "assistant" and message.get("train") is not False and not says_something(message):
-            hint = 'fill it, give it "train": false, or drop the row (on_bad_row=skip drops and counts such rows)'
+            hint = f'fill it, give it "train": false, or drop the row ({SKIP} drops and counts such rows)'
             raise bad_row("E-DATA-0013", origin, "says nothing", field=f"{field}[{i}]", row=row, hint=hint)
 
 
 def says_something(message: Message) -> bool:
     content = message.get("content")
     said = content.strip() if isinstance(content, str) else content
-    return bool(said) or any(message.get(key) for key in ("tool_calls", "reasoning_content", "thinking"))
+    return bool(said) or any(message.get(key) for key in ("tool_calls", *REASONING))
 
 
-def parse_tools(row: Row, origin: Origin) -> list[Any] | None:
-    """The `tools` column: a list, or one written as JSON (Arrow cannot hold schemas of different shapes)."""
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        tools = parse_json(tools, "tools", row, origin) if tools.strip() else None
-    if not isinstance(tools, list | None):
-        raise bad_row("E-DATA-0011", origin, f"is {kind(tools)}, not a list", field="tools", row=row)
-    return tools or None
+def is_answered(messages: list[Message]) -> bool:
+    """Whether anything of it is to be trained: by the messages' flags, where they have any, else by their roles."""
+    return any(map(_is_trained, messages))
 
 
-def parse_json(text: str, field: str, row: Row, origin: Origin) -> Any:
-    try:
-        return decode_json(text)
-    except (ValueError, RecursionError) as error:
-        raise bad_row("E-DATA-0015", origin, f"is not valid JSON: {error}", field=field, seen=text, row=text) from None
+def _is_trained(message: Message) -> bool:
+    flag = message.get("train", message["role"] == "assistant")
+    return flag is not False or any(train for *_, train in message.get(DETAIL, ()))
+
+
+def check_answered(messages: list[Message], field: str, row: Row, origin: Origin) -> None:
+    """What follows a prompt is to be said by the assistant: others' turns alone are no answer."""
+    if not is_answered(messages):
+        what = "holds no turn of the assistant to train"
+        hint = "add the answer, or drop the row; a prompt alone is data for GRPO, RLOO or PPO"
+        raise bad_row("E-DATA-0022", origin, what, field=field, row=row, hint=hint)
+
+
+def with_system(messages: list[Message], row: Row, origin: Origin) -> list[Message]:
+    """`messages` behind the system message in column `system`, where there is one. Raises DataError (E-DATA-0032) where
+    the conversation has another of its own: which of the two is meant cannot be told."""
+    said = row.get("system")
+    if not isinstance(said, str | None):
+        hint = "a system message is text; a column of another meaning wants another name: --map system=own_system"
+        raise bad_row(
+            "E-DATA-0011", origin, f"is {kind(said)}, not text", field="system", seen=said, row=row, hint=hint
+        )
+    if said is None or not said.strip():
+        return messages
+    own = [message.get("content") for message in messages if message["role"] in SYSTEM]
+    if not own:
+        return [{"role": "system", "content": said}, *messages]
+    if len(own) > 1 or not isinstance(own[0], str) or own[0].strip() != said.strip():
+        what = "stands beside a system message of the conversation's own, which says something else"
+        hint = "keep one of them; to leave the column out, --map system=own_system"
+        raise bad_row("E-DATA-0032", origin, what, field="system", seen=said, row=row, hint=hint)
+    return messages

@@ -2,21 +2,33 @@
 
 A message may say `train` or `training` (true, false) or `weight` (1, 0); a part of its content the same, or Axolotl's
 `train_detail` (`begin_offset`, `end_offset` inclusive, `train`). All become `train` and `train_detail` of the message:
-`[begin, end, train]` with `end` exclusive. Weights between 0 and 1 are refused: a token is trained or it is not.
+`[begin, end, train]` with `end` exclusive. Weights between 0 and 1 are refused: a token is trained or it is not. So are
+keys that look like a flag misspelt, or are another library's name for one (`trian`, `loss`); templates get all others.
 """
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from posttrain.data.codes import Row, bad_row, kind
+from posttrain.data.rendering import REASONING
 from posttrain.types import Message, Origin
 
 KEYS = ("train", "training", "weight")
 DETAIL = "train_detail"
 OFFSETS = ("begin_offset", "end_offset")
 RANGE = 'a range is {"begin_offset": 0, "end_offset": 8, "train": false}, both ends inclusive'
+USUAL = {*KEYS, DETAIL, *OFFSETS, *REASONING, "role", "content", "name", "tool_calls", "tool_call_id", "type", "text"}
+"""Keys of messages, parts and ranges that are no flags misspelt."""
+FOREIGN = {"loss", "loss_mask", "loss_weight", "loss_scale", "mask", "masked", "no_loss", "train_loss", "trainable",
+           "trained", "is_trained", "train_on", "train_on_turn", "supervise", "supervised", "learn"}  # fmt: skip
+"""What others call such a flag, in some cases the other way round."""
+WORDS = "true trains the turn, false leaves it out"
+SIMILAR = 0.85
+"""One letter too many or too few in a short word: `trains`, but not `height`."""
 
 
 def spoken(message: Message) -> Message:
@@ -49,12 +61,29 @@ def normalise(message: Message, field: str, row: Row, origin: Origin) -> Message
 
 
 def _flag(message: Mapping[str, Any], field: str, row: Row, origin: Origin) -> bool | None:
-    """What the first of the keys says; None where there is none."""
+    """What the first of the keys says; None where there is none. A key that seems to be meant as one is refused."""
+    for key in message:
+        if key not in USUAL and message[key] is not None and (meant := _meant_as(str(key))):
+            what = "is no key that posttrain knows, and seems to say whether to train"
+            hint = f'did you mean "{meant}"? {WORDS}; rename the key if it says something else'
+            raise bad_row("E-DATA-0042", origin, what, field=f"{field}.{key}", seen=message[key], row=row, hint=hint)
     said = {key: _boolean(message[key], f"{field}.{key}", row, origin) for key in KEYS if message.get(key) is not None}
     if len(set(said.values())) > 1:
         what = "contradict each other"
         raise bad_row("E-DATA-0042", origin, what, field=f"{field}: {', '.join(said)}", row=row, hint="keep one")
     return next(iter(said.values()), None)
+
+
+@lru_cache(maxsize=1000)
+def _meant_as(key: str) -> str | None:
+    """The flag that `key` is a slip of, or another library's name for; None for a key of its own."""
+    spelt = key.strip().lower().replace("-", "_")
+    if spelt in FOREIGN:
+        return "train"
+    for flag in (*KEYS, DETAIL):
+        if sorted(spelt) == sorted(flag) or difflib.SequenceMatcher(None, spelt, flag).ratio() >= SIMILAR:
+            return flag
+    return None
 
 
 def _boolean(value: object, field: str, row: Row, origin: Origin) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from posttrain.data import lines
 from posttrain.data.codes import Reject, Row, bad_row, excerpt, kind
 from posttrain.data.lines import decode, raw_lines
+from posttrain.data.places import Place, places, repeated
 from posttrain.data.strict_json import DECODER, NotANumber, Repeated, TooLarge
 from posttrain.errors import DataError
 from posttrain.types import Origin
@@ -154,18 +156,32 @@ def _parse_at(text: str, position: int, path: Path, unreadable: Unreadable) -> t
             raise unreadable[0][1] from None
         raise _broken_array(error.msg, text, error.pos, path) from None
     except ValueError as error:
-        where = f"{path}:{1 + text.count(chr(10), 0, position)}"
-        return _refused(error, text, position, where), _end(text, position, path)
+        line = 1 + text.count("\n", 0, position)
+        return _refused(error, text, position, str(path), line), _end(text, position, path)
     except RecursionError:
         raise _too_deep(f"{path}:{1 + text.count(chr(10), 0, position)}") from None
 
 
-def _refused(error: ValueError, text: str, position: int, where: str) -> DataError:
+def _refused(error: ValueError, text: str, start: int, source: str, line: int) -> DataError:
+    """What is JSON by its brackets, and no value: the row at `start` of `text`, in this `line` of the file."""
     if isinstance(error, NotANumber):
-        return _not_a_number(error, text, position, where)
+        return _not_a_number(error, text, start, source, line)
     if isinstance(error, Repeated):
-        return _repeated(error, text, position, where)
-    return DataError(f"{where}  not valid JSON: {error}", code="E-DATA-0002")  # an integer of thousands of digits
+        return _repeated(error, text, start, source, line)
+    longest = sys.get_int_max_str_digits()
+    numbers = (place for place in places(text, start) if not place.is_key and not place.token.startswith('"'))
+    found = next((place for place in numbers if len(place.token) > longest), None)
+    what = "a number has more digits than can be read" if found else f"not valid JSON: {error}"
+    hint = f"write a number of more than {longest} digits as text" if found else None
+    return DataError(_said(found, what, text, start, source, line), hint=hint, code="E-DATA-0002")
+
+
+def _said(found: Place | None, what: str, text: str, start: int, source: str, first_line: int) -> str:
+    """What is wrong, where in the file, in which field, and what stands there."""
+    position = start if found is None else found.position
+    line, column = first_line + text.count("\n", start, position), position - text.rfind("\n", 0, position)
+    field = f'"{found.field}": ' if found is not None and found.field else ""
+    return f"{source}:{line}:{column}  {field}{what}\n  | {_around(text, position)}"
 
 
 def _end(text: str, position: int, path: Path) -> int:
@@ -182,10 +198,9 @@ def _too_deep(where: str) -> DataError:
     return DataError(f"{where}  the row is nested too deeply to be read", hint=hint, code="E-DATA-0002")
 
 
-def _repeated(error: ValueError, text: str, start: int, where: str) -> DataError:
-    first = text.find(json.dumps(str(error), ensure_ascii=False), start)
-    again = text.find(json.dumps(str(error), ensure_ascii=False), first + 1)
-    message = f'{where}  the key "{error}" stands twice in one object\n  | {_around(text, max(again, first, start))}'
+def _repeated(error: ValueError, text: str, start: int, source: str, line: int) -> DataError:
+    what = f'the key "{error}" stands twice in one object'
+    message = _said(repeated(text, str(error), start), what, text, start, source, line)
     return DataError(
         message, hint="keep one of them: which one counts differs from reader to reader", code="E-DATA-0008"
     )
@@ -198,12 +213,8 @@ def _broken_array(what: str, text: str, position: int, path: Path) -> DataError:
 
 
 def _broken_line(error: ValueError, line: str, origin: Origin) -> DataError:
-    if isinstance(error, NotANumber):
-        return _not_a_number(error, line, 0, str(origin))
-    if isinstance(error, Repeated):
-        return _repeated(error, line, 0, str(origin))
-    if not isinstance(error, json.JSONDecodeError):  # an integer of thousands of digits
-        return bad_row("E-DATA-0002", origin, f"not valid JSON: {error}", row=line)
+    if not isinstance(error, json.JSONDecodeError):  # an integer of thousands of digits, NaN, a key twice
+        return _refused(error, line, 0, origin.source, origin.line or 1)
     at_end = error.pos >= len(line.rstrip()) or error.msg.startswith("Unterminated")
     hint = None
     if line.strip() in ("{", "["):
@@ -229,9 +240,10 @@ def _broken(where: str, what: str, text: str, position: int, cut_off: str | None
     return DataError(f"{where}  not valid JSON: {what}\n  | {_around(text, position)}", hint=hint, code="E-DATA-0002")
 
 
-def _not_a_number(error: ValueError, text: str, start: int, where: str) -> DataError:
+def _not_a_number(error: ValueError, text: str, start: int, source: str, line: int) -> DataError:
     what = f"{error} is read as infinity" if isinstance(error, TooLarge) else f"{error} is not JSON"
-    message = f"{where}  {what}\n  | {_around(text, max(text.find(str(error), start), start))}"
+    found = next((place for place in places(text, start) if place.token == str(error)), None)
+    message = _said(found, what, text, start, source, line)
     return DataError(message, hint="write null, or leave the field out", code="E-DATA-0005")
 
 

@@ -80,8 +80,8 @@ class Layout:
         found = self._left_out() or self._moved()
         if found is None and of_assistant:
             found = self._in_answers()
-        elif found is None and num_given is not None:
-            found = self._after_prompt(num_given)
+        if found is None and num_given is not None:
+            found = self._after_prompt(num_given, of_assistant)
         return found
 
     def _left_out(self) -> Fault | None:
@@ -110,12 +110,13 @@ class Layout:
         others = [i for i, message in enumerate(self.messages) if message["role"] != "assistant"]
         return self._within(spans, others, "is written within the assistant's turn")
 
-    def _after_prompt(self, num_given: int) -> Fault | None:
-        """Words of the prompt in what is taken for the completion."""
+    def _after_prompt(self, num_given: int, of_assistant: bool) -> Fault | None:
+        """Words of the prompt in what is taken for the completion; of others' turns only if all of it is trained."""
         given = self.chat.render(self.messages[:num_given], self.example, generation_prompt=True)
         trained = (common_length(given, self.full), len(self.full))
         what = "is written otherwise when the completion follows, so that where the completion begins cannot be told"
-        return self._within([trained], list(range(num_given)), what)
+        which = [i for i in range(num_given) if not of_assistant or self.messages[i]["role"] == "assistant"]
+        return self._within([trained], which, what)
 
     def _within(self, spans: list[Span], which: list[int], what: str) -> Fault | None:
         for i in which:

@@ -8,16 +8,19 @@ ends when every set has been gone through at least once, and those that are thro
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from numbers import Real
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from posttrain.data.codes import kind
+from posttrain.data.codes import REASONS, kind
 from posttrain.errors import ConfigError, DataError
 
+CUT_OFF = REASONS["E-DATA-0030"]
 STOPS = ("all", "first")
 LIST = 'posttrain.mix(["a.jsonl", "b.jsonl"], [3, 1])'
 Rows = Iterator[tuple[Any, Any]]
@@ -130,11 +133,15 @@ def mixed_rows(mixture: Mixture, read: Callable[[Part, bool], Rows]) -> Rows:
         yield row
 
 
-def check_used(mixture: Mixture, used: Collection[str]) -> None:
-    """Raises DataError (E-DATA-0006) for a part of which nothing was used; `used` are the sources of what was."""
+def check_used(mixture: Mixture, used: Collection[str], lost: Mapping[str, Mapping[str, int]]) -> None:
+    """Raises DataError (E-DATA-0006) for a part of which nothing was used. `used` are the sources of what was; `lost`
+    says of each source how many rows were left out for which reason."""
     for part in mixture.parts:
         if not any(_is_of(part, source) for source in used):
-            raise _no_row(part)
+            reasons = Counter[str]()
+            for counts in (counts for source, counts in lost.items() if _is_of(part, source)):
+                reasons.update(counts)
+            raise _no_row(part, reasons)
 
 
 def _is_of(part: Part, source: str) -> bool:
@@ -145,6 +152,9 @@ def _is_of(part: Part, source: str) -> bool:
     return source in (name, part.name) or Path(name) in Path(source).parents or fnmatch(source, name)
 
 
-def _no_row(part: Part) -> DataError:
+def _no_row(part: Part, reasons: Mapping[str, int] = MappingProxyType({})) -> DataError:
     hint = "posttrain data check says why" if isinstance(part.source, str | Path) else "leave it out, or see its rows"
-    return DataError(f"{part.name} has no usable row to mix in", hint=hint, code="E-DATA-0006")
+    if list(reasons) == [CUT_OFF]:  # which no check without the model and the limit can see
+        hint = "raise max_length, shorten its prompts, or leave it out"
+    why = f" ({', '.join(f'{count} {reason}' for reason, count in reasons.items())})" if reasons else ""
+    return DataError(f"{part.name} has no usable row to mix in{why}", hint=hint, code="E-DATA-0006")

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from posttrain.data.codes import bad_row
+from posttrain.data.codes import SKIP, bad_row
 from posttrain.data.encode import EMPTY, Encoded
 from posttrain.data.render import Rendered
 from posttrain.types import Branch, Example, Tokenized
@@ -27,7 +27,7 @@ def join(encoded: list[Encoded], rendered: tuple[Rendered, ...]) -> Tokenized:
     branches = [one.tokenized.branches[0] for one in encoded]
     if len(branches) > 1 and all(np.array_equal(branch.ids, branches[0].ids) for branch in branches[1:]):
         example = rendered[0].example
-        hint = "drop the row (on_bad_row=skip, or posttrain data check --fix): there is nothing to learn from it"
+        hint = f"drop the row ({SKIP}, or posttrain data check --fix): there is nothing to learn from it"
         raise bad_row("E-DATA-0029", example.origin, "is the very answer that is chosen", field="rejected",
                       row=rendered[0].full, hint=hint)  # fmt: skip
     shared = min(_prompt_length(branch) for branch in branches)

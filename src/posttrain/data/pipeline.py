@@ -6,26 +6,29 @@ Every row is accounted for: it comes out, or is in the report with its reason. W
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from posttrain.data.chat import Chat
-from posttrain.data.codes import UNFORESEEN, Row, bad_row, broken_promise, excerpt, kind
-from posttrain.data.columns import rename_columns
+from posttrain.data.codes import REASONS, SKIP, UNFORESEEN, Row, bad_row, broken_promise, excerpt, kind
+from posttrain.data.columns import read_columns, rename_columns
 from posttrain.data.encode import Encoded, Encoder
-from posttrain.data.formats import choose, detect, formats_of, require
+from posttrain.data.formats import all_formats, choose, detect, formats_of, require
 from posttrain.data.mixing import Mixture, check_used
 from posttrain.data.pairs import join, limit_pair, split
+from posttrain.data.passed_over import of_tokens, passed_over
+from posttrain.data.places import half_a_character
 from posttrain.data.ratings import ratings_of
-from posttrain.data.remarks import remark_on_bos, remark_on_text
+from posttrain.data.remarks import remark_on_bos, remark_on_rest, remark_on_text
 from posttrain.data.render import Rendered, Supervision, render
 from posttrain.data.report import DataReport
 from posttrain.data.settings import DataSettings
 from posttrain.data.sources import Rows, read_rows
 from posttrain.data.templates import is_a_program, missing_tokens, resolve_template
-from posttrain.data.tokens import from_tokens, is_tokenized
+from posttrain.data.tokens import COLUMNS, from_tokens, is_tokenized, not_heeded
 from posttrain.errors import ConfigError, DataError, UserError
 from posttrain.types import Branch, Example, Origin, Tokenized
 
@@ -39,17 +42,26 @@ Item = tuple[tuple[Rendered, ...] | Tokenized, str]
 
 class Pipeline:
     """Rows in, tokens out, the report on the side. Rows go through in chunks, for the tokenizer is fast on many texts
-    at once."""
+    at once. `whole_answers`: rows are answers of pairs or ratings, one by one, for whoever looks at those."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: DataSettings, report: DataReport):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: DataSettings,
+        report: DataReport,
+        whole_answers: bool = False,
+    ):
         self.tokenizer, self.settings, self.report = tokenizer, settings, report
-        self.supervision = Supervision(settings.completion_only, settings.assistant_only)
+        whole_answers = whole_answers or settings.method != "sft"
+        self.supervision = Supervision(settings.completion_only, settings.assistant_only, whole_answers)
         self.encoder = Encoder(tokenizer, settings.columns)
         self.formats = formats_of(settings.method, settings.text_field)
         self.format = choose(settings.format, self.formats)
+        self.all_formats = all_formats(settings.text_field)
         self.chat: Chat | None = None
         self.missing: tuple[str, ...] = ()
         self.bad: set[Origin] | None = None
+        self.lost: dict[str, Counter[str]] = {}
         if is_a_program(settings.chat_template):
             self.chat = self._open_chat()
 
@@ -60,7 +72,7 @@ class Pipeline:
             used_of.add(tokenized.origin.source)
             yield tokenized
         if isinstance(dataset, Mixture):
-            check_used(dataset, used_of)
+            check_used(dataset, used_of, self.lost)
 
     def run_rows(self, rows: Rows) -> Iterator[Tokenized]:
         while chunk := list(islice(rows, CHUNK)):
@@ -117,20 +129,28 @@ class Pipeline:
     def _read(self, row: Row, origin: Origin) -> list[Item]:
         row = rename_columns(row, self.settings.column_map, origin)
         if is_tokenized(row):
-            if self.settings.formatting_func is not None:
-                raise ConfigError(f"{origin}: the row is tokenised already, so formatting_func has nothing to format")
-            tokens = from_tokens(row, origin, self.supervision, len(self.tokenizer), self.settings.columns)
-            return [(tokens, "read as tokens: column `input_ids`")]
+            return [(self._read_tokens(row, origin), "read as tokens: column `input_ids`")]
         example, described = self._parse(row, origin)
         if example.is_conversational:
             self.report.conversational += 1
             self.chat = self.chat or self._open_chat()
         if self.settings.method == "rated":
-            return [(self._render([one]), described) for one in ratings_of(example)]
-        return [(self._render([example] if len(example.completions) == 1 else split(example)), described)]
+            return [(self._render([one], row), described) for one in ratings_of(example)]
+        return [(self._render([example] if len(example.completions) == 1 else split(example), row), described)]
 
-    def _render(self, answers: list[Example]) -> tuple[Rendered, ...]:
-        rendered = tuple(render(one, self.tokenizer, self.chat, self.supervision) for one in answers)
+    def _read_tokens(self, row: Row, origin: Origin) -> Tokenized:
+        if self.settings.formatting_func is not None:
+            raise ConfigError(f"{origin}: the row is tokenised already, so formatting_func has nothing to format")
+        tokens = from_tokens(row, origin, self.supervision, len(self.tokenizer), self.settings.columns)
+        used = {*COLUMNS, *self.settings.columns}.difference(not_heeded(row, self.supervision))
+        remark_on_rest(of_tokens(row, used, self.all_formats), origin, self.report)
+        return tokens
+
+    def _render(self, answers: list[Example], row: Row) -> tuple[Rendered, ...]:
+        try:
+            rendered = tuple(render(one, self.tokenizer, self.chat, self.supervision) for one in answers)
+        except UnicodeEncodeError:
+            raise half_a_character(row, answers[0].origin) from None
         for one in rendered:
             if self.chat is not None and one.is_chat:
                 remark_on_text(one, self.chat, self.missing, self.report)
@@ -146,9 +166,14 @@ class Pipeline:
     def _parse(self, row: Row, origin: Origin) -> tuple[Example, str]:
         if self.settings.formatting_func is not None:
             return _formatted(self.settings.formatting_func, row, origin), "read by formatting_func, as text"
+        row = read_columns(row, {}, origin)
         chosen = self.format or detect(row, origin, self.formats)
         require(chosen, self.settings.format, row, origin)
-        return chosen.parse(row, origin), chosen.describe(row)
+        example = chosen.parse(row, origin)
+        remark_on_rest(passed_over(example, self.all_formats, self.settings.columns), origin, self.report)
+        if self.settings.method == "sft" and "label" in row and row["label"] is None:
+            self.report.unrated.add(origin)
+        return example, chosen.describe(row)
 
     def _accept(self, done: Encoded, item: Rendered | Tokenized) -> Tokenized | None:
         """What of it is used: limited to `max_length`, or nothing if there is nothing to train."""
@@ -169,7 +194,7 @@ class Pipeline:
         limited = _limit(whole, self.settings)
         if limited.num_supervised == 0:
             if not self._is_known(whole.origin):
-                report.drop("E-DATA-0030", whole.origin)
+                self._cut_off(whole.origin)
                 report.tokens_lost += whole.num_tokens
                 report.supervised_lost += whole.num_supervised
             return None
@@ -196,7 +221,7 @@ class Pipeline:
         settings = self.settings
         limited = limit_pair(whole, settings.max_length, settings.truncation_mode, settings.max_prompt_length)
         if limited is None:
-            report.drop("E-DATA-0030", origin)
+            self._cut_off(origin)
         if limited is not whole:
             kept = (0, 0) if limited is None else (limited.num_tokens, limited.num_supervised)
             report.tokens_lost += whole.num_tokens - kept[0]
@@ -217,6 +242,15 @@ class Pipeline:
             raise error
         if not self._is_known(origin):
             self.report.skip(error, origin)
+            self._lose(error.code, origin)
+
+    def _cut_off(self, origin: Origin) -> None:
+        """A row of which `max_length` leaves nothing to train."""
+        self.report.drop("E-DATA-0030", origin)
+        self._lose("E-DATA-0030", origin)
+
+    def _lose(self, code: str, origin: Origin) -> None:
+        self.lost.setdefault(origin.source, Counter())[REASONS.get(code, code)] += 1
 
     def _is_known(self, origin: Origin) -> bool:
         """Whether this row of a mixture was found bad before; it is then no other row."""
@@ -266,7 +300,12 @@ def _with_progress(rows: Rows, dataset: Any, name: str) -> Rows:
 
 def _nothing_supervised(whole: Tokenized, item: Rendered | Tokenized) -> DataError:
     seen = item.full if isinstance(item, Rendered) else whole.branches[0].ids.tolist()
-    hint = "with assistant_only_loss a row needs an assistant turn, which the chat template must not leave out"
-    if not (isinstance(item, Rendered) and item.spans is not None):
-        hint = "drop such rows, or skip them (on_bad_row=skip)"
-    return bad_row("E-DATA-0022", whole.origin, "no token of the row would be trained", row=excerpt(seen), hint=hint)
+    what, hint = "no token of the row would be trained", f"drop such rows, or skip them ({SKIP})"
+    if isinstance(item, Rendered) and item.cuts:
+        what += ": what its train flags ask for is in each token beside what they leave out"
+        hint = (
+            "a token is trained if all its characters are: let a range hold whole words, each with the space before it"
+        )
+    elif isinstance(item, Rendered) and item.spans is not None:
+        hint = "with assistant_only_loss a row needs an assistant turn, which the chat template must not leave out"
+    return bad_row("E-DATA-0022", whole.origin, what, row=excerpt(seen), hint=hint)

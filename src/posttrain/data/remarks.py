@@ -15,10 +15,11 @@ from posttrain.data.chat import Chat
 from posttrain.data.codes import bad_row
 from posttrain.data.flags import has_flags
 from posttrain.data.layout import has_odd_systems
+from posttrain.data.passed_over import PassedOver
 from posttrain.data.render import Rendered
 from posttrain.data.rendering import RenderError, with_objects
-from posttrain.data.report import DataReport
-from posttrain.types import Example, Message, Tokenized
+from posttrain.data.report import Cases, DataReport
+from posttrain.types import Example, Message, Origin, Tokenized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,7 +36,7 @@ def remark_on_text(rendered: Rendered, chat: Chat, missing: tuple[str, ...], rep
         and not any(has_flags(part) for part in _talks(rendered.example)),
         "given_otherwise": rendered.given_otherwise,
         "thought_lost": rendered.thought_lost,
-        "tools_left_out": _leaves_tools_out(rendered),
+        "tools_left_out": _leaves_tools_out(rendered, chat),
         "arguments_quoted": _quotes_arguments(rendered, chat),
         "odd_systems": has_odd_systems([message for talk in _talks(rendered.example) for message in talk]),
         "special_in_text": _holds_special(rendered.example, chat),
@@ -44,6 +45,14 @@ def remark_on_text(rendered: Rendered, chat: Chat, missing: tuple[str, ...], rep
         if is_one:
             getattr(report, name).add(origin)
     report.written_as_text.update(token for token in missing if token in rendered.full)
+
+
+def remark_on_rest(over: PassedOver, origin: Origin, report: DataReport) -> None:
+    """Count what nothing is made of, where it looks meant."""
+    for name in over.meant:
+        report.no_place.setdefault(name, Cases()).add(origin)
+    for name in over.formats:
+        report.other_formats.setdefault(name, Cases()).add(origin)
 
 
 def remark_on_bos(
@@ -71,12 +80,10 @@ def _holds_special(example: Example, chat: Chat) -> bool:
     return chat.special is not None and any(isinstance(text, str) and chat.special.search(text) for text in texts)
 
 
-def _leaves_tools_out(rendered: Rendered) -> bool:
-    """Whether nothing of what the row's tools are described by is in its text (names alone also stand in calls)."""
-    tools = [tool.get("function", tool) for tool in rendered.example.tools or [] if isinstance(tool, dict)]
-    said = [tool.get("description") or tool.get("name") for tool in tools if isinstance(tool, dict)]
-    starts = [PLAIN.match(text)[0] for text in said if isinstance(text, str)]  # type: ignore[index]
-    return any(starts) and not any(start in rendered.full for start in starts if start)
+def _leaves_tools_out(rendered: Rendered, chat: Chat) -> bool:
+    """Names and descriptions also stand in calls and texts, so whether they are written is for the template to show."""
+    talk = [message for part in _talks(rendered.example) for message in part]
+    return bool(rendered.example.tools) and not chat.shows_tools(talk, rendered.example)
 
 
 def _quotes_arguments(rendered: Rendered, chat: Chat) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from posttrain.data.chat import Chat
-from posttrain.data.codes import bad_row, excerpt
+from posttrain.data.codes import SKIP, bad_row, excerpt
 from posttrain.data.flags import has_flags
 from posttrain.data.layout import find_fault
 from posttrain.data.rendering import REASONING, BrokenTemplateError, LimitError, RenderError, Span
@@ -34,10 +34,13 @@ WAY_OUT = "mark the assistant's part in the template with {% generation %}, or u
 @dataclass(frozen=True)
 class Supervision:
     """Which tokens are trained. `completion_only=None`: the completion where a row has one, else the whole sequence.
-    `assistant_only=None`: the assistant's turns of rows that are whole conversations."""
+    `assistant_only=None`: the assistant's turns of rows that are whole conversations. Of a completion in which
+    others speak too, what the assistant says; all of it with `whole_answers`, for pairs and ratings are of what follows
+    the prompt, as in TRL."""
 
     completion_only: bool | None = None
     assistant_only: bool | None = False
+    whole_answers: bool = False
 
     def of_completion(self, example: Example) -> bool:
         if self.completion_only and example.prompt is None:
@@ -49,9 +52,14 @@ class Supervision:
         if self.assistant_only and not example.is_conversational:
             hint = "give messages, or leave assistant_only_loss off"
             raise ConfigError(f"{example.origin}: assistant_only_loss needs conversations, this is text", hint=hint)
-        if self.assistant_only is None:
-            return example.is_conversational and example.prompt is None
-        return self.assistant_only
+        if self.assistant_only is None and example.prompt is None:
+            return example.is_conversational
+        return bool(self.assistant_only) or (self.of_completion(example) and self._is_mixed(example))
+
+    def _is_mixed(self, example: Example) -> bool:
+        """Whether others than the assistant speak in the completion: what they say is given to the model in use."""
+        turns = example.completions[0]
+        return isinstance(turns, list) and not self.whole_answers and any(m["role"] != "assistant" for m in turns)
 
 
 @dataclass(frozen=True)
@@ -84,17 +92,14 @@ class Rendered:
 def render(
     example: Example, tokenizer: PreTrainedTokenizerBase, chat: Chat | None, supervision: Supervision
 ) -> Rendered:
-    """The text of a supervised example. `chat` may be None where it is no conversation."""
+    """The text of a supervised example. `chat` may be None where it is no conversation. Raises DataError, and
+    UnicodeEncodeError for half a surrogate pair, which no tokenizer takes."""
     if example.is_conversational:
         assert chat is not None
         rendered = _render_chat(example, chat, supervision)
     else:
         rendered = _render_text(example, tokenizer, supervision)
-    try:
-        rendered.full.encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair, written as \ud83d in the JSON
-        what = f"holds half a character ({rendered.full[error.start]!a}), which no tokenizer takes"
-        raise bad_row("E-DATA-0024", example.origin, what, row=ascii(rendered.full)) from None
+    rendered.full.encode()
     return rendered
 
 
@@ -104,7 +109,8 @@ def _render_text(example: Example, tokenizer: PreTrainedTokenizerBase, supervisi
         raise ConfigError("the tokenizer has no end-of-sequence token", hint='name one: eos_token="..."')
     supervision.of_assistant(example)
     prompt, completion = str(example.prompt or ""), str(example.completions[0])
-    full = prompt + (completion if example.is_ended or completion.endswith(eos) else completion + eos)
+    is_ended = example.is_ended or completion.rstrip().endswith(eos)  # templates write a line break behind it
+    full = prompt + (completion if is_ended else completion + eos)
     return Rendered(example, full, prompt if supervision.of_completion(example) else None)
 
 
@@ -172,7 +178,7 @@ def _check_prompt_flags(prompt: list[Message], example: Example) -> None:
 def _template_error(example: Example, messages: list[Message], error: Exception) -> DataError:
     roles = " → ".join(message["role"] for message in messages)
     what = f"the chat template refuses the conversation ({excerpt(roles, width=60)}): {error}"
-    hint = 'change the row, skip such rows (on_bad_row=skip), or choose another template, e.g. chat_template="chatml"'
+    hint = f'change the row, skip such rows ({SKIP}), or choose another template, e.g. chat_template="chatml"'
     return bad_row("E-DATA-0020", example.origin, what, row=messages, hint=hint)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from posttrain.data.codes import REASONS
+from posttrain.data.passed_over import NO_PLACE, way_out
 from posttrain.errors import DataError
 from posttrain.types import Origin
 
@@ -58,7 +60,8 @@ class DataReport:
     user or tool text holds special tokens; `odd_systems`, with a system turn that is not the first message;
     `without_bos`, that begin without the token which the tokenizer puts before plain text. `written_as_text` counts the
     rows that hold each marker of a named template that is no token of the
-    tokenizer."""
+    tokenizer. `no_place` are the rows with each column that looks meant and that their format has no place for,
+    `other_formats` those that each other format could be read from as well; `unrated` have a `label` that is null."""
 
     source: str
     rows: int = 0
@@ -83,6 +86,9 @@ class DataReport:
     odd_systems: Cases = field(default_factory=Cases)
     without_bos: Cases = field(default_factory=Cases)
     written_as_text: Counter[str] = field(default_factory=Counter)
+    no_place: dict[str, Cases] = field(default_factory=dict)
+    other_formats: dict[str, Cases] = field(default_factory=dict)
+    unrated: Cases = field(default_factory=Cases)
     left_out: list[tuple[str, str]] = field(default_factory=list)
     first_error: DataError | None = None
 
@@ -134,7 +140,18 @@ class DataReport:
             tokens = ", ".join(self.written_as_text)
             notes.append(f"the chat template writes {tokens}, which the tokenizer has not as tokens: they stay text")
         cases = {what: getattr(self, name) for name, what in REMARKS.items()}
-        return notes + [_about(case, what) for what, case in cases.items() if case.count]
+        return [*notes, *self._passed_over(), *(_about(case, what) for what, case in cases.items() if case.count)]
+
+    def _passed_over(self) -> Iterator[str]:
+        """What rows hold and nothing is made of."""
+        for name, cases in self.no_place.items():
+            yield _about(cases, f"have `{name}`, {NO_PLACE}: {way_out(name)}")
+        for name, cases in self.other_formats.items():
+            what = f"could be read as {name} too, which is passed over: format=... (--format) names what is meant"
+            yield _about(cases, what)
+        if self.unrated.count and REASONS["E-DATA-0017"] in self.skipped:
+            yield _about(self.unrated, "have a `label` that is null, among rows of another method: broken ratings, "
+                                       "which are trained as plain examples")  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: counts, and the first rows of each case by name."""

@@ -145,3 +145,14 @@ def test_old_entries_make_room(path: Path, tmp_path: Path, monkeypatch: pytest.M
     prepare(path, chatml_tokenizer(), settings(tmp_path, completion_only=False))
     (left,) = entries(tmp_path)
     assert left != old
+
+
+def test_what_is_said_of_columns_is_kept_too(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(
+        '{"prompt": "One?", "completion": " 1", "system": "Be brief.", "text": "One? 1", "label": null}\n' * 3
+    )
+    first, again = (prepare(path, chatml_tokenizer(), settings(tmp_path)) for _ in range(2))
+    assert_same(first, again)
+    assert (again.report.no_place["system"].count, again.report.other_formats["text"].count) == (3, 3)
+    assert first.report.notes() == again.report.notes()

@@ -45,6 +45,7 @@ CASES: dict[str, tuple[Any, int, Any]] = {
                     [rated("Q?", "A.", True), rated("Q?", "B.", False)]),
     "E-DATA-0063": ([rated(f"{i}?", f"{i}.", True) for i in range(40)], 40, RATINGS),
     "E-DATA-0064": ([*plain(5), pair("Q?", "a", "b")], 1, plain(5)),
+    "E-DATA-0065": ([*RATINGS[:2], {**RATINGS[3], "label": None}], 1, [{**row("Q?", "A."), "label": None}]),
     "W-DATA-0101": ([*plain(5), plain(1)[0]], 1, plain(6)),
     "W-DATA-0102": ([row("Tell.", LONG * 2), row("Tell!", LONG * 2 + "End.")], 1, [row("Tell.", LONG * 2), *plain(5)]),
     "W-DATA-0103": (([row("Tell.", LONG * 2)], [row("Tell!", LONG * 2 + "End.")]), 1, ([row("Tell.", LONG)], plain(3))),
@@ -73,6 +74,9 @@ CASES: dict[str, tuple[Any, int, Any]] = {
                          "prompt": chat("system", "user")["messages"],
                          "chosen": chat("system", "assistant")["messages"], "rejected": chat("assistant")["messages"]}],
                     4, [chat("system", "user", "assistant"), row("a\r\t\rsystem", "b")]),
+    "W-DATA-0131": ([{**row("Hi", "Hello"), "system_prompt": "Be kind."}, {"text": "a", "tools": [{"name": "f"}]}], 2,
+                    [{**row("Hi", "Hello"), "system": "Be kind.", "tools": [{"name": "f"}], "id": 3}]),
+    "W-DATA-0132": ([{**row("Hi", "Hello"), "text": "Hi Hello"}, *plain(3)], 1, [{**row("Hi", "Hello"), "text": ""}]),
 }  # fmt: skip
 ELSEWHERE = {"W-DATA-0107", "W-DATA-0119", "W-DATA-0130", *(f"W-DATA-01{n}" for n in range(21, 29))}
 """Tested in test_doctor_lengths.py, test_doctor_near.py and test_doctor_models.py."""

@@ -67,3 +67,27 @@ def test_a_model_that_cannot_use_them_is_a_finding() -> None:
         found.sentence == "tokens were not counted: the data are conversations, but the tokenizer has no chat template"
     )
     assert report.lengths.to_dict()["rows"] == 0
+
+
+def test_rows_that_lose_their_whole_answer_are_no_usable_ones() -> None:
+    long = row("one two three four five six seven eight " * 9, "Yes.")
+    settings = DataSettings(max_length=40)
+    report = check([long, *plain(3)], data=settings, tokenizer=TOKENIZER)
+    found = finding(report, "E-DATA-0030")
+    assert (found.severity, found.count, found.first) == ("warning", 1, ("data[0]",))
+    assert (report.rows, report.usable, report.errors) == (4, 3, 0)
+    assert prepare([long, *plain(3)], TOKENIZER, DataSettings(assistant_only=None, max_length=40)).report.used == 3
+    nothing = check([long, {**long, "id": 3}], data=settings, tokenizer=TOKENIZER)
+    found = finding(nothing, "E-DATA-0030")
+    assert (found.severity, found.count, nothing.usable, nothing.errors) == ("error", 2, 0, 1)
+    assert "2 rows have no token to train within 40 tokens, and are left out: nothing is left" in found.sentence
+    kept = check([long], data=DataSettings(max_length=40, truncation_mode="keep_end"), tokenizer=TOKENIZER)
+    assert kept.usable == 1
+
+
+def test_a_pair_that_is_left_out_is_one_row() -> None:
+    pairs = [pair("one two three four five six seven eight " * 9, "Yes.", "No."), pair("a", "b", "c")]
+    report = check(pairs, data=DataSettings(max_length=20), tokenizer=plain_tokenizer())
+    assert (report.usable, finding(report, "E-DATA-0030").count) == (1, 1)
+    trained = prepare(pairs, plain_tokenizer(), DataSettings(method="preference", completion_only=True, max_length=20))
+    assert trained.report.used == 1

@@ -99,3 +99,17 @@ def test_tokens_of_rows_that_are_dropped_are_lost_ones() -> None:
     assert cut.num_skipped == 1
     assert (cut.tokens + cut.tokens_lost, cut.supervised + cut.supervised_lost) == (whole.tokens, whole.supervised)
     assert any("% of them" in note for note in cut.notes())
+
+
+WITH_TOOLS = "{% if tools %}{{ tools | tojson }}\n{% endif %}" + ENDLESS
+
+
+@pytest.mark.parametrize("description", ["Hi", "Greets", "", None, "Says: {hi}", "ü"])
+@pytest.mark.parametrize("bare", [False, True])
+def test_tools_that_are_left_out_however_they_are_described(description: str | None, bare: bool) -> None:
+    """Words of the description, and names, also stand in what is said."""
+    function = {"name": "greet", "description": description, "parameters": {"type": "object", "properties": {}}}
+    tools = [function if bare else {"type": "function", "function": function}]
+    talk = {**row("Hi, greet me! Greets are fine.", "Hello"), "tools": tools}
+    assert "W-DATA-0125" in [found.code for found in checked([talk], template=ENDLESS).findings]
+    assert "W-DATA-0125" not in [found.code for found in checked([talk], template=WITH_TOOLS).findings]

@@ -7,9 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from posttrain.data.doctor.check import check
 from posttrain.data.prepare import Prepared, prepare
 from posttrain.data.settings import DataSettings
+from posttrain.data.view import PairView
+from posttrain.data.view.pairs import any_view
 from posttrain.errors import DataError
+from tests.doctor_files import codes
 from tests.tiny_tokenizers import chatml_tokenizer
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -254,3 +258,62 @@ def test_a_message_written_otherwise_is_not_left_out(how: str) -> None:
 def test_roles_are_found_however_they_are_spelt(role: str) -> None:
     row = {"messages": [{"role": role, "content": "Hi"}, {"role": "ChatGPT", "content": "Hello"}]}
     assert trained(row) == ["Hello" + END]
+
+
+@pytest.mark.parametrize("flag", [False, None])
+def test_a_range_goes_before_the_flag_of_its_turn(flag: bool | None) -> None:
+    detail = [{"begin_offset": 0, "end_offset": 2, "train": True}]
+    row = messages({}, {}, {"content": "You are welcome", "train": False, "train_detail": detail}, {}, {"train": flag})
+    expected = ["You"] if flag is False else ["You", "You are welcome 🙂" + END]
+    assert trained(row) == expected
+    assert codes([row]) == []
+
+
+def test_a_range_that_holds_no_whole_token_is_said_to_be_one() -> None:
+    detail = [{"begin_offset": 1, "end_offset": 1, "train": True}]
+    row = messages({}, {}, {"content": "You are welcome", "train": False, "train_detail": detail}, {}, {"train": False})
+    with pytest.raises(
+        DataError, match="what its train flags ask for is in each token beside what they leave"
+    ) as caught:
+        run(row)
+    assert caught.value.code == "E-DATA-0022"
+    assert "each with the space before it" in (caught.value.hint or "")
+
+
+AGAIN = {"role": "user", "content": "Are you sure?"}
+
+
+@pytest.mark.parametrize("marked", [False, True])
+@pytest.mark.parametrize("completion_only", [None, True])
+def test_what_others_say_in_a_completion_is_not_trained(marked: bool, completion_only: bool | None) -> None:
+    row: dict[str, Any] = {"prompt": [QUESTION], "completion": [ANSWER, AGAIN, WELCOME]}
+    settings = {"assistant_only": False, "completion_only": completion_only, "marked": marked}
+    assert trained(row, **settings) == ["Four." + END, "You are welcome 🙂" + END]
+    assert "Are you sure?" in "".join(trained(row, **{**settings, "completion_only": False}))
+    row["completion"] = [ANSWER, {**AGAIN, "train": True}, WELCOME]
+    assert trained(row, **settings) == ["Four." + END, "Are you sure?" + END, "You are welcome 🙂" + END]
+    row["completion"] = [{"role": "tool", "content": "4"}, WELCOME]
+    assert trained(row, **settings) == ["You are welcome 🙂" + END]
+
+
+@pytest.mark.parametrize("completion", [[QUESTION], [QUESTION, {"role": "tool", "content": "4"}],
+                                        [{**ANSWER, "train": False}]])  # fmt: skip
+def test_a_completion_without_an_answer_is_refused_in_training_and_by_the_check(completion: list[Any]) -> None:
+    row = {"prompt": [SYSTEM, QUESTION], "completion": completion}
+    with pytest.raises(DataError, match='"completion" holds no turn of the assistant to train') as caught:
+        run(row, assistant_only=False)
+    assert caught.value.code == "E-DATA-0022"
+    assert codes([row]) == ["E-DATA-0022"]
+
+
+def test_pairs_compare_whole_answers() -> None:
+    row = {"prompt": [QUESTION], "chosen": [ANSWER, AGAIN, WELCOME], "rejected": [WELCOME]}
+    settings = DataSettings(method="preference", completion_only=True)
+    ((pair,),) = prepare([row], chatml_tokenizer(), settings).samples
+    chosen = pair.branches[0]
+    assert "Are you sure?" in chatml_tokenizer().decode(chosen.ids[chosen.supervised])
+    view = any_view(row, chatml_tokenizer())
+    assert isinstance(view, PairView)
+    assert view.chosen.counts["trained"] == chosen.supervised.sum()
+    lengths = check([row], tokenizer=chatml_tokenizer()).lengths
+    assert lengths.supervised == pair.num_supervised

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from posttrain.data.doctor.check import check
 from posttrain.data.formats import all_formats, choose, detect, formats
 from posttrain.data.prepare import prepare
 from posttrain.data.settings import DataSettings
@@ -104,7 +105,7 @@ def test_other_labels_are_columns(row: dict[str, Any]) -> None:
         ({"conversations": [HUMAN], "chosen": GPT, "rejected": GPT}, "preference pairs: train them with DPO"),
         ({"prompt": "x", "completion": "a", "label": True}, "ratings: train them with KTO"),
         ({"messages": [USER, GOOD], "label": False}, "ratings: train them with KTO"),
-        ({"messages": [USER, GOOD], "images": []}, "images, which cannot be trained on"),
+        ({"messages": [USER, GOOD], "images": ["a.png"]}, "images, which cannot be trained on"),
     ],
 )
 def test_supervised_training_refuses_them_by_name(row: dict[str, Any], said: str) -> None:
@@ -149,3 +150,65 @@ def test_two_columns_of_one_name() -> None:
     assert prepare([{"prompt": "a b", "completion": "c"}], plain_tokenizer(), swap).report.used == 1
     with pytest.raises(ConfigError, match="two columns are to be renamed to 'prompt'"):
         DataSettings(column_map={"a": "prompt", "b": "prompt"})
+
+
+HALVES: list[tuple[dict[str, Any], str]] = [
+    ({"chosen": "Hello", "rejected": None}, '"rejected" is null, though there is `chosen`: half a pair'),
+    ({"chosen": "Hello"}, '"rejected" is missing'),
+    ({"prompt": "Hi", "chosen": "Hello", "rejected": None}, '"rejected" is null'),
+    ({"prompt": "Hi", "rejected": "Go"}, '"chosen" is missing'),
+    ({"messages": [USER, GOOD], "chosen": [GOOD], "rejected": None}, '"rejected" is null'),
+    ({"text": "a", "chosen": None, "rejected": {"role": "assistant", "content": "Go"}}, '"chosen" is null'),
+    ({"conversations": [HUMAN, GPT], "chosen": GPT, "rejected": None}, '"rejected" is null'),
+]
+
+
+@pytest.mark.parametrize(("row", "said"), HALVES)
+@pytest.mark.parametrize("method", ["sft", "preference", "rated"])
+def test_half_a_pair_is_named_whatever_stands_beside_it(row: dict[str, Any], said: str, method: str) -> None:
+    with pytest.raises(DataError) as caught:
+        prepare([row], chatml_tokenizer(), DataSettings(method=method))
+    assert (caught.value.code, said in caught.value.message) == ("E-DATA-0033", True)
+    found = error(row)
+    assert found.code == "E-DATA-0033"
+    assert "--map" in (found.hint or "")
+
+
+@pytest.mark.parametrize("own", [{"chosen": 2}, {"chosen": True, "rejected": None}, {"chosen": None, "rejected": None},
+                                 {"chosen": ""}])  # fmt: skip
+def test_columns_that_are_no_half_of_a_pair(own: dict[str, Any]) -> None:
+    assert prepare([{"messages": [USER, GOOD], **own}], chatml_tokenizer(), DataSettings()).report.used == 1
+
+
+def test_half_a_pair_is_read_where_the_format_is_named() -> None:
+    row = {"messages": [USER, GOOD], "chosen": "B"}
+    assert prepare([row], chatml_tokenizer(), DataSettings(format="messages")).report.used == 1
+    with pytest.raises(DataError) as caught:
+        prepare([row], chatml_tokenizer(), DataSettings(method="preference", format="preference"))
+    assert caught.value.code == "E-DATA-0033"
+
+
+@pytest.mark.parametrize("answer", [{"messages": [USER, GOOD]}, {"prompt": "Hi", "completion": "Hello"}])
+def test_a_rating_that_is_null_is_named(answer: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match='"label" is null') as caught:
+        prepare([{**answer, "label": None}], chatml_tokenizer(), DataSettings(method="rated"))
+    assert caught.value.code == "E-DATA-0028"
+
+
+def test_a_null_among_ratings_is_named_in_supervised_training_and_by_the_check() -> None:
+    rated, unrated = {"messages": [USER, GOOD], "label": True}, {"messages": [USER, BAD], "label": None}
+    report = prepare([rated, unrated], chatml_tokenizer(), DataSettings(on_bad_row="skip")).report
+    assert any("1 rows (first: train[1]) have a `label` that is null" in note for note in report.notes())
+    found = [one for one in check([rated, unrated]).findings if one.code == "E-DATA-0065"]
+    assert [(one.severity, one.count, one.first) for one in found] == [("error", 1, ("data[1]",))]
+    own = {"messages": [USER, GOOD], "label": "greeting"}
+    assert prepare([own, unrated], chatml_tokenizer(), DataSettings()).report.notes() == [
+        "read as messages: column `messages` with keys `role`, `content`"
+    ]
+    assert "E-DATA-0065" not in [one.code for one in check([own, unrated]).findings]
+
+
+def test_an_answer_that_only_others_give_is_refused() -> None:
+    for row in ({"prompt": [USER], "chosen": [USER], "rejected": [BAD]},
+                {"prompt": [USER], "completion": [USER], "label": True}):  # fmt: skip
+        assert error(row).code == "E-DATA-0022"

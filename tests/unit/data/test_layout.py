@@ -127,9 +127,18 @@ def test_a_system_message_in_the_last_question_is_fine_where_the_mask_is_exact()
     prompt, last = {"prompt": messages[:4], "completion": messages[4:]}, {"assistant_only": False}
     assert trained(prepare([prompt], tokenizer, DataSettings(**last))) == ["You are welcome</s>"]
     earlier = {"prompt": messages[:2], "completion": messages[2:]}
-    with pytest.raises(DataError, match=r"\(role system\) is written otherwise when the completion follows") as caught:
-        prepare([earlier], tokenizer, DataSettings(**last))
-    assert caught.value.code == "E-DATA-0046"
+    assert trained(prepare([earlier], tokenizer, DataSettings(**last))) == ["Four.</s>", "You are welcome</s>"]
+
+
+def test_a_system_message_that_moves_behind_the_prompt_is_refused_where_all_behind_it_is_trained() -> None:
+    messages, tokenizer = [SYSTEM, *TALK], plain_tokenizer(template=SYSTEM_IN_LAST_QUESTION)
+    pair = {"prompt": messages[:2], "chosen": messages[2:], "rejected": messages[2:3]}
+    answered = {"prompt": messages[:3], "completion": messages[3:]}
+    for row, method, role in ((pair, "preference", "system"), (answered, "sft", "assistant")):
+        words = rf"\(role {role}\) is written otherwise when the completion follows"
+        with pytest.raises(DataError, match=words) as caught:
+            prepare([row], tokenizer, DataSettings(method=method))
+        assert caught.value.code == "E-DATA-0046"
 
 
 def test_each_shape_is_looked_at_for_itself() -> None:

@@ -135,10 +135,8 @@ def test_completion_of_text() -> None:
 def test_completion_of_a_conversation() -> None:
     tokenizer = chatml_tokenizer()
     row = {"prompt": [QUESTION], "completion": [ANSWER, THANKS, WELCOME]}
-    assert trained(row, tokenizer) == [
-        "Four.<|im_end|>\n<|im_start|>user\nThanks!<|im_end|>\n<|im_start|>assistant\nYou are welcome 🙂<|im_end|>\n"
-    ]
-    assert trained(row, tokenizer, assistant_only=True) == ["Four.<|im_end|>\n", "You are welcome 🙂<|im_end|>\n"]
+    assert trained(row, tokenizer) == trained(row, tokenizer, assistant_only=True)
+    assert trained(row, tokenizer) == ["Four.<|im_end|>\n", "You are welcome 🙂<|im_end|>\n"]
     whole = {"prompt": [QUESTION, ANSWER, THANKS], "completion": [WELCOME]}
     assert trained(whole, tokenizer, assistant_only=True) == ["You are welcome 🙂<|im_end|>\n"]
     runs = trained(whole, tokenizer, assistant_only=True, completion_only=False)
@@ -211,7 +209,7 @@ def test_template_errors_name_the_row() -> None:
 
 
 def test_half_a_character_is_refused() -> None:
-    with pytest.raises(DataError, match=r"train\[0\]  holds half a character") as caught:
+    with pytest.raises(DataError, match=r'train\[0\]  "text" holds half a character') as caught:
         run({"text": "a \ud83d b"}, plain_tokenizer())
     assert caught.value.code == "E-DATA-0024"
 
@@ -242,3 +240,12 @@ def test_a_template_without_an_end_of_turn_is_noted() -> None:
 def test_settings_that_do_not_fit_the_data(row: dict[str, Any], settings: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         run(row, plain_tokenizer(), **settings)
+
+
+@pytest.mark.parametrize("behind", ["", "\n", " \n\n"])
+def test_white_space_behind_the_end_token_brings_no_second_one(behind: str) -> None:
+    tokenizer = plain_tokenizer()
+    for row in ({"text": f"Two plus two.</s>{behind}"}, {"prompt": "Two", "completion": f" plus two.</s>{behind}"}):
+        ids = branch(row, tokenizer).ids.tolist()
+        assert ids.count(tokenizer.eos_token_id) == 1
+        assert tokenizer.decode(ids) == f"Two plus two.</s>{behind}"

@@ -103,7 +103,7 @@ def test_a_part_without_a_usable_row_is_named(tmp_path: Path, stop: str, where: 
     for parts in ([FEW, source], [source, FEW]) if where != "list" else ([FEW, source],):
         with pytest.raises(DataError) as caught:
             prepare(posttrain.mix(parts, stop=stop), chatml_tokenizer(), DataSettings(on_bad_row="skip"))
-        assert caught.value.message == f"{name} has no usable row to mix in"
+        assert caught.value.message.startswith(f"{name} has no usable row to mix in")
         assert caught.value.code == "E-DATA-0006"
 
 
@@ -160,3 +160,14 @@ def test_parts_are_known_however_their_paths_are_written(tmp_path: Path, monkeyp
     for paths in (["./a.jsonl", "b.jsonl"], ["./*.jsonl"], [".//a.jsonl"]):
         mixture = posttrain.mix(paths)
         assert prepare(mixture, chatml_tokenizer(), DataSettings()).report.used >= 1
+
+
+@pytest.mark.parametrize("stop", ["all", "first"])
+def test_a_part_that_max_length_leaves_nothing_of_is_named_with_the_reason(tmp_path: Path, stop: str) -> None:
+    path = tmp_path / "long.jsonl"
+    path.write_text('{"prompt": "' + "Two plus two? " * 30 + '", "completion": "Four."}\n')
+    with pytest.raises(DataError) as caught:
+        prepare(posttrain.mix([FEW, path], stop=stop), chatml_tokenizer(), DataSettings(max_length=20))
+    assert caught.value.message.startswith(f"{path} has no usable row to mix in (")
+    assert caught.value.message.endswith(" answer cut off by max_length)")
+    assert (caught.value.hint or "").startswith("raise max_length")

@@ -225,7 +225,8 @@ def test_rated_rows_show_their_label() -> None:
         ({**TEXT_PAIR, "rejected": " "}, "E-DATA-0013"),
         ({"prompt": "a", "chosen": ["b"], "rejected": "c"}, "E-DATA-0016"),
         ({"x": 1}, "E-DATA-0010"),
-        ({**TEXT_PAIR, "label": 3, "rejected": None, "completion": "a"}, "E-DATA-0028"),
+        ({**TEXT_PAIR, "label": 3, "rejected": None, "completion": "a"}, "E-DATA-0033"),
+        ({"prompt": "a", "completion": "b", "label": 3}, "E-DATA-0028"),
         ({**PAIR, "chosen": [{"role": "assitant", "content": "a"}]}, "E-DATA-0012"),
     ],
 )

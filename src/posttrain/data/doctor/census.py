@@ -6,7 +6,7 @@ Of pairs each answer counts as a row of its own, as it does in training.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Of all usable rows. `cut` are longer than `limit`, `lost` are trained tokens that go with that, `emptied` rows
-    those of which nothing is left to train; `unusable` rows are right in themselves, but not with this model."""
+    """Of all usable rows. `cut` are longer than `limit`, `lost` are trained tokens that go with that, `emptied` rows of
+    which nothing is left to train, so that training leaves them out; `unusable` rows are right in themselves, but not
+    with this model."""
 
     unit: str
     values: np.ndarray
@@ -37,7 +38,7 @@ class Lengths:
     supervised: int = 0
     lost: int = 0
     cut: Cases | None = None
-    emptied: int = 0
+    emptied: Cases = field(default_factory=Cases)
     unusable: int = 0
     findings: tuple[Finding, ...] = ()
 
@@ -49,7 +50,7 @@ class Lengths:
         about |= {"percentile_95": high, "longest": most, "total": int(self.values.sum())}
         if self.unit == "tokens":
             about |= {"limit": self.limit, "supervised": self.supervised, "cut": self.cut.count if self.cut else 0,
-                      "supervised_lost": self.lost, "emptied": self.emptied}  # fmt: skip
+                      "supervised_lost": self.lost, "emptied": self.emptied.count}  # fmt: skip
         return about
 
     def in_words(self) -> str:
@@ -60,11 +61,14 @@ class Lengths:
         return text + f"longest {number(about['longest'])}"
 
 
-def in_tokens(sources: list[Any], tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> Lengths:
-    """A second pass over the rows, through what training does with them. Of sources that break off, the part before."""
+def in_tokens(
+    sources: list[Any], tokenizer: PreTrainedTokenizerBase, settings: DataSettings, whole_answers: bool = False
+) -> Lengths:
+    """A second pass over the rows, through what training does with them. Of sources that break off, the part before.
+    `whole_answers`: they are pairs or ratings."""
     counting = _Counting(settings)
     report = _RowReport("data")
-    pipeline = Pipeline(tokenizer, as_trained(settings, "skip"), report)
+    pipeline = Pipeline(tokenizer, as_trained(settings, "skip"), report, whole_answers)
     problems: list[Finding] = []
     try:
         for source in sources:
@@ -101,8 +105,9 @@ class _Counting:
     def __init__(self, settings: DataSettings):
         self.limit, self.mode = settings.max_length, settings.truncation_mode
         self.values: list[int] = []
-        self.supervised = self.lost = self.emptied = 0
-        self.cut = Cases()
+        self.emptied_rows: set[Origin] = set()
+        self.supervised = self.lost = 0
+        self.cut, self.emptied = Cases(), Cases()
 
     def add(self, tokenized: Tokenized) -> None:
         self.values.append(tokenized.num_tokens)
@@ -113,7 +118,9 @@ class _Counting:
         kept = supervised[:limit] if self.mode == "keep_start" else supervised[-limit:]
         left = int(kept[1:].sum())  # nothing comes before the first that could predict it
         self.lost += tokenized.num_supervised - left
-        self.emptied += left == 0
+        if left == 0 and tokenized.origin not in self.emptied_rows:  # once for both answers of a pair
+            self.emptied_rows.add(tokenized.origin)
+            self.emptied.add(tokenized.origin)
         self.cut.add(tokenized.origin)  # once for each answer of a pair
 
     def lengths(self, unusable: int, found: tuple[Finding, ...]) -> Lengths:
@@ -159,8 +166,11 @@ def _remarks(report: DataReport) -> Iterator[Finding]:
         yield finding("W-DATA-0128", max(report.written_as_text.values()), [], sentence)
 
 
-def judge_lengths(lengths: Lengths) -> Iterator[Finding]:
+def judge_lengths(lengths: Lengths, usable: int) -> Iterator[Finding]:
+    """`usable` rows there are without a limit."""
     yield from lengths.findings
+    if lengths.emptied.count:
+        yield _emptied(lengths, usable)
     if lengths.cut is None or not lengths.cut.count:
         return
     total, lost = len(lengths.values), share(lengths.lost, lengths.supervised)
@@ -168,12 +178,22 @@ def judge_lengths(lengths: Lengths) -> Iterator[Finding]:
         f"{number(lengths.cut.count)} of {number(total)} sequences ({share(lengths.cut.count, total)}) are longer than "
         f"{number(lengths.limit or 0)} tokens: {number(lengths.lost)} trained tokens ({lost}) are cut off"
     )
-    if lengths.emptied:
-        sentence += f", with them the whole answer of {number(lengths.emptied)}"
+    if lengths.emptied.count:
+        sentence += f", with them the whole answer of {number(lengths.emptied.count)}"
     longest = int(lengths.values.max())
     fix = f"--max-length {longest} would cut nothing; or shorten the rows, or split them"
     first = list(dict.fromkeys(map(str, lengths.cut.first)))
     yield finding("W-DATA-0107", lengths.cut.count, first, sentence, fix)
+
+
+def _emptied(lengths: Lengths, usable: int) -> Finding:
+    """Rows that training leaves out under any policy, and says so; where none is left it refuses."""
+    count, is_all = lengths.emptied.count, lengths.emptied.count == usable
+    sentence = f"{rows(count, 'have')} no token to train within {number(lengths.limit or 0)} tokens, and are left out"
+    fix = f"--max-length {int(lengths.values.max())} would leave none out; or shorten the prompts"
+    where = tuple(map(str, lengths.emptied.first))
+    return Finding("E-DATA-0030", "error" if is_all else "warning", count, where,
+                   sentence + (": nothing is left" if is_all else ""), fix)  # fmt: skip
 
 
 def _trainable(source: Any, reader: RowReader) -> Rows:

@@ -30,12 +30,14 @@ ORDER = {"error": 0, "warning": 1, "info": 2}
 
 @dataclass(frozen=True)
 class CheckReport:
-    """`bad_rows` are the first rows that cannot be used, in words; the findings count all of them."""
+    """`bad_rows` are the first rows that cannot be used, in words; the findings count all of them. `unused` are columns
+    that nothing is made of, and how many rows have them."""
 
     sources: list[str]
     rows: int
     usable: int
     formats: dict[str, int]
+    unused: dict[str, int]
     languages: dict[str, int]
     labels: dict[str, int]
     lengths: Lengths
@@ -90,9 +92,9 @@ def check(
             tally.add(part, settings, max_errors)
     lengths = Lengths("characters", tally.array("length"))
     if tokenizer is not None and tally.used:
-        lengths = in_tokens(several, tokenizer, data)
+        lengths = in_tokens(several, tokenizer, data, whole_answers="sft" not in tally.methods)
     findings = list(judge(tally, settings, data.on_bad_row))
-    findings += [*compare.within(tally, settings), *judge_lengths(lengths)]
+    findings += [*compare.within(tally, settings), *judge_lengths(lengths, tally.used - lengths.unusable)]
     validation, held_out = None, None
     if val is not None:
         held_out = Tally()
@@ -106,8 +108,9 @@ def check(
     return CheckReport(
         sources=[source_name(source) for source in several],
         rows=tally.rows,
-        usable=tally.used - lengths.unusable,
+        usable=tally.used - lengths.unusable - lengths.emptied.count,
         formats=dict(tally.formats.most_common()),
+        unused=dict(tally.unused.most_common()),
         languages={name: c.count for name, c in sorted(tally.languages.items(), key=lambda item: -item[1].count)},
         labels={"good": int((labels == 1).sum()), "bad": int((labels == 0).sum())} if (labels >= 0).any() else {},
         lengths=lengths,

@@ -10,12 +10,15 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from posttrain.data.codes import UNFORESEEN, Row, bad_row, broken_promise
-from posttrain.data.columns import rename_columns
-from posttrain.data.conversation import SYSTEM
+from posttrain.data.codes import SKIP, UNFORESEEN, Row, bad_row, broken_promise
+from posttrain.data.columns import read_columns
+from posttrain.data.conversation import SYSTEM, is_answered
 from posttrain.data.formats import all_formats, choose, detect, require
+from posttrain.data.passed_over import NOTHING, PassedOver, of_tokens, passed_over
+from posttrain.data.places import half_a_character
+from posttrain.data.render import Supervision
 from posttrain.data.settings import DataSettings
-from posttrain.data.tokens import is_tokenized
+from posttrain.data.tokens import COLUMNS, from_tokens, is_tokenized, not_heeded
 from posttrain.errors import UserError
 from posttrain.types import Content, Example, Message, Origin
 
@@ -24,13 +27,16 @@ TURN, PART = "\r\t\r", "\t\r\t"
 
 
 SPACE = " \t\r\n"
+OF_METHODS: dict[str, tuple[str, ...]] = {"sft": (), "preference": ("margin",), "rated": ("label",)}
+"""The columns that each method looks at beside the answers."""
 
 
 @dataclass(slots=True)
 class Said:
     """`prompt` and `answers` in canonical form, for comparing; `asked` (the last user turn) and `spoken` (the last turn
     of each answer) as written; `length` counts the characters of all texts. `rest` is what else makes a row another
-    row: tools. `is_answered`: the assistant says something that may be trained."""
+    row: tools. `is_answered`: the assistant says something that may be trained. `over` is what nothing is made of;
+    `is_unrated`: there is a `label`, and it is null."""
 
     format: str
     method: str
@@ -42,6 +48,8 @@ class Said:
     label: bool | None = None
     rest: str = ""
     is_answered: bool = True
+    over: PassedOver = NOTHING
+    is_unrated: bool = False
 
 
 class RowReader:
@@ -55,7 +63,7 @@ class RowReader:
 
     def read(self, row: Row, origin: Origin) -> Said:
         """Raises DataError for a row that cannot be used."""
-        return _tokens(row, origin) if is_tokenized(row) else self.parsed(row, origin)[1]
+        return self._tokens(row, origin) if is_tokenized(row) else self.parsed(row, origin)[1]
 
     def example(self, row: Row, origin: Origin) -> Example:
         """The same as training would get it. Raises DataError for a row that cannot be used."""
@@ -70,8 +78,12 @@ class RowReader:
     def parsed(self, row: Row, origin: Origin) -> tuple[Example, Said]:
         """Both of a row that is not tokens."""
         try:
+            row = read_columns(row, self.names, origin)
             example, described = self._example(row, origin)
-            return example, said(example, described)
+            what = said(example, described)
+            what.over = passed_over(example, self.formats, OF_METHODS[what.method])
+            what.is_unrated = what.method == "sft" and "label" in row and row["label"] is None
+            return example, what
         except UserError:
             raise
         except UNFORESEEN as error:
@@ -79,10 +91,21 @@ class RowReader:
 
     def _example(self, row: Row, origin: Origin) -> tuple[Example, str]:
         """With its format, in words."""
-        row = rename_columns(row, self.names, origin)
         found = self.format or detect(row, origin, self.formats)
         require(found, self.format_name, row, origin)
         return found.parse(row, origin), found.describe(row)
+
+    def _tokens(self, row: Row, origin: Origin) -> Said:
+        """Checked as training does, but for the size of the vocabulary."""
+        supervision = Supervision()
+        (branch,) = from_tokens(row, origin, supervision, None, ()).branches
+        if not branch.supervised[1:].any():  # nothing stands before the first that could predict it
+            hint = f"drop such rows, or skip them ({SKIP})"
+            raise bad_row("E-DATA-0022", origin, "no token of the row would be trained", row=row, hint=hint)
+        text = f"{branch.ids.tolist()}{branch.supervised.tolist()}{row.get('completion_mask')}"
+        what = Said("read as tokens: column `input_ids`", "sft", "", (text,), "", (), len(branch.ids))
+        what.over = of_tokens(row, {*COLUMNS}.difference(not_heeded(row, supervision)), self.formats)
+        return what
 
 
 def check_trainable(said: Said, row: Row, origin: Origin) -> None:
@@ -95,16 +118,8 @@ def check_trainable(said: Said, row: Row, origin: Origin) -> None:
             continue
         try:
             text.encode()
-        except UnicodeEncodeError as error:  # half of a surrogate pair, written as \\ud83d in the JSON
-            what = f"holds half a character ({text[error.start]!a}), which no tokenizer takes"
-            raise bad_row("E-DATA-0024", origin, what, row=ascii(text)) from None
-
-
-def _tokens(row: Row, origin: Origin) -> Said:
-    ids = row["input_ids"]
-    if not isinstance(ids, list | tuple) or not all(isinstance(token, int) for token in ids):
-        raise bad_row("E-DATA-0025", origin, "is not a list of whole numbers", field="input_ids", row=row)
-    return Said("read as tokens: column `input_ids`", "sft", "", (f"{ids}{row.get('labels')}",), "", (), len(ids))
+        except UnicodeEncodeError:  # half of a surrogate pair, written as \\ud83d in the JSON
+            raise half_a_character(row, origin) from None
 
 
 def said(example: Example, described: str) -> Said:
@@ -147,7 +162,7 @@ def _is_answered(content: Content) -> bool:
     """By its flags, where it has any; the roles decide otherwise."""
     if not isinstance(content, list):
         return True
-    return any(message.get("train", message["role"] == "assistant") is not False for message in content)
+    return is_answered(content)
 
 
 def _split(messages: list[Message]) -> tuple[Content | None, tuple[Content, ...]]:

@@ -20,6 +20,8 @@ MARKS = {
     "W-DATA-0114": ("hold", "what looks like a secret ({kinds})"),
     "W-DATA-0115": ("hold", "what looks like personal data ({kinds})"),
     "W-DATA-0116": ("seem", "to answer in another language than the question's ({kinds}), by frequent words"),
+    "W-DATA-0131": ("have", "what their format has no place for, so that nothing is made of it ({kinds})"),
+    "W-DATA-0132": ("hold", "another format beside the one that is read ({kinds})"),
     "W-DATA-0129": ("have", "several system turns, or one that does not come first: few templates know what to do"),
 }
 
@@ -29,6 +31,7 @@ def judge(tally: Tally, settings: DoctorSettings, on_bad_row: str) -> Iterator[F
     yield from _bad_rows(tally, on_bad_row)
     yield from _formats(tally)
     yield from _marks(tally)
+    yield from _unrated(tally)
     yield from _labels(tally, settings)
     yield from _length_bias(tally, settings)
     yield from _languages(tally, settings)
@@ -82,6 +85,14 @@ def _marks(tally: Tally) -> Iterator[Finding]:
             f"{rows(cases.count, verb)} {said}",
             details={"shown": shown} if shown else None,
         )
+
+
+def _unrated(tally: Tally) -> Iterator[Finding]:
+    """Where others are rated, a null says that a rating was lost; elsewhere such a column is the user's own."""
+    cases = tally.unrated
+    if cases.count and "rated" in tally.methods:
+        sentence = f"{rows(cases.count, 'have')} a `label` that is null among rated ones: read as plain examples"
+        yield finding("E-DATA-0065", cases.count, cases.first, sentence)
 
 
 def _labels(tally: Tally, settings: DoctorSettings) -> Iterator[Finding]:

@@ -24,6 +24,7 @@ KINDS: dict[str, Kind] = {
     "E-DATA-0062": Kind("error", "rated both good and bad", "keep one rating of each answer"),
     "E-DATA-0063": Kind("error", "all ratings alike", "KTO needs good and bad answers; to train on all, use SFT"),
     "E-DATA-0064": Kind("error", "data for several methods", "put them into a file each"),
+    "E-DATA-0065": Kind("error", "ratings that are null", "rate these rows or drop them: KTO refuses them"),
     "W-DATA-0101": Kind("warning", "exact duplicates", FIX),
     "W-DATA-0102": Kind("warning", "near duplicates", "look at the pairs; drop what says the same twice"),
     "W-DATA-0103": Kind("warning", "nearly rows of the validation data", "take them out of one of the two"),
@@ -61,5 +62,11 @@ KINDS: dict[str, Kind] = {
     ),
     "W-DATA-0130": Kind(
         "warning", "arguments of calls in quotes", "write them as objects, or --chat-template NAME of one of ours"
+    ),
+    "W-DATA-0131": Kind(
+        "warning", "columns without a place", "write them where the format looks for them, or leave them out"
+    ),
+    "W-DATA-0132": Kind(
+        "warning", "several formats in one row", "--format NAME says which is meant; fine if it is the one read"
     ),
 }

@@ -19,6 +19,7 @@ from posttrain.data.doctor.content import PART, TURN, RowReader, Said, check_tra
 from posttrain.data.doctor.languages import language
 from posttrain.data.doctor.patterns import BIDI, CONTROL, is_refusal, personal_data, secrets
 from posttrain.data.doctor.settings import DoctorSettings
+from posttrain.data.passed_over import way_out
 from posttrain.data.report import Cases
 from posttrain.data.settings import DataSettings
 from posttrain.errors import DataError
@@ -48,7 +49,8 @@ class Bad:
 class Tally:
     """`hashes` and `numbers` have an entry for each usable row; a hash of 0 says that there is nothing to compare.
     `line` is -1 where the source has none; `files` are the sources and the index of the first usable row of each;
-    `unread` says where the rest of a source could not be read."""
+    `unread` says where the rest of a source could not be read. `unused` counts the columns that nothing is made of,
+    `unrated` the rows whose `label` is null."""
 
     rows: int = 0
     used: int = 0
@@ -61,6 +63,8 @@ class Tally:
     marks: dict[str, Cases] = field(default_factory=dict)
     kinds: dict[str, Counter[str]] = field(default_factory=dict)
     shown: dict[str, list[str]] = field(default_factory=dict)
+    unused: Counter[str] = field(default_factory=Counter)
+    unrated: Cases = field(default_factory=Cases)
     bad: dict[str, Cases] = field(default_factory=dict)
     bad_rows: list[Bad] = field(default_factory=list)
     unread: list[Bad] = field(default_factory=list)
@@ -101,6 +105,8 @@ class Tally:
         for name in COLUMNS:
             self.numbers[name] += other.numbers[name]
         self.formats += other.formats
+        self.unused += other.unused
+        _join(self.unrated, other.unrated)
         for mine, theirs in ((self.methods, other.methods), (self.languages, other.languages),
                              (self.marks, other.marks), (self.bad, other.bad)):  # fmt: skip
             for key, cases in theirs.items():
@@ -189,6 +195,7 @@ class Counting:
         numbers["answer_length"].append(len(spoken[0]) if spoken else 0)
         numbers["rejected_length"].append(len(spoken[1]) if len(spoken) > 1 else -1)
         self._marks(said, content, origin)
+        self._passed_over(said, origin)
         if self.settings.near_rows and content and said.spoken:
             self._sample(row_hash, content)
         tally.used += 1
@@ -220,6 +227,16 @@ class Counting:
             asked_in = language(said.asked, self.settings.language_words) if said.prompt else None
             if asked_in is not None and asked_in != spoken_in:
                 tally.mark("W-DATA-0116", origin, [(f"{asked_in} → {spoken_in}", "")])
+
+    def _passed_over(self, said: Said, origin: Origin) -> None:
+        tally, over = self.tally, said.over
+        tally.unused.update(over.columns)
+        if over.meant:
+            tally.mark("W-DATA-0131", origin, [(f"`{name}`", f"({way_out(name)})") for name in over.meant])
+        if over.formats:
+            tally.mark("W-DATA-0132", origin, [(name, "passed over") for name in over.formats])
+        if said.is_unrated:
+            tally.unrated.add(origin)
 
     def _sample(self, row_hash: bytes, content: str) -> None:
         """The rows with the smallest keys are a random sample that does not depend on how the file was cut."""

@@ -85,6 +85,7 @@ def choose(name: str, known: dict[str, Format]) -> Format | None:
 
 def detect(row: Row, origin: Origin, known: dict[str, Format]) -> Format:
     """The first format whose shape `row` has."""
+    preference.check_whole(row, origin)
     for name, other in OTHER_METHODS.items():
         if name in known and other.matches(row):  # a pair may have a column `label` of its own
             break
@@ -92,11 +93,13 @@ def detect(row: Row, origin: Origin, known: dict[str, Format]) -> Format:
             if name == "rated":
                 rated.check_label(row, origin)
             raise _another_method(name, row, origin, known)
-    if columns := {column for column in IMAGES if row.get(column) is not None}:
+    if columns := {column for column in IMAGES if row.get(column)}:
         what = f"has columns {_names(columns)}: images, which cannot be trained on for now"
         raise bad_row("E-DATA-0017", origin, what, row=row)
     found = next((fmt for fmt in known.values() if fmt.matches(row)), None)
     if found is None:
+        if "rated" in known and "label" in row and any(fmt.matches(row) for fmt in rated.ANSWERS):
+            rated.check_label(row, origin)
         raise _unknown(row, origin, known)
     return found
 
@@ -107,6 +110,8 @@ def require(found: Format, name: str, row: Row, origin: Origin) -> None:
         return
     if found is OTHER_METHODS["rated"]:
         rated.check_label(row, origin)
+    if found is OTHER_METHODS["preference"]:
+        preference.check_whole(row, origin)
     what = f"is not of format {name!r}, {found.SHAPE} (columns {', '.join(row)})"
     raise bad_row("E-DATA-0010", origin, what, row=row, hint="format auto tells by the shape of each row")
 

@@ -11,7 +11,7 @@ from posttrain.data.formats.build import build, filled_text
 from posttrain.types import Example, Message, Origin
 
 SHAPE = "`instruction`, `input`, `output`"
-COLUMNS = {"instruction", "input", "output", "system", "history"}
+COLUMNS = {"instruction", "input", "output", "history"}
 
 
 def matches(row: Row) -> bool:
@@ -31,8 +31,7 @@ def parse(row: Row, origin: Origin) -> Example:
     question = "\n\n".join(part for part in parts if isinstance(part, str) and part.strip())
     if not question:
         raise bad_row("E-DATA-0014", origin, "is empty, and so is `input`", field="instruction", row=row)
-    system: list[Message] = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    prompt = [*system, *_history(row, origin), {"role": "user", "content": question}]
+    prompt = [*_history(row, origin), {"role": "user", "content": question}]
     return build(row, origin, prompt, [{"role": "assistant", "content": output}], COLUMNS)
 
 

@@ -1,27 +1,40 @@
-"""What all formats share: the columns that belong to none of them (tools, template arguments, the user's own)."""
+"""What all formats share: the columns that belong to none of them (the system message, tools, template arguments, the
+user's own)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from posttrain.data.codes import Row, bad_row, kind
-from posttrain.data.conversation import parse_tools
+from posttrain.data.calls import parse_tools
+from posttrain.data.codes import SKIP, Row, bad_row, kind
+from posttrain.data.conversation import with_system
 from posttrain.types import Content, Example, Origin
+
+SHARED = ("system", "tools", "chat_template_kwargs")
+"""What belongs to a conversation, whatever its format. Text has no place for them."""
 
 
 def build(row: Row, origin: Origin, prompt: Content | None, completion: Content, used: set[str]) -> Example:
     """The example of `row`. Columns that the format has not `used` stay with it under their names."""
-    conversational = isinstance(completion, list)
-    taken = used | {"tools", "chat_template_kwargs"} if conversational else used
+    if not isinstance(completion, list):
+        return Example(prompt, (completion,), origin, columns=_others(row, used))
+    if isinstance(prompt, list):
+        prompt = with_system(prompt, row, origin)
+    else:
+        completion = with_system(completion, row, origin)
     return Example(
         prompt=prompt,
         completions=(completion,),
         origin=origin,
-        tools=parse_tools(row, origin) if conversational else None,
-        template_kwargs=_template_kwargs(row, origin) if conversational else {},
-        columns={key: value for key, value in row.items() if key not in taken},
+        tools=parse_tools(row, origin),
+        template_kwargs=_template_kwargs(row, origin),
+        columns=_others(row, used.union(SHARED)),
     )
+
+
+def _others(row: Row, used: set[str]) -> Row:
+    return {key: value for key, value in row.items() if key not in used}
 
 
 def filled_text(row: Row, column: str, origin: Origin, code: str) -> str:
@@ -31,7 +44,7 @@ def filled_text(row: Row, column: str, origin: Origin, code: str) -> str:
         what = "is missing" if value is None else f"is {kind(value)}, not text"
         raise bad_row("E-DATA-0011", origin, what, field=column, seen=value, row=row)
     if not value.strip():
-        hint = "fill it or drop the row (on_bad_row=skip drops and counts such rows)"
+        hint = f"fill it or drop the row ({SKIP} drops and counts such rows)"
         raise bad_row(code, origin, "is empty", field=column, row=row, hint=hint)
     return value
 

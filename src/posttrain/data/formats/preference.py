@@ -11,9 +11,9 @@ from dataclasses import replace
 from typing import Any
 
 from posttrain.data.codes import Row, bad_row, kind
-from posttrain.data.conversation import clean_messages, says_something
+from posttrain.data.conversation import check_answered, clean_messages, says_something
 from posttrain.data.formats.build import build, filled_text
-from posttrain.data.formats.sharegpt import read_system, read_turns, wrap_tools
+from posttrain.data.formats.sharegpt import read_turns, wrap_tools
 from posttrain.types import Content, Example, Message, Origin
 
 SHAPE = "`chosen` and `rejected`, with or without `prompt`"
@@ -24,6 +24,16 @@ COLUMNS = {"prompt", *PAIR}
 
 def matches(row: Row) -> bool:
     return row.get("chosen") is not None and row.get("rejected") is not None
+
+
+def check_whole(row: Row, origin: Origin) -> None:
+    """Raises DataError (E-DATA-0033) for half a pair: without this it would be trained as something else, or not at
+    all, by the columns beside it. A number or a boolean there (the index of a choice) is a column of the user's own."""
+    for column, other in (PAIR, PAIR[::-1]):
+        if row.get(other) is None and isinstance(row.get(column), str | list | Mapping) and row[column]:
+            what = f"is {'null' if other in row else 'missing'}, though there is `{column}`: half a pair"
+            hint = f"give both, drop the row, or rename `{column}` (--map {column}=own_{column}) if it is no answer"
+            raise bad_row("E-DATA-0033", origin, what, field=other, seen=row[column], row=row, hint=hint)
 
 
 def describe(row: Row) -> str:
@@ -53,12 +63,11 @@ def parse(row: Row, origin: Origin) -> Example:
 
 def _ranking(row: Row, origin: Origin, context: str) -> Example:
     """A conversation, and two messages (or texts) that may follow it."""
-    turns: list[Message] = [*read_system(row, origin)]
     is_sharegpt = any(isinstance(turn, Mapping) and "from" in turn for turn in row[context])
     read = read_turns if is_sharegpt else clean_messages
-    turns += read(row[context], context, row, origin)
+    turns = read(row[context], context, row, origin)
     chosen, rejected = (_answer(row, column, is_sharegpt, origin) for column in PAIR)
-    return wrap_tools(_pair(row, origin, turns, chosen, rejected, {context, "system", *COLUMNS}))
+    return wrap_tools(_pair(row, origin, turns, chosen, rejected, {context, *PAIR}))
 
 
 def _answer(row: Row, column: str, is_sharegpt: bool, origin: Origin) -> list[Message]:
@@ -97,6 +106,9 @@ def _conversational(row: Row, origin: Origin) -> Example:
 def _pair(
     row: Row, origin: Origin, prompt: Content | None, chosen: Content, rejected: Content, used: set[str]
 ) -> Example:
+    for column, answer in zip(PAIR, (chosen, rejected), strict=True):
+        if isinstance(answer, list):
+            check_answered(answer, column, row, origin)
     return replace(build(row, origin, prompt, chosen, used), completions=(chosen, rejected))
 
 
@@ -107,7 +119,9 @@ def _filled(messages: list[Message], column: str, row: Row, origin: Origin) -> l
 
 
 def _context_column(row: Row) -> str | None:
-    return next((column for column in CONTEXTS if isinstance(row.get(column), list)), None)
+    """The column with what was said before; one that holds an answer itself, as UltraFeedback's `messages`, is none."""
+    answers = [row.get(column) for column in PAIR]
+    return next((name for name in CONTEXTS if isinstance(row.get(name), list) and row[name] not in answers), None)
 
 
 def _as_list(value: Any) -> Any:

@@ -57,7 +57,7 @@ def check_label(row: Row, origin: Origin) -> None:
     """Raises DataError (E-DATA-0028) for a rating that is no boolean."""
     label = row.get("label")
     if not isinstance(label, BOOLEAN):
-        what = f"is {excerpt(label, width=40)!r}, not true or false" if isinstance(label, str) else _seen(label)
+        what = f"is {excerpt(label, width=40)!r}, not true or false" if isinstance(label, str) else _seen(row)
         hint = (
             "write true (a good answer) or false (a bad one); if the column is no rating, call it otherwise "
             "(--map label=category) or name the format (--format messages or prompt-completion)"
@@ -65,8 +65,10 @@ def check_label(row: Row, origin: Origin) -> None:
         raise bad_row("E-DATA-0028", origin, what, field="label", seen=label, row=row, hint=hint)
 
 
-def _seen(label: object) -> str:
-    return "is missing" if label is None else f"is {excerpt(label, width=40)}, not true or false"
+def _seen(row: Row) -> str:
+    if row.get("label") is None:
+        return "is null" if "label" in row else "is missing"
+    return f"is {excerpt(row['label'], width=40)}, not true or false"
 
 
 def _answers(row: Row) -> Any:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from posttrain.data.codes import Row, bad_row, kind
-from posttrain.data.conversation import check_answers, map_role, parse_arguments, parse_json
-from posttrain.data.flags import DETAIL, KEYS, normalise
+from posttrain.data.calls import as_call, parse_json, with_calls
+from posttrain.data.codes import Row, bad_row
+from posttrain.data.conversation import check_answers, map_role
+from posttrain.data.flags import normalise
 from posttrain.data.formats.build import build
 from posttrain.types import Example, Message, Origin
 
@@ -30,17 +31,9 @@ def describe(row: Row) -> str:
 
 
 def parse(row: Row, origin: Origin) -> Example:
-    messages = read_system(row, origin)
-    messages += read_turns(row.get(COLUMN), COLUMN, row, origin)
-    check_answers(messages, COLUMN if not row.get("system") else "messages", row, origin)
-    return wrap_tools(build(row, origin, None, messages, {COLUMN, "system"}))
-
-
-def read_system(row: Row, origin: Origin) -> list[Message]:
-    """The message in column `system`, where there is one."""
-    if not isinstance(row.get("system"), str | None):
-        raise bad_row("E-DATA-0011", origin, f"is {kind(row['system'])}, not text", field="system", row=row)
-    return [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    messages = read_turns(row.get(COLUMN), COLUMN, row, origin)
+    check_answers(messages, COLUMN, row, origin)
+    return wrap_tools(build(row, origin, None, messages, {COLUMN}))
 
 
 def read_turns(turns: Any, field: str, row: Row, origin: Origin) -> list[Message]:
@@ -64,34 +57,32 @@ def _append(messages: list[Message], turn: Any, field: str, row: Row, origin: Or
         what = "lacks `from` or a text in `value`"
         raise bad_row("E-DATA-0011", origin, what, field=field, seen=turn, row=row, hint=hint)
     role = map_role(turn["from"], f"{field}.from", row, origin, extra=CALLS)
-    if role not in CALLS:
-        extra = {key: value for key, value in turn.items() if key not in ("from", "value") and value is not None}
-        messages.append(normalise({"role": role, "content": turn["value"], **extra}, field, row, origin))
-        return
-    flags = normalise({key: turn[key] for key in (*KEYS, DETAIL) if key in turn}, field, row, origin)
+    extra = {key: value for key, value in turn.items() if key not in ("from", "value") and value is not None}
+    if role in CALLS:
+        _join(messages, _calls(turn["value"], f"{field}.value", row, origin), extra, field, row, origin)
+    else:
+        message = with_calls({"role": role, "content": turn["value"], **extra}, field, row, origin)
+        messages.append(normalise(message, field, row, origin))
+
+
+def _join(
+    messages: list[Message], calls: list[dict[str, Any]], extra: Message, field: str, row: Row, origin: Origin
+) -> None:
+    """Add `calls` to the assistant's message just before, or as one of their own, with what else their turn has."""
+    others = normalise(extra, field, row, origin)
     if not messages or messages[-1]["role"] != "assistant":
-        messages.append({"role": "assistant", "content": "", **flags})
-    elif messages[-1].get("train") != flags.get("train"):
+        messages.append({"role": "assistant", "content": ""})
+    elif messages[-1].get("train") != others.get("train"):
         what = "is joined to the assistant's words before it, which say otherwise whether to train"
         raise bad_row("E-DATA-0042", origin, what, field=field, row=row, hint="give both the same flag")
-    messages[-1].setdefault("tool_calls", []).extend(_calls(turn["value"], f"{field}.value", row, origin))
+    messages[-1] |= {key: value for key, value in others.items() if key not in messages[-1]}
+    messages[-1]["tool_calls"] = [*messages[-1].get("tool_calls", []), *calls]
 
 
 def _calls(text: str, field: str, row: Row, origin: Origin) -> list[dict[str, Any]]:
     """The calls written in `text` as JSON: one object with `name` and `arguments`, or a list of them."""
     value = parse_json(text, field, row, origin)
-    calls = value if isinstance(value, list) else [value]
-    for call in calls:
-        if not isinstance(call, Mapping) or "name" not in call:
-            what = "is no tool call: `name` is missing"
-            raise bad_row("E-DATA-0015", origin, what, field=field, seen=text, row=text)
-    return [{"type": "function", "function": _function(call, field, row, origin)} for call in calls]
-
-
-def _function(call: Mapping[str, Any], field: str, row: Row, origin: Origin) -> dict[str, Any]:
-    """Arguments as an object: templates write a string out once more as JSON."""
-    arguments = call.get("arguments", call.get("parameters"))
-    return {"name": call["name"], "arguments": parse_arguments(arguments, f"{field}.arguments", row, origin)}
+    return [as_call(call, field, row, origin) for call in (value if isinstance(value, list) else [value])]
 
 
 def _wrap(tool: Any) -> Any:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from posttrain.data.codes import Row
-from posttrain.data.columns import rename_columns
+from posttrain.data.columns import read_columns
 from posttrain.data.formats import choose, detect, formats
 from posttrain.data.pipeline import Pipeline
 from posttrain.data.report import DataReport
@@ -115,9 +115,11 @@ def token_view(
     settings: DataSettings | None = None,
     train_on: str = "assistant",
     origin: Origin | None = None,
+    whole_answers: bool = False,
 ) -> RowView:
     """The tokens of `row`, as training with `settings` would have them. `train_on`: "assistant" (a conversation's
     assistant turns, else what follows the prompt), "completion" (what follows the prompt, else all), or "all".
+    `whole_answers`: the row is one answer of a pair, or a rated one.
 
     Raises ConfigError for settings that do not fit; a DataError is part of what is returned."""
     settings, origin = settings or DataSettings(), origin or Origin("row", 0)
@@ -126,7 +128,7 @@ def token_view(
         wanted = replace(
             settings, max_length=None, packing=False, on_bad_row="error", **_masks(row, settings, train_on, origin)
         )
-        tokenized = Pipeline(tokenizer, wanted, report).one(row, origin)
+        tokenized = Pipeline(tokenizer, wanted, report, whole_answers).one(row, origin)
     except DataError as error:
         return RowView(str(origin), error=error)
     branch = tokenized.branches[0]
@@ -207,7 +209,7 @@ def _masks(row: Row, settings: DataSettings, train_on: str, origin: Origin) -> d
         return {"completion_only": False, "assistant_only": False}
     if train_on == "completion" or is_tokenized(row) or settings.formatting_func is not None:
         return {"assistant_only": False}
-    table, row = formats(settings.text_field), rename_columns(row, settings.column_map, origin)
+    table, row = formats(settings.text_field), read_columns(row, settings.column_map, origin)
     example = (choose(settings.format, table) or detect(row, origin, table)).parse(row, origin)
     return {"assistant_only": example.is_conversational and example.prompt is None}
 

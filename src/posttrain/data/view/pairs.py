@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from posttrain.data.codes import UNFORESEEN, Row, broken_promise
-from posttrain.data.columns import rename_columns
+from posttrain.data.columns import read_columns
 from posttrain.data.formats import Format, all_formats, choose, detect, preference, rated, require
 from posttrain.data.settings import DataSettings
 from posttrain.data.tokens import is_tokenized
@@ -33,7 +33,7 @@ def any_view(
     if settings.formatting_func is not None or is_tokenized(row):
         return token_view(row, tokenizer, settings, train_on, origin)
     try:
-        row = rename_columns(row, settings.column_map, origin)
+        row = read_columns(row, settings.column_map, origin)
         settings = replace(settings, column_map={})
         table = all_formats(settings.text_field)
         found = choose(settings.format, table) or detect(row, origin, table)
@@ -45,7 +45,8 @@ def any_view(
         return RowView(str(origin), error=error)
     settings = replace(settings, format="auto", text_field="text")  # the parts of an example have usual names
     sides = [
-        token_view(_as_row(example, answer), tokenizer, settings, train_on, origin) for answer in example.completions
+        token_view(_as_row(example, answer), tokenizer, settings, train_on, origin, whole_answers=True)
+        for answer in example.completions
     ]
     if failed := next((side for side in sides if side.error is not None), None):
         return failed
