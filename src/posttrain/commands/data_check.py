@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.commands import EXIT_CODES
-from posttrain.commands.reading import READING, add_policy, add_reading, data_settings, given, whole_number
+from posttrain.commands.reading import READING, add_policy, add_reading, data_settings, given, in_flags, whole_number
 
 if TYPE_CHECKING:
     from posttrain.data.doctor.check import CheckReport
@@ -25,6 +25,7 @@ CHECKING: dict[str, Any] = {
 }  # fmt: skip
 """Options that belong to a command which is to be typed again, with their defaults."""
 SIGNS = {"error": "", "warning": "! ", "info": "· "}
+REST = "; nothing is known of the rest, which cannot be read"
 
 
 def add(verbs: Any, common: argparse.ArgumentParser) -> None:
@@ -147,7 +148,9 @@ def _print(found: CheckReport, options: argparse.Namespace) -> None:
     names = ", ".join(Path(name).name or name for name in found.sources)
     unusable = found.rows - found.usable
     usable = f": {number(found.usable)} usable, {number(unusable)} not" if unusable else ""
-    print(f"{'✔' if found.rows and not unusable else '!'} data     {names} {rows(found.rows)}{usable}")
+    rest = REST if found.is_unread else ""
+    sign = "✔" if found.rows and not unusable and not rest else "!"
+    print(f"{sign} data     {names} {rows(found.rows)}{usable}{rest}")
     for described, count in list(found.formats.items())[:3]:
         print(f"           {described}" + (f" ({number(count)})" if len(found.formats) > 1 else ""))
     if found.usable:
@@ -182,13 +185,14 @@ def _print_finding(item: Any, found: CheckReport, options: argparse.Namespace) -
 def _as_typed(found: CheckReport, options: argparse.Namespace) -> CheckReport:
     """With commands in its ways out that can be typed as they stand: the files' names, and the options given."""
     findings = [dataclasses.replace(item, fix=_typed(item.fix, options)) for item in found.findings]
-    return dataclasses.replace(found, findings=findings)
+    bad_rows = [{**bad, "hint": in_flags(bad["hint"], options)} for bad in found.bad_rows]
+    return dataclasses.replace(found, findings=findings, bad_rows=bad_rows)
 
 
 def _typed(fix: str, options: argparse.Namespace) -> str:
     reading = given(options, READING)
     check = shlex.join(["posttrain", "data", "check", *options.files, *given(options, {**READING, **CHECKING})])
-    fix = fix.replace("posttrain data check FILE", check)
+    fix = (in_flags(fix, options) or fix).replace("posttrain data check FILE", check)
     fix = fix.replace("check VALIDATION", shlex.join(["check", options.val or "VALIDATION", *reading]))
     return f"{fix} {shlex.join(reading)}" if reading and "posttrain data fix " in fix else fix
 

@@ -104,12 +104,25 @@ def _write_csv(file: TextIO, path: Path, rows: list[Row]) -> int:
     return len(rows)
 
 
-def write_report(path: Path, document: dict[str, Any]) -> None:
-    """One JSON object, for people to read as well."""
-    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
-    with _replacing(path, None) as temporary:
+def write_report(path: Path, document: dict[str, Any], **listed: Iterable[Any]) -> None:
+    """One JSON object, for people to read as well. What is `listed` comes behind the rest of it, one by one, for there
+    may be more than the memory holds."""
+    with (
+        _replacing(path, None) as temporary,
         # Half of a surrogate pair, in what is quoted of a row, as JSON says it.
-        temporary.write_text(text + "\n", "utf-8", errors="backslashreplace")
+        open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file,
+    ):
+        file.write(_for_people(document).removesuffix("\n}"))
+        for name, values in listed.items():
+            file.write(f',\n "{name}": [')
+            for number, value in enumerate(values):
+                file.write((",\n" if number else "\n") + _for_people(value))
+            file.write("]")
+        file.write("\n}\n")
+
+
+def _for_people(value: Any) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
 
 
 def _write_array(write: Callable[[str], Any], rows: Iterator[Row]) -> int:

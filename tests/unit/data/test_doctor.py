@@ -74,8 +74,8 @@ CASES: dict[str, tuple[Any, int, Any]] = {
                          "chosen": chat("system", "assistant")["messages"], "rejected": chat("assistant")["messages"]}],
                     4, [chat("system", "user", "assistant"), row("a\r\t\rsystem", "b")]),
 }  # fmt: skip
-ELSEWHERE = {"W-DATA-0107", "W-DATA-0119", "W-DATA-0130", *(f"W-DATA-01{n}" for n in range(21, 29))}
-"""Tested in test_doctor_lengths.py, test_doctor_near.py and test_doctor_models.py."""
+ELSEWHERE = {"W-DATA-0107", "W-DATA-0119", "W-DATA-0130", "W-DATA-0135", *(f"W-DATA-01{n}" for n in range(21, 29))}
+"""Tested in test_doctor_lengths.py, test_doctor_near.py, test_duplicates.py and test_doctor_models.py."""
 
 
 def parted(given: Any) -> tuple[Any, Any]:
@@ -280,7 +280,8 @@ def test_one_bad_row_is_one_bad_row(kind: str, position: int, raw: str, code: st
 STOPS = {
     "open quote": ("b.csv", 'prompt,completion\na,b\n"c,d\ne,f\n', "E-DATA-0007"),
     "broken array": ("b.json", '[{"text": "a"}, {"text": ]', "E-DATA-0002"),
-    "no Parquet": ("b.parquet", "PAR1 and no more", "E-DATA-0001"),
+    "no Parquet": ("b.parquet", "x,y\n1,2\n", "E-DATA-0001"),
+    "half a Parquet": ("b.parquet", "PAR1 and no more", "E-DATA-0007"),
     "empty": ("b.jsonl", "", "E-DATA-0006"),
 }
 

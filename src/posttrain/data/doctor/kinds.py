@@ -62,4 +62,7 @@ KINDS: dict[str, Kind] = {
     "W-DATA-0130": Kind(
         "warning", "arguments of calls in quotes", "write them as objects, or --chat-template NAME of one of ours"
     ),
+    "W-DATA-0135": Kind(
+        "warning", "validation rows that go on from trained ones", "split anew with posttrain data split"
+    ),
 }

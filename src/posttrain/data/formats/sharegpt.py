@@ -85,7 +85,12 @@ def _calls(text: str, field: str, row: Row, origin: Origin) -> list[dict[str, An
         if not isinstance(call, Mapping) or "name" not in call:
             what = "is no tool call: `name` is missing"
             raise bad_row("E-DATA-0015", origin, what, field=field, seen=text, row=text)
-    return [{"type": "function", "function": _function(call, field, row, origin)} for call in calls]
+    return [{**_id(call), "type": "function", "function": _function(call, field, row, origin)} for call in calls]
+
+
+def _id(call: Mapping[str, Any]) -> dict[str, Any]:
+    """What its result says that it answers (`tool_call_id`)."""
+    return {"id": call["id"]} if call.get("id") is not None else {}
 
 
 def _function(call: Mapping[str, Any], field: str, row: Row, origin: Origin) -> dict[str, Any]:
