@@ -138,7 +138,7 @@ def _stats(options: argparse.Namespace) -> int:
     found = stats(options.file, _settings(options, chat_template=options.chat_template), tokenizer, report.skipped)
     report.write(found)
     if options.json:
-        print(json.dumps(found if report.is_written else {**found, "skipped_rows": [*report.skipped]}))
+        print(json.dumps(found if report.is_written else {**found, "skipped_rows": [*report.rows()]}))
         return 0
     print(f"{options.file}: {found['rows']} rows" + (f", {found['skipped']} skipped" if found["skipped"] else ""))
     for name, rows in found["formats"].items():

@@ -33,7 +33,7 @@ class Report:
         if self.path is None or not (self.options.report or self.skipped.count or self.path.exists()):
             return
         document = {"schema_version": 1, "source": str(self.options.file), **document}
-        write_report(self.path, document, skipped_rows=self._rows())
+        write_report(self.path, document, skipped_rows=self.rows())
         self.is_written = True
 
     def say(self) -> None:
@@ -45,11 +45,11 @@ class Report:
             print(f"! skipped  {count} row{'' if count == 1 else 's'}, listed in {self.path}")
             return
         shown = count if self.options.verbose else NUM_SHOWN
-        for row in islice(self._rows(), shown):
+        for row in islice(self.rows(), shown):
             print(f"! skipped  {row['code']} {str(row['message']).partition(chr(10))[0]}")
         if count > shown:
             print(f"           and {count - shown} more\n  = --report R.json lists them all")
 
-    def _rows(self) -> Iterator[dict[str, Any]]:
+    def rows(self) -> Iterator[dict[str, Any]]:
         for row in self.skipped:
             yield {**row, "hint": in_flags(row["hint"], self.options)}
