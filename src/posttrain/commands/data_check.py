@@ -162,7 +162,10 @@ def _print(found: CheckReport, options: argparse.Namespace) -> None:
         print(f"✔ labels   {number(found.labels['good'])} good, {number(found.labels['bad'])} bad")
     if found.validation:
         about = found.validation
-        print(f"✔ val      {Path(about['source']).name} {rows(about['rows'])}: {number(about['usable'])} usable")
+        rest = REST if about["unread"] else ""
+        sign = "✔" if about["rows"] == about["usable"] > 0 and not rest else "!"
+        usable = f"{number(about['usable'])} usable{rest}"
+        print(f"{sign} val      {Path(about['source']).name} {rows(about['rows'])}: {usable}")
     for item in found.findings:
         _print_finding(item, found, options)
     counts = f"{_several(found.errors, 'error')}, {_several(found.warnings, 'warning')}"

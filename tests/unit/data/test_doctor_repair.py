@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from posttrain.cli import main
 from posttrain.data.doctor.repair import repair
 from posttrain.data.settings import DataSettings
 from posttrain.errors import ConfigError, DataError
-from tests.doctor_files import codes, pair, plain, row, write
+from tests.doctor_files import codes, examine, finding, pair, plain, rated, row, write
 
 
 def repaired(tmp_path: Path, rows: list[Any], **data: Any) -> tuple[list[Any], dict[str, int]]:
@@ -118,8 +119,8 @@ MINE = {"id": "a\u200bb\x0c", "source": ["x\x85y", {"from": "\x00"}], "title": "
 
 @pytest.mark.parametrize(
     "trained",
-    [row("Hi\x08", "A\x08B"), {"prompt": "Hi\x08", "completion": "A\x08B"}, {"instruction": "Hi\x08", "output": "A\x08B"},
-     {"text": "A\x08B"}, pair("Hi\x08", "A\x08B", "C"), {"prompt": "Hi", "completion": "A\x08B", "label": True},
+    [row("Hi\x08", "A\x08B"), {"prompt": "Hi\x08", "completion": "A\x08B"},
+     {"instruction": "Hi\x08", "output": "A\x08B"}, {"text": "A\x08B"}, pair("Hi\x08", "A\x08B", "C"), {"prompt": "Hi", "completion": "A\x08B", "label": True},
      {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "A\x08B"}], "system": "S\x08"}],
 )  # fmt: skip
 def test_columns_of_the_users_own_stay_as_they_are(trained: Any, tmp_path: Path) -> None:
@@ -145,3 +146,29 @@ def test_ranges_count_characters_so_their_texts_stay_as_they_are(tmp_path: Path)
     ranged = row("Hi", "A\x08B and C")
     ranged["messages"][1]["train_detail"] = [{"begin_offset": 0, "end_offset": 2, "train": False}]
     assert repaired(tmp_path, [ranged]) == ([ranged], {})
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_few_ratings_that_are_all_alike(label: bool) -> None:
+    """KTO has nothing to tell apart, however many there are; of one alone nothing can be said."""
+    few = [rated(f"{i}?", f"{i}.", label) for i in range(2)]
+    found = finding(examine(few), "E-DATA-0063")
+    assert (found.count, found.sentence) == (2, f"all 2 ratings say {'good' if label else 'bad'}")
+    assert codes(few[:1]) == []
+    assert codes([*few, rated("2?", "2.", not label)]) == []
+
+
+def test_counts_of_a_file_that_breaks_off_do_not_look_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole, broken = write(tmp_path / "a.jsonl", plain(3)), tmp_path / "b.json"
+    broken.write_text('[{"prompt": "a", "completion": "b"}, {"prompt": ')
+    said = "; nothing is known of the rest, which cannot be read"
+    assert main(["data", "check", str(broken)]) == 3
+    assert f"! data     b.json 1 row{said}\n" in capsys.readouterr().out
+    assert main(["data", "check", str(whole), "--val", str(broken), "--json"]) == 3
+    assert json.loads(capsys.readouterr().out)["validation"]["unread"] is True
+    out = tmp_path / "c.jsonl"
+    assert main(["data", "check", str(whole), "--val", str(broken), "--fix", str(out)]) == 3
+    shown = capsys.readouterr().out
+    assert "✔ data     a.jsonl 3 rows\n" in shown
+    assert f"! val      b.json 1 row: 1 usable{said}\n" in shown
+    assert out.exists(), "what is to be trained on can be read"

@@ -1,4 +1,4 @@
-"""What is no ordinary file under an ordinary name: read, or named with the way out; never a bare error of the system."""
+"""What is no ordinary file under an ordinary name: read, or named with the way out; never a bare error of Python's."""
 
 from __future__ import annotations
 
