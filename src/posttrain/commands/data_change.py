@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from posttrain.data.settings import DataSettings
 
 
+ARTICLES = {"prompt": "a", "answer": "an", "row": "a"}
+
+
 def add(verbs: Any, common: argparse.ArgumentParser) -> None:
     reading = argparse.ArgumentParser(add_help=False, parents=[common])
     reading.add_argument("file", help="a file of examples, a folder of them, or a name on the hub")
@@ -146,7 +149,9 @@ def _stats(options: argparse.Namespace) -> int:
     unit = "tokens" if tokenizer else "characters"
     for name, values in found[unit].items():
         if isinstance(values, dict) and values:
-            print(f"  {unit} of a {name}: " + ", ".join(f"{key} {value}" for key, value in values.items()))
+            print(
+                f"  {unit} of {ARTICLES[name]} {name}: " + ", ".join(f"{key} {value}" for key, value in values.items())
+            )
     widest = max((rows for *_, rows in found["histogram"]), default=1)
     for low, high, rows in found["histogram"]:
         print(f"  {low:>7}-{high:<7} {'#' * round(40 * rows / widest):<40} {rows}")

@@ -148,7 +148,7 @@ def _print(found: CheckReport, options: argparse.Namespace) -> None:
     names = ", ".join(Path(name).name or name for name in found.sources)
     unusable = found.rows - found.usable
     usable = f": {number(found.usable)} usable, {number(unusable)} not" if unusable else ""
-    rest = REST if found.is_unread else ""
+    rest = REST if found.is_unread and found.rows else ""
     sign = "✔" if found.rows and not unusable and not rest else "!"
     print(f"{sign} data     {names} {rows(found.rows)}{usable}{rest}")
     for described, count in list(found.formats.items())[:3]:
@@ -162,7 +162,7 @@ def _print(found: CheckReport, options: argparse.Namespace) -> None:
         print(f"✔ labels   {number(found.labels['good'])} good, {number(found.labels['bad'])} bad")
     if found.validation:
         about = found.validation
-        rest = REST if about["unread"] else ""
+        rest = REST if about["unread"] and about["rows"] else ""
         sign = "✔" if about["rows"] == about["usable"] > 0 and not rest else "!"
         usable = f"{number(about['usable'])} usable{rest}"
         print(f"{sign} val      {Path(about['source']).name} {rows(about['rows'])}: {usable}")

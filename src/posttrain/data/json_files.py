@@ -26,6 +26,7 @@ Rows = Iterator[tuple[Origin, Row]]
 
 LENIENT = json.JSONDecoder(parse_int=str, parse_float=str)
 """Finds the end of what the strict one refuses."""
+DIGITS = "a whole number of thousands of digits, which no reader takes"
 SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -193,7 +194,7 @@ def _refused(error: ValueError, text: str, position: int, where: str) -> DataErr
         return _not_a_number(error, text, position, where)
     if isinstance(error, Repeated):
         return _repeated(error, text, position, where)
-    return DataError(f"{where}  not valid JSON: {error}", code="E-DATA-0002")  # an integer of thousands of digits
+    return DataError(f"{where}  {DIGITS}", hint="write it as text, or leave it out", code="E-DATA-0002")
 
 
 def _end(text: str, position: int) -> int | None:
@@ -229,8 +230,8 @@ def _broken_line(error: ValueError, line: str, origin: Origin) -> DataError:
         return _not_a_number(error, line, 0, str(origin))
     if isinstance(error, Repeated):
         return _repeated(error, line, 0, str(origin))
-    if not isinstance(error, json.JSONDecodeError):  # an integer of thousands of digits
-        return bad_row("E-DATA-0002", origin, f"not valid JSON: {error}", row=line)
+    if not isinstance(error, json.JSONDecodeError):
+        return bad_row("E-DATA-0002", origin, DIGITS, row=line, hint="write it as text, or leave it out")
     at_end = error.pos >= len(line.rstrip()) or error.msg.startswith("Unterminated")
     hint = None
     if line.strip() in ("{", "["):

@@ -95,7 +95,7 @@ def source_name(source: Any, name: str = "data") -> str:
 
 def files_of(source: Any) -> list[Any]:
     """The files of a folder or a glob, each a source of its own; anything else as it is."""
-    if not isinstance(source, str | Path):
+    if not isinstance(source, str | Path) or not str(source):
         return [source]
     try:
         path = path_of(source)
@@ -116,6 +116,8 @@ def _dispatch(source: Any, name: str, reject: Reject) -> Rows:
 
         return mixed_rows(source, read)
     if isinstance(source, str | Path):
+        if not str(source):
+            raise DataError("a name of nothing, where a file should be", hint="is a variable of the shell not set?")
         path = path_of(source)
         return _read_path(path, str(path if str(source).startswith("~") else source), reject)
     datasets = sys.modules.get("datasets")  # whoever passes a data set has imported it already
@@ -213,10 +215,15 @@ def _is_saved(folder: Path) -> bool:
 
 def _files_in(folder: Path) -> list[Path]:
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    files = [path for path in entries if kind_of(path) in READERS and not path.is_dir()]
+    files = [path for path in entries if kind_of(path) in READERS and not path.is_dir() and not _is_report(path)]
     if files and (others := tuple(path.name for path in entries if path not in files)):
         _say_passed_over(str(folder), others)
     return files
+
+
+def _is_report(path: Path) -> bool:
+    """Of those that our own commands write beside what they write, by its name."""
+    return path.name.endswith(".report.json")
 
 
 def _found(pattern: str) -> list[Path]:
@@ -226,7 +233,7 @@ def _found(pattern: str) -> list[Path]:
 @lru_cache
 def _say_passed_over(folder: str, names: tuple[str, ...]) -> None:
     """Once, though a folder may be read again and again."""
-    logger.warning("data     %s: passed over %s, of no known type", folder, excerpt(", ".join(names)))
+    logger.warning("data     %s: passed over %s, no data of a known type", folder, excerpt(", ".join(names)))
 
 
 def _read_files(files: list[Path], given: str, reject: Reject) -> Rows:

@@ -16,7 +16,7 @@ from posttrain.data.doctor.check import check
 from posttrain.data.doctor.kinds import KINDS
 from posttrain.data.doctor.settings import DoctorSettings
 from posttrain.data.settings import DataSettings
-from posttrain.errors import DataError
+from posttrain.errors import ConfigError, DataError
 from tests.doctor_files import codes, examine, finding, pair, plain, rated, row, write
 from tests.tiny_tokenizers import chatml_tokenizer
 
@@ -171,6 +171,21 @@ def test_thresholds_are_settings() -> None:
     assert "W-DATA-0109" in codes(
         [*plain(40), *[row(f"Q {i}?", "yes") for i in range(8)]], repeated_answer_characters=1
     )
+
+
+@pytest.mark.parametrize("value", [0, 1, 15, 10**9])
+def test_thresholds_that_no_sketch_could_be_made_with(value: int) -> None:
+    with pytest.raises(ConfigError, match=f"near_permutations is {value}"):
+        DoctorSettings(near_permutations=value)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json"])
+def test_a_number_of_thousands_of_digits(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.{kind}"
+    text = '{"text": "a", "n": ' + "9" * 5000 + "}"
+    path.write_text(text if kind == "jsonl" else f"[{text}]")
+    (bad,) = examine(path).bad_rows
+    assert str(bad["message"]).startswith(f"{path}:1  a whole number of thousands of digits")
 
 
 def test_columns_are_renamed_first() -> None:

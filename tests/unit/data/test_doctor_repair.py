@@ -120,7 +120,8 @@ MINE = {"id": "a\u200bb\x0c", "source": ["x\x85y", {"from": "\x00"}], "title": "
 @pytest.mark.parametrize(
     "trained",
     [row("Hi\x08", "A\x08B"), {"prompt": "Hi\x08", "completion": "A\x08B"},
-     {"instruction": "Hi\x08", "output": "A\x08B"}, {"text": "A\x08B"}, pair("Hi\x08", "A\x08B", "C"), {"prompt": "Hi", "completion": "A\x08B", "label": True},
+     {"instruction": "Hi\x08", "output": "A\x08B"}, {"text": "A\x08B"}, pair("Hi\x08", "A\x08B", "C"),
+     {"prompt": "Hi", "completion": "A\x08B", "label": True},
      {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "A\x08B"}], "system": "S\x08"}],
 )  # fmt: skip
 def test_columns_of_the_users_own_stay_as_they_are(trained: Any, tmp_path: Path) -> None:

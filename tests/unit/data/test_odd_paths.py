@@ -96,6 +96,27 @@ def test_links(tmp_path: Path) -> None:
     assert "a link to d.jsonl" in refused(tmp_path / "d.jsonl").message
 
 
+def test_a_name_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """`posttrain data check "$DATA"`: the folder that one stands in is not meant."""
+    assert "a name of nothing" in refused("").message
+    assert main(["data", "check", ""]) == 3
+    assert "a variable of the shell" in capsys.readouterr().err
+
+
+def test_our_own_reports_in_a_folder_are_no_data(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = tmp_path / "a.jsonl"
+    source.write_text("nope\n" + write(source, plain(3)).read_text())
+    out = tmp_path / "out"
+    out.mkdir()
+    for verb in ("convert --to messages", "dedup"):
+        words = ["data", *verb.split(), str(source), "-o", str(out / f"{verb[:5]}.jsonl"), "--policy", "skip"]
+        assert main(words) == 0
+    assert main(["data", "fix", str(source), "-o", str(out / "fixed.jsonl")]) == 0
+    assert len(list(out.glob("*.report.json"))) == 3
+    assert len(rows(out)) == 9
+    assert check(str(out)).errors == 0
+
+
 def test_patterns(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", plain(2))
     error = refused(f"{tmp_path}/*.json")

@@ -81,6 +81,7 @@ def _histogram(values: list[int], bins: int = 12) -> list[list[int]]:
     if not values:
         return []
     array = np.array(values)
-    high = max(int(np.percentile(array, 99)), int(array.min()) + 1)
-    counts, edges = np.histogram(np.minimum(array, high), bins=bins, range=(int(array.min()), high))
+    low = int(array.min())
+    high = max(int(np.percentile(array, 99)), low + 1)
+    counts, edges = np.histogram(np.minimum(array, high), bins=min(bins, high - low), range=(low, high))
     return [[int(a), int(b), int(n)] for a, b, n in zip(edges, edges[1:], counts, strict=False)]
