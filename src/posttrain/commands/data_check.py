@@ -176,7 +176,8 @@ def _print(found: CheckReport, options: argparse.Namespace) -> None:
 def _print_finding(item: Any, found: CheckReport, options: argparse.Namespace) -> None:
     first = f" (first: {', '.join(item.first[: 5 if options.verbose else 2])})" if item.first else ""
     print(f"{SIGNS[item.severity]}{item.code} {item.sentence}{first}")
-    bad = [bad for bad in found.bad_rows if bad["code"] == item.code]
+    is_rest = "unread" in item.details or "unread_validation" in item.details
+    bad = [] if is_rest else [bad for bad in found.bad_rows if bad["code"] == item.code]
     for row in bad[: len(bad) if options.verbose else 1]:
         print("  " + str(row["message"]).replace("\n", "\n  "))
     details = item.details.get("shown") or item.details.get("pairs") or []
