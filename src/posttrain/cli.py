@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from posttrain import __version__
 from posttrain.commands import COLORS, EXIT_CODES, data, recipes, train
+from posttrain.commands.reading import in_flags
 from posttrain.commands.train import command_to_resume
 from posttrain.errors import DiskFullError, Interrupted, OutOfMemoryError, UserError
 from posttrain.shortage import is_out_of_memory
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(stopped_at_once(str(stopped) or "SIGINT"), file=sys.stderr)
         return 75
     except UserError as error:
+        error.hint = in_flags(error.hint, options)
         return _say(error)
     except Exception as error:
         if is_out_of_memory(error):

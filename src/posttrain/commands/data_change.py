@@ -9,9 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.commands import EXIT_CODES
 from posttrain.commands.reading import add_policy, add_reading, data_settings, whole_number
+from posttrain.commands.skipped import Report
 
 if TYPE_CHECKING:
     from posttrain.data.settings import DataSettings
+
+
+ARTICLES = {"prompt": "a", "answer": "an", "row": "a"}
 
 
 def add(verbs: Any, common: argparse.ArgumentParser) -> None:
@@ -19,6 +23,8 @@ def add(verbs: Any, common: argparse.ArgumentParser) -> None:
     reading.add_argument("file", help="a file of examples, a folder of them, or a name on the hub")
     add_reading(reading)
     add_policy(reading, "what to do with unusable rows")
+    reading.add_argument("--report", type=Path, metavar="R.json", help="list the rows that --policy skip leaves out "
+                         "(default: beside what is written), and near duplicates")  # fmt: skip
     writing = argparse.ArgumentParser(add_help=False, parents=[reading])
     writing.add_argument("-o", "--out", type=Path, required=True, help="where to write")
     writing.add_argument("--force", action="store_true", help="write over what is there")
@@ -41,7 +47,6 @@ def add(verbs: Any, common: argparse.ArgumentParser) -> None:
     dedup.add_argument("--key", choices=("row", "prompt"), default="row", help="what must be the same")
     dedup.add_argument("--near", action="store_true", help="also rows that are nearly the same")
     dedup.add_argument("--similarity", type=float, metavar="S", help="with --near: how near, up to 1 (default: 0.8)")
-    dedup.add_argument("--report", type=Path, metavar="R.json", help="with --near: which rows are nearly which")
     dedup.set_defaults(command=_dedup)
 
     stats = verbs.add_parser("stats", parents=[reading], help="formats, turns and lengths", epilog=EXIT_CODES)
@@ -56,11 +61,13 @@ def _settings(options: argparse.Namespace, **more: Any) -> DataSettings:
 
 def _convert(options: argparse.Namespace) -> int:
     from posttrain.data.change import convert
+    from posttrain.data.change.fix import default_report
     from posttrain.data.writing import check_new_file
 
     check_new_file(options.out, options.force, [options.file])
-    counts = convert(options.file, options.to, options.out, _settings(options), options.keep)
-    return _say(options, counts, options.out)
+    report = Report(options, default_report(options.out), [options.out])
+    counts = convert(options.file, options.to, options.out, _settings(options), options.keep, report.skipped)
+    return _say(options, counts, report)
 
 
 def _split(options: argparse.Namespace) -> int:
@@ -72,41 +79,49 @@ def _split(options: argparse.Namespace) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"-o {options.out}: no such folder can be made: {error.strerror}") from error
-    for name in ("train.jsonl", "val.jsonl"):
-        check_new_file(options.out / name, options.force, [options.file])
-    counts = split(options.file, options.val, options.seed, options.out, _settings(options), options.by_group)
-    return _say(options, counts, options.out)
+    files = [options.out / name for name in ("train.jsonl", "val.jsonl")]
+    for file in files:
+        check_new_file(file, options.force, [options.file])
+    report = Report(options, options.out / "split.report.json", files)
+    counts = split(
+        options.file, options.val, options.seed, options.out, _settings(options), options.by_group, report.skipped
+    )
+    return _say(options, counts, report)
 
 
 def _dedup(options: argparse.Namespace) -> int:
     from posttrain.data.change import dedup
+    from posttrain.data.change.fix import default_report
     from posttrain.data.doctor.settings import DoctorSettings
-    from posttrain.data.writing import check_new_file, check_report, write_report
+    from posttrain.data.writing import check_new_file
     from posttrain.errors import ConfigError
 
     check_new_file(options.out, options.force, [options.file])
-    if not options.near and (options.similarity is not None or options.report is not None):
-        raise ConfigError("--similarity and --report are for near duplicates", hint="--near looks for them")
-    if options.report is not None:
-        check_report(options.report, "--report", [options.file, options.out])
+    if not options.near and options.similarity is not None:
+        raise ConfigError("--similarity is for near duplicates", hint="--near looks for them")
+    report = Report(options, default_report(options.out), [options.out])
     default = DoctorSettings.near_similarity
     similarity = (default if options.similarity is None else options.similarity) if options.near else None
-    found = dedup(options.file, options.out, _settings(options), options.key == "prompt", similarity)
+    by_prompt = options.key == "prompt"
+    found = dedup(options.file, options.out, _settings(options), by_prompt, similarity, report.skipped)
     groups = found.pop("groups", None)
-    if options.report is not None:
-        write_report(options.report, {"schema_version": 1, "out": str(options.out), **found, "groups": groups})
     for first, *others in (groups or [])[: 20 if options.verbose else 3] if not options.json else []:
         print(f"  {', '.join(others[:3])}{', ...' if others[3:] else ''} nearly as {first}")
-    return _say(options, found if groups is None else {**found, "groups": len(groups)}, options.out)
+    counts = found if groups is None else {**found, "groups": len(groups)}
+    return _say(options, counts, report, {} if groups is None else {"groups": groups})
 
 
-def _say(options: argparse.Namespace, counts: dict[str, int], out: Path) -> int:
+def _say(
+    options: argparse.Namespace, counts: dict[str, int], report: Report, more: dict[str, Any] | None = None
+) -> int:
+    about = {**counts, "out": str(options.out)}
+    report.write({**about, **(more or {})})
     if options.json:
-        print(json.dumps({**counts, "out": str(out)}))
+        print(json.dumps({**about, **({"report": str(report.path)} if report.is_written else {})}))
     else:
-        print(
-            f"✔ {out}: {', '.join(f'{count} {name}' for name, count in counts.items() if count or name == 'written')}"
-        )
+        words = [f"{count} {name}" for name, count in counts.items() if count or name == "written"]
+        print(f"✔ {options.out}: {', '.join(words)}")
+        report.say()
     return 0
 
 
@@ -114,6 +129,7 @@ def _stats(options: argparse.Namespace) -> int:
     from posttrain.data.change import stats
     from posttrain.errors import ConfigError
 
+    report = Report(options)
     if options.chat_template is not None and options.model is None:
         raise ConfigError("--chat-template is what tokens are made with, so it needs --model",
                           hint="--model PATH-OR-NAME")  # fmt: skip
@@ -122,9 +138,10 @@ def _stats(options: argparse.Namespace) -> int:
         from posttrain.models.load import load_tokenizer
 
         tokenizer = load_tokenizer(options.model)
-    found = stats(options.file, _settings(options, chat_template=options.chat_template), tokenizer)
+    found = stats(options.file, _settings(options, chat_template=options.chat_template), tokenizer, report.skipped)
+    report.write(found)
     if options.json:
-        print(json.dumps(found))
+        print(json.dumps(found if report.is_written else {**found, "skipped_rows": [*report.rows()]}))
         return 0
     print(f"{options.file}: {found['rows']} rows" + (f", {found['skipped']} skipped" if found["skipped"] else ""))
     for name, rows in found["formats"].items():
@@ -132,8 +149,11 @@ def _stats(options: argparse.Namespace) -> int:
     unit = "tokens" if tokenizer else "characters"
     for name, values in found[unit].items():
         if isinstance(values, dict) and values:
-            print(f"  {unit} of a {name}: " + ", ".join(f"{key} {value}" for key, value in values.items()))
+            print(
+                f"  {unit} of {ARTICLES[name]} {name}: " + ", ".join(f"{key} {value}" for key, value in values.items())
+            )
     widest = max((rows for *_, rows in found["histogram"]), default=1)
     for low, high, rows in found["histogram"]:
         print(f"  {low:>7}-{high:<7} {'#' * round(40 * rows / widest):<40} {rows}")
+    report.say()
     return 0

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.commands import EXIT_CODES
-from posttrain.commands.reading import READING, add_policy, add_reading, data_settings, given, whole_number
+from posttrain.commands.reading import READING, add_policy, add_reading, data_settings, given, in_flags, whole_number
 
 if TYPE_CHECKING:
     from posttrain.data.doctor.check import CheckReport
@@ -26,6 +26,7 @@ CHECKING: dict[str, Any] = {
 }  # fmt: skip
 """Options that belong to a command which is to be typed again, with their defaults."""
 SIGNS = {"error": "", "warning": "! ", "info": "· "}
+REST = "; nothing is known of the rest, which cannot be read"
 
 
 def add(verbs: Any, common: argparse.ArgumentParser) -> None:
@@ -148,7 +149,9 @@ def _print(found: CheckReport, options: argparse.Namespace) -> None:
     names = ", ".join(Path(name).name or name for name in found.sources)
     unusable = found.rows - found.usable
     usable = f": {number(found.usable)} usable, {number(unusable)} not" if unusable else ""
-    print(f"{'✔' if found.rows and not unusable else '!'} data     {names} {rows(found.rows)}{usable}")
+    rest = REST if found.is_unread and found.rows else ""
+    sign = "✔" if found.rows and not unusable and not rest else "!"
+    print(f"{sign} data     {names} {rows(found.rows)}{usable}{rest}")
     for described, count in list(found.formats.items())[:3]:
         print(f"           {described}" + (f" ({number(count)})" if len(found.formats) > 1 else ""))
     if found.unused:
@@ -164,7 +167,10 @@ def _print(found: CheckReport, options: argparse.Namespace) -> None:
         print(f"✔ labels   {number(found.labels['good'])} good, {number(found.labels['bad'])} bad")
     if found.validation:
         about = found.validation
-        print(f"✔ val      {Path(about['source']).name} {rows(about['rows'])}: {number(about['usable'])} usable")
+        rest = REST if about["unread"] and about["rows"] else ""
+        sign = "✔" if about["rows"] == about["usable"] > 0 and not rest else "!"
+        usable = f"{number(about['usable'])} usable{rest}"
+        print(f"{sign} val      {Path(about['source']).name} {rows(about['rows'])}: {usable}")
     for item in found.findings:
         _print_finding(item, found, options)
     counts = f"{_several(found.errors, 'error')}, {_several(found.warnings, 'warning')}"
@@ -175,7 +181,8 @@ def _print(found: CheckReport, options: argparse.Namespace) -> None:
 def _print_finding(item: Any, found: CheckReport, options: argparse.Namespace) -> None:
     first = f" (first: {', '.join(item.first[: 5 if options.verbose else 2])})" if item.first else ""
     print(f"{SIGNS[item.severity]}{item.code} {item.sentence}{first}")
-    bad = [bad for bad in found.bad_rows if bad["code"] == item.code]
+    is_rest = "unread" in item.details or "unread_validation" in item.details
+    bad = [] if is_rest else [bad for bad in found.bad_rows if bad["code"] == item.code]
     for row in bad[: len(bad) if options.verbose else 1]:
         print("  " + str(row["message"]).replace("\n", "\n  "))
     details = item.details.get("shown") or item.details.get("pairs") or []
@@ -187,13 +194,14 @@ def _print_finding(item: Any, found: CheckReport, options: argparse.Namespace) -
 def _as_typed(found: CheckReport, options: argparse.Namespace) -> CheckReport:
     """With commands in its ways out that can be typed as they stand: the files' names, and the options given."""
     findings = [dataclasses.replace(item, fix=_typed(item.fix, options)) for item in found.findings]
-    return dataclasses.replace(found, findings=findings)
+    bad_rows = [{**bad, "hint": in_flags(bad["hint"], options)} for bad in found.bad_rows]
+    return dataclasses.replace(found, findings=findings, bad_rows=bad_rows)
 
 
 def _typed(fix: str, options: argparse.Namespace) -> str:
     reading = given(options, READING)
     check = shlex.join(["posttrain", "data", "check", *options.files, *given(options, {**READING, **CHECKING})])
-    fix = fix.replace("posttrain data check FILE", check)
+    fix = (in_flags(fix, options) or fix).replace("posttrain data check FILE", check)
     fix = fix.replace("check VALIDATION", shlex.join(["check", options.val or "VALIDATION", *reading]))
     return f"{fix} {shlex.join(reading)}" if reading and "posttrain data fix " in fix else fix
 

@@ -50,6 +50,25 @@ def given(options: argparse.Namespace, defaults: dict[str, Any]) -> list[str]:
     return words
 
 
+SKIP = {"policy": "--policy skip", "rule": "--rule drop-unusable", "config": "--set dataset.on_bad_row=skip"}
+SETTINGS: dict[str, dict[str, str]] = {
+    "on_bad_row=skip or --policy skip": SKIP,
+    "on_bad_row=skip": SKIP,
+    "format=...": {"format": "--format NAME", "config": "--set dataset.format=NAME"},
+    'chat_template="chatml"': {"chat_template": "--chat-template chatml",
+                               "config": "--set dataset.chat_template=chatml"},
+}  # fmt: skip
+"""What hints of the library name, and what a command that has such an option calls it."""
+
+
+def in_flags(hint: str | None, options: argparse.Namespace) -> str | None:
+    """`hint` with the flags of the command that was typed in place of the library's settings."""
+    for setting, flags in SETTINGS.items() if hint else ():
+        flag = next((flag for option, flag in flags.items() if option in options), setting)
+        hint = (hint or "").replace(setting, flag)
+    return hint
+
+
 def whole_number(text: str) -> int:
     """For argparse: a whole number from 0 on."""
     value = int(text)

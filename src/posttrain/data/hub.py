@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import logging
 import re
-from threading import Thread
 from typing import Any
 
 from posttrain.errors import DataError
+from posttrain.hub import OFFLINE, answer, first_line, is_an_answer, without_retries_told
 
 logger = logging.getLogger("posttrain")
-OFFLINE = "HF_HUB_OFFLINE=1 does so without asking the hub"
 
 
 def load_from_hub(name: re.Match[str], given: str) -> Any:
@@ -29,10 +28,11 @@ def load_from_hub(name: re.Match[str], given: str) -> Any:
         _ask_first(name["path"], given)
     split = name["split"] or "train"
     try:
-        return datasets.load_dataset(name["path"], name["config"], split=split)
+        with without_retries_told():
+            return datasets.load_dataset(name["path"], name["config"], split=split)
     except Exception as error:  # of a dozen kinds: no such config or split, no rights, the network
         raise DataError(
-            f"{given}: no such file, and not to be had from the hub as split {split!r}: {_reason(error)}",
+            f"{given}: no such file, and not to be had from the hub as split {split!r}: {first_line(error)}",
             hint="check the name (owner/name:config@split) and the network, or give a file",
         ) from error
 
@@ -40,13 +40,13 @@ def load_from_hub(name: re.Match[str], given: str) -> Any:
 def _ask_first(path: str, given: str) -> None:
     """Raises DataError where the hub does not know the data set or cannot be reached, unless it was downloaded
     before."""
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    error = _answer(path)
+    error = answer(lambda seconds: _about(path, seconds))
     is_unknown = isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError)
-    if error is None or (isinstance(error, HfHubHTTPError | HFValidationError) and not is_unknown):
+    if error is None or (is_an_answer(error) and not is_unknown):
         return
-    what = "the hub has no data set of that name" if is_unknown else f"the hub cannot be reached: {_reason(error)}"
+    what = "the hub has no data set of that name" if is_unknown else f"the hub cannot be reached: {first_line(error)}"
     if _is_cached(path):
         logger.warning("data     %s: %s; reading what was downloaded before (%s)", given, what, OFFLINE)
         return
@@ -56,27 +56,11 @@ def _ask_first(path: str, given: str) -> None:
     raise DataError(f"{given}: no such file, and {what}", hint=hint) from error
 
 
-def _answer(path: str) -> Exception | None:
-    """Why the hub does not tell of the data set `path`. In a thread, for a timeout of HTTP does not hold for looking up
-    the name of the server, and counts anew for each of its addresses."""
+def _about(path: str, seconds: float) -> None:
     import datasets
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import HfApi
 
-    seconds = constants.HF_HUB_ETAG_TIMEOUT
-    silence = TimeoutError(f"no answer within {seconds} seconds (HF_HUB_ETAG_TIMEOUT sets how many)")
-    answers: list[Exception | None] = []
-
-    def ask() -> None:
-        try:
-            HfApi(endpoint=datasets.config.HF_ENDPOINT).dataset_info(path, timeout=seconds, expand=["sha"])
-            answers.append(None)
-        except Exception as error:  # of whichever HTTP library huggingface_hub uses
-            answers.append(error)
-
-    thread = Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return answers[0] if answers else silence
+    HfApi(endpoint=datasets.config.HF_ENDPOINT).dataset_info(path, timeout=seconds, expand=["sha"])
 
 
 def _is_cached(path: str) -> bool:
@@ -88,7 +72,3 @@ def _is_cached(path: str) -> bool:
     except FileNotFoundError:
         return False
     return True
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,7 +1,7 @@
 """Readers of JSON Lines and JSON arrays, strict (no comments, no NaN), that recognise what people write instead.
 
 A bad line is handed to `reject`, and reading can go on. So is an element of an array that can be told from the next
-one all the same (NaN, a repeated key, bytes that are not UTF-8); an array whose brackets are broken raises.
+one all the same (broken_json.py); where it cannot, the array raises.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from posttrain.data import lines
+from posttrain.data.broken_json import end_of_element
 from posttrain.data.codes import Reject, Row, bad_row, excerpt, kind
 from posttrain.data.lines import decode, raw_lines
 from posttrain.data.places import Place, places, repeated
@@ -37,19 +39,26 @@ def read_json_lines(path: Path, reject: Reject) -> Rows:
             continue
         origin = Origin(str(path), row, number)
         row += 1
-        try:
-            value = DECODER.decode(decode(raw, origin))
-        except DataError as error:
-            reject(error, origin)
-        except ValueError as error:
-            reject(_broken_line(error, raw.decode("utf-8"), origin), origin)
-        except RecursionError:
-            reject(_too_deep(str(origin)), origin)
-        else:
-            if isinstance(value, dict):
-                yield origin, value
-            else:
-                reject(_not_an_object(value, origin), origin)
+        found = read_line(raw, origin, reject)
+        if found is not None:
+            yield origin, found
+
+
+def read_line(raw: bytes, origin: Origin, reject: Reject) -> Row | None:
+    """The object in a line, if there is one."""
+    try:
+        value = DECODER.decode(decode(raw, origin))
+    except DataError as error:
+        reject(error, origin)
+    except ValueError as error:
+        reject(_broken_line(error, raw.decode("utf-8"), origin), origin)
+    except RecursionError:
+        reject(_too_deep(str(origin)), origin)
+    else:
+        if isinstance(value, dict):
+            return value
+        reject(_not_an_object(value, origin), origin)
+    return None
 
 
 def read_json(path: Path, reject: Reject) -> Rows:
@@ -95,7 +104,7 @@ def _read_array(path: Path, text: str, position: int, reject: Reject, unreadable
     while text[position : position + 1] != "]":
         line, counted = line + text.count("\n", counted, position), position
         origin = Origin(str(path), row, line)
-        value, end = _parse_at(text, position, path, unreadable)
+        value, end = _parse_at(text, position, path, unreadable, line)
         while unreadable and unreadable[0][0] < end:
             value = unreadable.pop(0)[1]
         if end - position > lines.MAX_LINE:
@@ -105,21 +114,30 @@ def _read_array(path: Path, text: str, position: int, reject: Reject, unreadable
         else:
             reject(value if isinstance(value, DataError) else _not_an_object(value, origin), origin)
         row += 1
-        position = _next_element(text, _skip_space(text, end), path)
+        between = Origin(str(path), row, line + text.count("\n", counted, end))
+        position = _next_element(text, end, between, reject)
     rest = _skip_space(text, position + 1)
     if rest < len(text):
         raise _broken_array("the array ends before this", text, rest, path)
 
 
-def _next_element(text: str, position: int, path: Path) -> int:
-    """Past the comma to the next element, or to the closing bracket."""
-    if text[position : position + 1] == "]":
+def _next_element(text: str, end: int, between: Origin, reject: Reject) -> int:
+    """Past the comma to the next element, or to the closing bracket. A comma too few or too many is rejected like a row
+    of its own: those before and after it are as they should be."""
+    position = _skip_space(text, end)
+    here = text[position : position + 1]
+    if here == "]":
         return position
-    if text[position : position + 1] != ",":
-        raise _broken_array("expecting ',' or ']'", text, position, path)
-    following = _skip_space(text, position + 1)
-    if text[following : following + 1] == "]":
-        raise _broken_array("expecting another element", text, following, path)
+    following, what = position, "expecting ',' or ']'"
+    if here == ",":
+        following, what = _skip_space(text, position + 1), "expecting another element"
+        if text[following : following + 1] != "]":
+            return following
+    between = replace(between, line=(between.line or 1) + text.count("\n", end, following))
+    fault = _broken_array(what, text, following, Path(between.source), between.line)
+    if here not in (",", "{", "["):
+        raise fault
+    reject(fault, between)
     return following
 
 
@@ -147,19 +165,29 @@ def _skip_space(text: str, position: int) -> int:
     return match.end() if match else position
 
 
-def _parse_at(text: str, position: int, path: Path, unreadable: Unreadable) -> tuple[Any, int]:
-    """The element that begins here, or the complaint about it, and where it ends. Raises where no end can be found."""
+def _parse_at(text: str, position: int, path: Path, unreadable: Unreadable, line: int) -> tuple[Any, int]:
+    """The element that begins here, in `line`, or the complaint about it, and where it ends. Raises where no end can be
+    found."""
     try:
         return DECODER.raw_decode(text, position)
-    except json.JSONDecodeError as error:
-        if unreadable and unreadable[0][0] <= error.pos:
-            raise unreadable[0][1] from None
-        raise _broken_array(error.msg, text, error.pos, path) from None
-    except ValueError as error:
-        line = 1 + text.count("\n", 0, position)
-        return _refused(error, text, position, str(path), line), _end(text, position, path)
-    except RecursionError:
-        raise _too_deep(f"{path}:{1 + text.count(chr(10), 0, position)}") from None
+    except (ValueError, RecursionError) as error:
+        complaint = _complaint(error, text, position, path, unreadable, line)
+    end = _end(text, position)
+    if end is None:
+        raise complaint
+    return complaint, end
+
+
+def _complaint(
+    error: ValueError | RecursionError, text: str, position: int, path: Path, unreadable: Unreadable, line: int
+) -> DataError:
+    """What to say of the element that begins at `position`."""
+    where = f"{path}:{line}"
+    if isinstance(error, json.JSONDecodeError):
+        if unreadable and position <= unreadable[0][0] <= error.pos:
+            return unreadable.pop(0)[1]
+        return _broken_array(error.msg, text, error.pos, path, line + text.count("\n", position, error.pos))
+    return _too_deep(where) if isinstance(error, RecursionError) else _refused(error, text, position, str(path), line)
 
 
 def _refused(error: ValueError, text: str, start: int, source: str, line: int) -> DataError:
@@ -184,13 +212,11 @@ def _said(found: Place | None, what: str, text: str, start: int, source: str, fi
     return f"{source}:{line}:{column}  {field}{what}\n  | {_around(text, position)}"
 
 
-def _end(text: str, position: int, path: Path) -> int:
+def _end(text: str, position: int) -> int | None:
     try:
         return LENIENT.raw_decode(text, position)[1]
-    except json.JSONDecodeError as error:
-        raise _broken_array(error.msg, text, error.pos, path) from None
-    except RecursionError:
-        raise _too_deep(f"{path}:{1 + text.count(chr(10), 0, position)}") from None
+    except (ValueError, RecursionError):
+        return end_of_element(text, position)
 
 
 def _too_deep(where: str) -> DataError:
@@ -206,9 +232,10 @@ def _repeated(error: ValueError, text: str, start: int, source: str, line: int) 
     )
 
 
-def _broken_array(what: str, text: str, position: int, path: Path) -> DataError:
-    line, column = 1 + text.count("\n", 0, position), position - text.rfind("\n", 0, position)
-    cut_off = "the file breaks off here: it was not written to its end" if not text[position:].strip() else None
+def _broken_array(what: str, text: str, position: int, path: Path, line: int | None = None) -> DataError:
+    line, column = line or 1 + text.count("\n", 0, position), position - text.rfind("\n", 0, position)
+    at_end = _skip_space(text, position) == len(text)
+    cut_off = "the file breaks off here: it was not written to its end" if at_end else None
     return _broken(f"{path}:{line}:{column}", what, text, position, cut_off)
 
 

@@ -32,13 +32,25 @@ def raw_lines(path: Path, limited: bool = True) -> Iterator[bytes]:
             if first and raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
                 hint = f"iconv -f UTF-16 -t UTF-8 {path} > fixed{path.suffix}"
                 raise DataError(f"{path}: the file is UTF-16, not UTF-8", hint=hint, code="E-DATA-0003")
-            if limited and len(raw) == limit and not raw.endswith(b"\n"):
+            if limited and _is_cut(raw):
                 raw = _TooLong(raw[:1000])
                 while (more := _next(file, limit, path)) and not more.endswith(b"\n"):
                     pass
             marked = first and raw.startswith(b"\xef\xbb\xbf")
             yield raw[3:] if marked else raw
             first = False
+
+
+def line_at(path: Path, start: int) -> bytes:
+    """The line that begins at this byte, as `raw_lines` has it."""
+    with open(path, "rb") as file:
+        file.seek(start)
+        raw = file.readline(MAX_LINE)
+    return _TooLong(raw[:1000]) if _is_cut(raw) else raw
+
+
+def _is_cut(raw: bytes) -> bool:
+    return len(raw) == MAX_LINE and not raw.endswith(b"\n")
 
 
 def _opened(path: Path) -> BinaryIO | gzip.GzipFile:

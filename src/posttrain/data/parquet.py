@@ -23,7 +23,7 @@ def read_parquet(path: Path, reject: Reject) -> Rows:
     try:
         file = parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a Parquet file: {error}") from error
+        raise _unopened(path, error) from error
     names = file.schema_arrow.names
     if twice := sorted({name for name in names if names.count(name) > 1}):
         message = f"{path}: two columns are called {', '.join(map(repr, twice))}, of which a row keeps one"
@@ -52,6 +52,15 @@ def read_parquet(path: Path, reject: Reject) -> Rows:
                 reject(DataError(message, hint=hint, code="E-DATA-0005"), origin)
             else:
                 yield origin, clean_arrow_row(values)
+
+
+def _unopened(path: Path, error: Exception) -> DataError:
+    """A file that begins like one of Parquet is one that was damaged, or not written to its end."""
+    with open(path, "rb") as file:
+        is_parquet = file.read(4) == b"PAR1"
+    what = "the Parquet file is damaged or breaks off" if is_parquet else "not a Parquet file"
+    hint = "write it, or download it, again" if is_parquet else "name the file by what it holds, e.g. .jsonl"
+    return DataError(f"{path}: {what}: {error}", hint=hint, code="E-DATA-0007" if is_parquet else "E-DATA-0001")
 
 
 def _pyarrow(path: Path) -> tuple[Any, Any]:

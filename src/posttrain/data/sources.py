@@ -8,9 +8,12 @@ A data set on the Hugging Face hub is named `owner/name`, `owner/name:config`, `
 from __future__ import annotations
 
 import difflib
+import errno
 import glob
 import logging
+import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
@@ -31,15 +34,18 @@ Rows = Iterator[tuple[Origin, Row]]
 
 READERS: dict[str, Callable[[Path, Reject], Rows]] = {
     ".jsonl": read_json_lines,
+    ".ndjson": read_json_lines,
     ".json": read_json,
     ".csv": read_csv,
     ".tsv": read_csv,
     ".parquet": read_parquet,
     ".txt": read_text,
 }
-GZIPPED = (".jsonl", ".json", ".csv", ".tsv", ".txt")
+GZIPPED = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
 """Read as they are from `.jsonl.gz` and so on."""
 logger = logging.getLogger("posttrain")
+PACKED = {".gz": "gunzip", ".zst": "unzstd", ".bz2": "bunzip2", ".xz": "unxz", ".zip": "unzip"}
+"""What unpacks files that are not read as they are."""
 HUB_NAME = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.\[\]:%+-]+))?")
 
 
@@ -54,12 +60,30 @@ def read_rows(source: Any, name: str = "data", reject: Reject = refuse) -> Rows:
         reject(error, origin)
 
     num_rows = 0
-    for row in _dispatch(source, name, count):
+    for row in _opened(source, name, count):
         num_rows += 1
         yield row
     if num_rows + rejected == 0:
         message = f"{source_name(source, name)}: no rows"
         raise DataError(message, hint="check that it is the right one", code="E-DATA-0006")
+
+
+def _opened(source: Any, name: str, reject: Reject) -> Rows:
+    """The rows; where the system does not let them be read, that is said of the file."""
+    try:
+        yield from _dispatch(source, name, reject)
+    except OSError as error:
+        if error.errno == errno.ENOSPC or not isinstance(source, str | Path | Mixture):  # of the user's own making
+            raise
+        hint = "its rights: ls -l" if isinstance(error, PermissionError) else "whether the disk and the path are sound"
+        where = error.filename or source_name(source, name)
+        raise DataError(f"{where}: cannot be read: {error.strerror or error}", hint=f"see {hint}") from error
+
+
+def path_of(source: str | Path) -> Path:
+    """`~` is the home folder, also where no shell was asked."""
+    path = Path(source)
+    return path if path.exists() else Path(os.path.expanduser(path))
 
 
 def source_name(source: Any, name: str = "data") -> str:
@@ -71,13 +95,16 @@ def source_name(source: Any, name: str = "data") -> str:
 
 def files_of(source: Any) -> list[Any]:
     """The files of a folder or a glob, each a source of its own; anything else as it is."""
-    if not isinstance(source, str | Path):
+    if not isinstance(source, str | Path) or not str(source):
         return [source]
-    path = Path(source)
-    if path.is_dir() and not _is_saved(path):
-        return list(_files_in(path)) or [source]
-    if not path.exists() and not hub_name(str(source)) and glob.has_magic(str(source)):
-        return _found(str(source)) or [source]
+    try:
+        path = path_of(source)
+        if path.is_dir() and not _is_saved(path):
+            return list(_files_in(path)) or [source]
+        if not path.exists() and not hub_name(str(path)) and glob.has_magic(str(path)):
+            return _found(str(path)) or [source]
+    except OSError:  # said by whoever reads it
+        pass
     return [source]
 
 
@@ -89,7 +116,10 @@ def _dispatch(source: Any, name: str, reject: Reject) -> Rows:
 
         return mixed_rows(source, read)
     if isinstance(source, str | Path):
-        return _read_path(Path(source), str(source), reject)
+        if not str(source):
+            raise DataError("a name of nothing, where a file should be", hint="is a variable of the shell not set?")
+        path = path_of(source)
+        return _read_path(path, str(path if str(source).startswith("~") else source), reject)
     datasets = sys.modules.get("datasets")  # whoever passes a data set has imported it already
     if datasets is not None and isinstance(source, datasets.Dataset | datasets.IterableDataset):
         return _read_dataset(source, name)
@@ -137,8 +167,10 @@ def _read_path(path: Path, given: str, reject: Reject) -> Rows:
         return _read_file(path, reject)
     if hub := hub_name(given):
         return _read_dataset(load_from_hub(hub, given), given)
-    if glob.has_magic(given):
-        return _read_files(_found(given), given, reject)
+    if glob.has_magic(given) and not path.is_symlink():
+        if not (found := _found(given)):
+            raise DataError(f"{given}: no file matches this pattern", hint=_there(path.parent) or "check the folder")
+        return _read_files(found, given, reject)
     raise _missing(path, given)
 
 
@@ -155,10 +187,14 @@ def kind_of(path: Path) -> str:
 
 
 def _read_file(path: Path, reject: Reject) -> Rows:
+    if not path.is_file():
+        raise _missing(path, str(path))
     reader = READERS.get(kind_of(path))
     if reader is None:
-        known = ", ".join(READERS)
-        raise DataError(f"{path}: unknown file type {path.suffix!r}", hint=f"known: {known}")
+        hint = f"known: {', '.join(READERS)}"
+        if program := PACKED.get(path.suffix.lower()):
+            hint = f"unpack it first ({program} {shlex.quote(str(path))}); {hint}, and {', '.join(GZIPPED)} as .gz"
+        raise DataError(f"{path}: unknown file type {path.suffix!r}", hint=hint)
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty", hint="check that it was written to its end", code="E-DATA-0006")
     return reader(path, reject)
@@ -179,10 +215,15 @@ def _is_saved(folder: Path) -> bool:
 
 def _files_in(folder: Path) -> list[Path]:
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    files = [path for path in entries if kind_of(path) in READERS]
+    files = [path for path in entries if kind_of(path) in READERS and not path.is_dir() and not _is_report(path)]
     if files and (others := tuple(path.name for path in entries if path not in files)):
         _say_passed_over(str(folder), others)
     return files
+
+
+def _is_report(path: Path) -> bool:
+    """Of those that our own commands write beside what they write, by its name."""
+    return path.name.endswith(".report.json")
 
 
 def _found(pattern: str) -> list[Path]:
@@ -192,7 +233,7 @@ def _found(pattern: str) -> list[Path]:
 @lru_cache
 def _say_passed_over(folder: str, names: tuple[str, ...]) -> None:
     """Once, though a folder may be read again and again."""
-    logger.warning("data     %s: passed over %s, of no known type", folder, excerpt(", ".join(names)))
+    logger.warning("data     %s: passed over %s, no data of a known type", folder, excerpt(", ".join(names)))
 
 
 def _read_files(files: list[Path], given: str, reject: Reject) -> Rows:
@@ -203,13 +244,27 @@ def _read_files(files: list[Path], given: str, reject: Reject) -> Rows:
 
 
 def _missing(path: Path, given: str) -> DataError:
+    if path.exists():
+        what, hint = "a pipe or a device", "data are read more than once: write them to a file first, and name that"
+        if path.is_dir():
+            what, hint = "a folder", "name the files in it, or it alone"
+        return DataError(f"{given}: no file, but {what}", hint=hint)
+    if path.is_symlink():
+        return DataError(f"{given}: a link to {os.readlink(path)}, which is not there", hint="mend or delete the link")
     if not path.parent.is_dir():
         return DataError(f"{given}: no such file (there is no folder {path.parent} either)", hint="check the path")
     names = [entry.name for entry in path.parent.iterdir()]
     similar = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
-    there = [name for name in sorted(names) if kind_of(Path(name)) in READERS]
-    hint = f"in {path.parent} there is: {excerpt(', '.join(there) or 'no data file')}"
-    return DataError(f"{given}: no such file", hint=f"did you mean {' or '.join(similar)}?" if similar else hint)
+    meant = f"did you mean {' or '.join(similar)}?" if similar else _there(path.parent)
+    return DataError(f"{given}: no such file", hint=meant)
+
+
+def _there(folder: Path) -> str | None:
+    """What could have been meant."""
+    if not folder.is_dir():
+        return None
+    there = sorted(entry.name for entry in folder.iterdir() if kind_of(entry) in READERS)
+    return f"in {folder} there is: {excerpt(', '.join(there) or 'no data file')}"
 
 
 def check_columns(names: Mapping[str, str], sources: Iterable[Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import shlex
@@ -25,7 +26,9 @@ def check_new_file(path: Path, force: bool = False, sources: Iterable[Any] = ())
     """Raises ConfigError where `path` cannot be written: another kind of file, one that is there, one that is read from
     (`sources`, even with `force`), no folder for it."""
     if path.suffix.lower() not in KINDS:
-        raise ConfigError(f"{path}: rows are written as {', '.join(KINDS)}", hint=f"{path.stem}.jsonl")
+        raise ConfigError(
+            f"{path}: rows are written as {', '.join(KINDS)}", hint=f"{path.name.partition('.')[0]}.jsonl"
+        )
     check_place(path, sources=sources)
     if path.exists() and not force:
         raise ConfigError(f"{path}: there is such a file already", hint="--force writes over it")
@@ -104,12 +107,25 @@ def _write_csv(file: TextIO, path: Path, rows: list[Row]) -> int:
     return len(rows)
 
 
-def write_report(path: Path, document: dict[str, Any]) -> None:
-    """One JSON object, for people to read as well."""
-    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
-    with _replacing(path, None) as temporary:
+def write_report(path: Path, document: dict[str, Any], **listed: Iterable[Any]) -> None:
+    """One JSON object, for people to read as well. What is `listed` comes behind the rest of it, one by one, for there
+    may be more than the memory holds."""
+    with (
+        _replacing(path, None) as temporary,
         # Half of a surrogate pair, in what is quoted of a row, as JSON says it.
-        temporary.write_text(text + "\n", "utf-8", errors="backslashreplace")
+        open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file,
+    ):
+        file.write(_for_people(document).removesuffix("\n}"))
+        for name, values in listed.items():
+            file.write(f',\n "{name}": [')
+            for number, value in enumerate(values):
+                file.write((",\n" if number else "\n") + _for_people(value))
+            file.write("]")
+        file.write("\n}\n")
+
+
+def _for_people(value: Any) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
 
 
 def _write_array(write: Callable[[str], Any], rows: Iterator[Row]) -> int:
@@ -137,7 +153,13 @@ def _line(row: Any) -> str:
 @contextmanager
 def _replacing(path: Path, check: Callable[[Path], None] | None) -> Iterator[Path]:
     """A file that is whole under its name or not there: written beside it, synced, looked at, renamed."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix.lower(), dir=path.parent)
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix.lower(), dir=path.parent)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        message = f"{path}: nothing can be written there: {error.strerror}"
+        raise ConfigError(message, hint="name another folder") from error
     os.close(handle)
     temporary = Path(name)
     try:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import re
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi, constants
 from safetensors import SafetensorError
 from transformers import (
     AddedToken,
@@ -18,10 +23,13 @@ from transformers import (
 )
 
 from posttrain.errors import ConfigError
+from posttrain.hub import OFFLINE, answer, first_line, is_an_answer, without_retries_told
 from posttrain.models.packaged import resolve
 from posttrain.models.scoring import is_saved_classifier
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "auto": "auto"}
+HUB_NAME = re.compile(r"(?!\.)([\w.-]+/)?[\w.-]+")
+logger = logging.getLogger("posttrain")
 
 
 def load_model(
@@ -37,24 +45,47 @@ def load_model(
         if wanted not in DTYPES:
             raise ConfigError(f"dtype={wanted!r} is unknown", hint=f"choose one of {sorted(DTYPES)}")
         wanted = DTYPES[wanted]
-    path = resolve(name)
-    try:  # weights that are pickled can run code when they are read, so they are not
+
+    def load(path: str, **options: Any) -> PreTrainedModel:
+        kind = AutoModelForCausalLM
         if scorer and is_saved_classifier(AutoConfig.from_pretrained(path, **_where(options))):
             kind, options = AutoModelForSequenceClassification, {"num_labels": 1, **options}
-        else:
-            kind = AutoModelForCausalLM
+        # Weights that are pickled can run code when they are read, so they are not.
         return kind.from_pretrained(path, dtype=wanted, **{"use_safetensors": True, **options})
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise _no_model(name, error) from error
+
+    return _loaded(name, options, load)
 
 
 def load_tokenizer(name: str, options: dict[str, Any] | None = None) -> PreTrainedTokenizerBase:
     """`options` are keyword arguments of the model's `from_pretrained`; those that say where to look hold here too."""
-    path = resolve(name)
+    return _loaded(name, _where(options or {}), AutoTokenizer.from_pretrained)
+
+
+def _loaded(name: str, options: dict[str, Any], load: Callable[..., Any]) -> Any:
+    """What `load` makes of a folder or a name on the hub; where the hub does not answer, of what was downloaded before.
+    Raises ConfigError."""
+    path, silence = resolve(name), None
+    if HUB_NAME.fullmatch(path) and not Path(path).exists() and not constants.HF_HUB_OFFLINE:
+        silence = None if options.get("local_files_only") else _silence(path)
+    if silence is not None:
+        options = {**options, "local_files_only": True}
     try:
-        return AutoTokenizer.from_pretrained(path, **_where(options or {}))
-    except (OSError, ValueError) as error:
-        raise _no_model(name, error) from error
+        with without_retries_told():
+            made = load(path, **options)
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise _no_model(name, silence or error) from error
+    if silence is not None:
+        logger.warning("model    %s: %s; read what was downloaded before (%s)", name, silence, OFFLINE)
+    return made
+
+
+@lru_cache
+def _silence(name: str) -> Exception | None:
+    """Why the hub does not answer; asked once for model and tokenizer."""
+    error = answer(lambda seconds: HfApi().model_info(name, timeout=seconds, expand=["sha"]))
+    if is_an_answer(error):
+        return None
+    return OSError(f"there is no such folder, and the hub cannot be reached: {first_line(error)}")
 
 
 def _where(options: dict[str, Any]) -> dict[str, Any]:

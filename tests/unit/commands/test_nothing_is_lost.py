@@ -50,6 +50,22 @@ def test_an_earlier_report_is_written_anew(folder: Path) -> None:
     assert json.loads((folder / "r.json").read_text())["rows"] == 6
 
 
+def test_where_the_system_lets_nothing_be_written(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "convert", "a.jsonl", "--to", "messages", "-o", "/proc/a.jsonl"]) == 2
+    assert "E-CONFIG-0001 /proc/a.jsonl: nothing can be written there" in capsys.readouterr().err
+
+
+def test_what_ends_one_file_is_not_said_of_another(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "d" / "c.json").write_text("null")
+    (folder / "d" / "b.jsonl").write_text("nope\n" + ROWS)
+    assert main(["data", "check", "d"]) == 3
+    said = capsys.readouterr().out
+    ends, _, bad = said.partition("E-DATA-0002 1 row cannot be used")
+    assert "c.json:1: expected a JSON array of objects" in ends
+    assert "b.jsonl:1:1" not in ends
+    assert "b.jsonl:1:1" in bad
+
+
 TABLES_CANNOT = {
     "a bare carriage return": [{"prompt": "d", "completion": "x\ry"}],
     "text that looks like messages": [{"prompt": '[{"role":"user","content":"x"}]', "completion": '[{"role":"user"}]'}],

@@ -198,6 +198,12 @@ def test_stats() -> None:
     assert sum(rows for *_, rows in found["histogram"]) == 2
 
 
+def test_bars_are_no_narrower_than_a_character() -> None:
+    histogram = stats([{"text": "a" * n} for n in (1, 2, 2, 3)], S)["histogram"]
+    assert all(low < high for low, high, _ in histogram)
+    assert sum(rows for *_, rows in histogram) == 4
+
+
 def test_stats_count_what_is_said() -> None:
     silent = {"messages": [{"role": "system", "content": ""}, *row("abc", "de")["messages"]]}
     found = stats([CALLS, silent, {"text": "plain"}, {"input_ids": [1, 2]}], S)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from posttrain.cli import main
-from posttrain.data.change import convert
+from posttrain.data.change import TARGETS, convert
 from posttrain.data.doctor.check import check
 from posttrain.data.formats import rated as rated_format
 from posttrain.data.settings import DataSettings
@@ -190,3 +190,54 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert not out.exists()
     assert main([*words, "--keep", "chosen", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"written": 1, "left_out": 0, "skipped": 0, "out": str(out)}
+
+
+def called(ids: tuple[str, ...] = ("call_1", "call_2"), **message: Any) -> dict[str, Any]:
+    calls = [{"id": one, "type": "function", "function": {"name": "add", "arguments": {"n": n}}}
+             for n, one in enumerate(ids)]  # fmt: skip
+    results = [{"role": "tool", "tool_call_id": one, "name": "add", "content": str(n)} for n, one in enumerate(ids)]
+    turns = [
+        {"role": "user", "name": "Ann", "content": "Add."},
+        {"role": "assistant", "content": "", "tool_calls": calls, **message},
+        *reversed(results),
+        {"role": "assistant", "name": "Bot", "content": "Done."},
+    ]
+    return {"messages": turns}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+@pytest.mark.parametrize("one", [called(), called(("call_1",)), called(name="Bot"), called(content="I add.")],
+                         ids=["two calls", "one call", "a name", "words"])  # fmt: skip
+def test_names_and_ids_survive_sharegpt(one: Any, suffix: str, tmp_path: Path) -> None:
+    """Results that come in another order than their calls are told by their ids."""
+    convert([one], "sharegpt", tmp_path / f"a.{suffix}", S)
+    convert(str(tmp_path / f"a.{suffix}"), "messages", tmp_path / "b.jsonl", S)
+    assert lines(tmp_path / "b.jsonl") == [one]
+
+
+@pytest.mark.parametrize("to", ["messages", "prompt-completion", "sharegpt"])
+def test_an_id_or_a_name_that_is_lost_is_noticed(to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for lost in ("tool_call_id", "name", "id"):
+        turns = {**TARGETS}
+        whole = turns[to]
+        monkeypatch.setitem(TARGETS, to, lambda example, whole=whole, lost=lost: without(whole(example), lost))
+        error = refused([called()], to, tmp_path / "a.jsonl")
+        monkeypatch.setitem(TARGETS, to, whole)
+        assert "would not be read back" in error.message
+
+
+def without(value: Any, key: str) -> Any:
+    if isinstance(value, dict):
+        return {name: without(item, key) for name, item in value.items() if name != key or "arguments" in value}
+    if isinstance(value, list):
+        return [without(item, key) for item in value]
+    return value.replace('"id": ', '"was": ') if isinstance(value, str) and key == "id" else value
+
+
+def test_what_a_call_has_beside_is_not_lost_unsaid(tmp_path: Path) -> None:
+    one = called()
+    one["messages"][1]["tool_calls"][0]["index"] = 7
+    assert "would not be read back" in refused([one], "sharegpt", tmp_path / "a.jsonl").message
+    convert([one], "messages", tmp_path / "a.jsonl", S)
+    assert lines(tmp_path / "a.jsonl") == [one]
+    assert "no place for tool calls" in refused([called()], "alpaca", tmp_path / "b.jsonl").message

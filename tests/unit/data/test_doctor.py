@@ -16,7 +16,7 @@ from posttrain.data.doctor.check import check
 from posttrain.data.doctor.kinds import KINDS
 from posttrain.data.doctor.settings import DoctorSettings
 from posttrain.data.settings import DataSettings
-from posttrain.errors import DataError
+from posttrain.errors import ConfigError, DataError
 from tests.doctor_files import codes, examine, finding, pair, plain, rated, row, write
 from tests.tiny_tokenizers import chatml_tokenizer
 
@@ -78,8 +78,8 @@ CASES: dict[str, tuple[Any, int, Any]] = {
                     [{**row("Hi", "Hello"), "system": "Be kind.", "tools": [{"name": "f"}], "id": 3}]),
     "W-DATA-0132": ([{**row("Hi", "Hello"), "text": "Hi Hello"}, *plain(3)], 1, [{**row("Hi", "Hello"), "text": ""}]),
 }  # fmt: skip
-ELSEWHERE = {"W-DATA-0107", "W-DATA-0119", "W-DATA-0130", *(f"W-DATA-01{n}" for n in range(21, 29))}
-"""Tested in test_doctor_lengths.py, test_doctor_near.py and test_doctor_models.py."""
+ELSEWHERE = {"W-DATA-0107", "W-DATA-0119", "W-DATA-0130", "W-DATA-0135", *(f"W-DATA-01{n}" for n in range(21, 29))}
+"""Tested in test_doctor_lengths.py, test_doctor_near.py, test_duplicates.py and test_doctor_models.py."""
 
 
 def parted(given: Any) -> tuple[Any, Any]:
@@ -175,6 +175,21 @@ def test_thresholds_are_settings() -> None:
     assert "W-DATA-0109" in codes(
         [*plain(40), *[row(f"Q {i}?", "yes") for i in range(8)]], repeated_answer_characters=1
     )
+
+
+@pytest.mark.parametrize("value", [0, 1, 15, 10**9])
+def test_thresholds_that_no_sketch_could_be_made_with(value: int) -> None:
+    with pytest.raises(ConfigError, match=f"near_permutations is {value}"):
+        DoctorSettings(near_permutations=value)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json"])
+def test_a_number_of_thousands_of_digits(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.{kind}"
+    text = '{"text": "a", "n": ' + "9" * 5000 + "}"
+    path.write_text(text if kind == "jsonl" else f"[{text}]")
+    (bad,) = examine(path).bad_rows
+    assert str(bad["message"]).startswith(f"{path}:1  a whole number of thousands of digits")
 
 
 def test_columns_are_renamed_first() -> None:
@@ -284,7 +299,8 @@ def test_one_bad_row_is_one_bad_row(kind: str, position: int, raw: str, code: st
 STOPS = {
     "open quote": ("b.csv", 'prompt,completion\na,b\n"c,d\ne,f\n', "E-DATA-0007"),
     "broken array": ("b.json", '[{"text": "a"}, {"text": ]', "E-DATA-0002"),
-    "no Parquet": ("b.parquet", "PAR1 and no more", "E-DATA-0001"),
+    "no Parquet": ("b.parquet", "x,y\n1,2\n", "E-DATA-0001"),
+    "half a Parquet": ("b.parquet", "PAR1 and no more", "E-DATA-0007"),
     "empty": ("b.jsonl", "", "E-DATA-0006"),
 }
 

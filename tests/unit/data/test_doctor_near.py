@@ -36,7 +36,7 @@ def test_exact_duplicates_are_not_near_ones() -> None:
 def test_ratings_that_contradict_one_another_are_not_near_duplicates() -> None:
     good, bad = ({**told(), "label": label} for label in (True, False))
     assert codes([good, bad]) == ["E-DATA-0062"]
-    assert codes([good, {**told("The end."), "label": True}]) == ["W-DATA-0102"]
+    assert codes([good, {**told("The end."), "label": True}]) == ["E-DATA-0063", "W-DATA-0102"]
     assert sorted(codes([good, bad, {**told("The end."), "label": False}])) == ["E-DATA-0062", "W-DATA-0102"]
 
 

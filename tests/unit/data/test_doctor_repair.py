@@ -8,17 +8,18 @@ from typing import Any
 
 import pytest
 
+from posttrain.cli import main
 from posttrain.data.doctor.repair import repair
 from posttrain.data.settings import DataSettings
 from posttrain.errors import ConfigError, DataError
-from tests.doctor_files import codes, pair, plain, row, write
+from tests.doctor_files import codes, examine, finding, pair, plain, rated, row, write
 
 
 def repaired(tmp_path: Path, rows: list[Any], **data: Any) -> tuple[list[Any], dict[str, int]]:
     out = tmp_path / "out.jsonl"
     counts = repair([write(tmp_path / "in.jsonl", rows)], out, DataSettings(**data))
     changed = {rule: count for rule, count in counts.items() if count and rule != "written"}
-    lines = out.read_text("utf-8").splitlines()
+    lines = out.read_bytes().splitlines()
     assert len(lines) == counts["written"]
     return [json.loads(line) for line in lines], changed
 
@@ -93,3 +94,82 @@ def test_a_copy_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises((StopIteration, RuntimeError)):
         repair([source], tmp_path / "out.jsonl", DataSettings())
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_words_that_a_control_character_parts_stay_apart(tmp_path: Path) -> None:
+    parted = {
+        "\x0b": "\n",
+        "\x0c": "\n",
+        "\x85": "\n",
+        "\x1c": " ",
+        "\x1f": " ",
+        "\u200b": "",
+        "\ufeff": "",
+        "\x00": "",
+    }
+    rows = [row(f"Question {n}?", f"one{character}two") for n, character in enumerate(parted)]
+    out, changed = repaired(tmp_path, rows)
+    assert [one["messages"][1]["content"] for one in out] == [f"one{instead}two" for instead in parted.values()]
+    assert changed == {"stripped_control_characters": len(parted)}
+    assert "W-DATA-0112" not in codes(tmp_path / "out.jsonl")
+
+
+MINE = {"id": "a\u200bb\x0c", "source": ["x\x85y", {"from": "\x00"}], "title": "\ufeffT"}
+
+
+@pytest.mark.parametrize(
+    "trained",
+    [row("Hi\x08", "A\x08B"), {"prompt": "Hi\x08", "completion": "A\x08B"},
+     {"instruction": "Hi\x08", "output": "A\x08B"}, {"text": "A\x08B"}, pair("Hi\x08", "A\x08B", "C"),
+     {"prompt": "Hi", "completion": "A\x08B", "label": True},
+     {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "A\x08B"}], "system": "S\x08"}],
+)  # fmt: skip
+def test_columns_of_the_users_own_stay_as_they_are(trained: Any, tmp_path: Path) -> None:
+    (out,), changed = repaired(tmp_path, [{**trained, **MINE}])
+    assert out == {**json.loads(json.dumps(trained).replace("\\b", "")), **MINE}
+    assert changed == {"stripped_control_characters": 1}
+    (tmp_path / "out.jsonl").unlink()
+    clean = json.loads(json.dumps(trained).replace("\\b", ""))
+    assert repaired(tmp_path, [{**clean, **MINE}]) == ([{**clean, **MINE}], {})
+
+
+def test_columns_that_another_format_reads_are_the_users_own_here(tmp_path: Path) -> None:
+    rows = [{**row("Hi", "A"), "input": "x\x0cy", "output": "\x00", "text": "a\u200bb"}]
+    assert repaired(tmp_path, rows) == (rows, {})
+
+
+def test_plain_text_under_its_own_name(tmp_path: Path) -> None:
+    out, _ = repaired(tmp_path, [{"body": "a\x0cb", "text": "c\x0cd"}], text_field="body")
+    assert out == [{"body": "a\nb", "text": "c\x0cd"}]
+
+
+def test_ranges_count_characters_so_their_texts_stay_as_they_are(tmp_path: Path) -> None:
+    ranged = row("Hi", "A\x08B and C")
+    ranged["messages"][1]["train_detail"] = [{"begin_offset": 0, "end_offset": 2, "train": False}]
+    assert repaired(tmp_path, [ranged]) == ([ranged], {})
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_few_ratings_that_are_all_alike(label: bool) -> None:
+    """KTO has nothing to tell apart, however many there are; of one alone nothing can be said."""
+    few = [rated(f"{i}?", f"{i}.", label) for i in range(2)]
+    found = finding(examine(few), "E-DATA-0063")
+    assert (found.count, found.sentence) == (2, f"all 2 ratings say {'good' if label else 'bad'}")
+    assert codes(few[:1]) == []
+    assert codes([*few, rated("2?", "2.", not label)]) == []
+
+
+def test_counts_of_a_file_that_breaks_off_do_not_look_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole, broken = write(tmp_path / "a.jsonl", plain(3)), tmp_path / "b.json"
+    broken.write_text('[{"prompt": "a", "completion": "b"}, {"prompt": ')
+    said = "; nothing is known of the rest, which cannot be read"
+    assert main(["data", "check", str(broken)]) == 3
+    assert f"! data     b.json 1 row{said}\n" in capsys.readouterr().out
+    assert main(["data", "check", str(whole), "--val", str(broken), "--json"]) == 3
+    assert json.loads(capsys.readouterr().out)["validation"]["unread"] is True
+    out = tmp_path / "c.jsonl"
+    assert main(["data", "check", str(whole), "--val", str(broken), "--fix", str(out)]) == 3
+    shown = capsys.readouterr().out
+    assert "✔ data     a.jsonl 3 rows\n" in shown
+    assert f"! val      b.json 1 row: 1 usable{said}\n" in shown
+    assert out.exists(), "what is to be trained on can be read"

@@ -160,5 +160,5 @@ def test_what_is_passed_over_in_a_folder_is_said_once(tmp_path: Path, caplog: py
     with caplog.at_level(logging.WARNING, "posttrain"):
         assert len(rows(tmp_path)) == len(rows(tmp_path)) == 1
     assert [record.getMessage() for record in caplog.records] == [
-        f"data     {tmp_path}: passed over README.md, b.gz, more.jsonl.zst, parts, of no known type"
+        f"data     {tmp_path}: passed over README.md, b.gz, more.jsonl.zst, parts, no data of a known type"
     ]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.data.change.essence import essence
-from posttrain.data.change.reading import SKIPPED, Reading
+from posttrain.data.change.reading import SKIPPED, Reading, Skipped
 from posttrain.data.change.targets import TARGETS, cannot
 from posttrain.data.codes import Row
 from posttrain.data.doctor.content import RowReader, Said
@@ -31,8 +31,15 @@ SAMPLE = 1000
 """Rows of a file of JSON that are read again from the file; of tables, whose cells have no types of their own, all."""
 
 
-def convert(source: Any, to: str, out: Path, settings: DataSettings, keep: str | None = None) -> dict[str, int]:
-    """Write the rows of `source` in the format `to`.
+def convert(
+    source: Any,
+    to: str,
+    out: Path,
+    settings: DataSettings,
+    keep: str | None = None,
+    skipped: Skipped | None = None,
+) -> dict[str, int]:
+    """Write the rows of `source` in the format `to`; `skipped` takes those that were skipped.
 
     Raises: DataError (E-DATA-0052) for a row that the format cannot hold, unless bad rows are skipped: a pair, say, of
         which `keep` says what is wanted; DataError (E-DATA-0054) where the file that was written does not give back
@@ -42,7 +49,7 @@ def convert(source: Any, to: str, out: Path, settings: DataSettings, keep: str |
         raise ConfigError(f"--to {to!r} is no format to write", hint=f"known: {', '.join(TARGETS)}")
     if keep is not None and keep not in KEEP:
         raise ConfigError(f"--keep {keep!r} is nothing to keep", hint=f"known: {', '.join(KEEP)}")
-    reading, again = Reading(source, settings), RowReader(DataSettings())
+    reading, again = Reading(source, settings, skipped), RowReader(DataSettings())
     limit = None if out.suffix.lower() in TABLES else SAMPLE
     written = array("Q")
     left_out = 0

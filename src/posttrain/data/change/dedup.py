@@ -13,7 +13,7 @@ import numpy as np
 
 from posttrain.data.change.convert import read_again
 from posttrain.data.change.essence import essence
-from posttrain.data.change.reading import SKIPPED, Reading, hashed
+from posttrain.data.change.reading import SKIPPED, Reading, Skipped, hashed
 from posttrain.data.codes import Row
 from posttrain.data.doctor.content import RowReader, Said
 from posttrain.data.doctor.settings import DoctorSettings
@@ -28,15 +28,21 @@ NUM_GROUPS = 10_000
 
 
 def dedup(
-    source: Any, out: Path, settings: DataSettings, by_prompt: bool = False, near: float | None = None
+    source: Any,
+    out: Path,
+    settings: DataSettings,
+    by_prompt: bool = False,
+    near: float | None = None,
+    skipped: Skipped | None = None,
 ) -> dict[str, Any]:
     """Rows as they are, without those that say what one before them says (or ask it, with `by_prompt`), in whatever
-    format. White space counts, but for that at the two ends of a text: it is what code and tables are made of.
+    format. White space counts, but for empty lines before a text and what stands behind it: code and tables are made of
+    it. So do tools and template arguments, and no column of the user's own; `skipped` takes the rows that were skipped.
 
     With `near`, a similarity, also without those whose words and whose answers' words are so much like those of an
     earlier one that is kept; `groups` names it and them. The rows are read twice, half a kilobyte is kept of each.
     """
-    distinct = _Distinct(Reading(source, settings), by_prompt)
+    distinct = _Distinct(Reading(source, settings, skipped), by_prompt)
     if near is None:
         written = _write(out, (row for _, row, _ in distinct.rows()), settings)
         return {"written": written, "dropped": distinct.dropped, SKIPPED: distinct.reading.skipped}
@@ -84,8 +90,8 @@ class _Distinct:
         seen = set[int]()
         self.dropped = 0
         for origin, row, said in self.reading.said():
-            rest = () if self.by_prompt else (*said.answers, str(said.label), said.rest)
-            key = hashed(said.prompt, *rest)
+            rest = () if self.by_prompt else (*said.answers, str(said.label))
+            key = hashed(said.rest, said.prompt, *rest)
             if key in seen:
                 self.dropped += 1
                 continue
@@ -106,7 +112,7 @@ def _nearest(distinct: _Distinct, similarity: float) -> np.ndarray:
     kinds, whole, answers = array("Q"), [], []
     rows = distinct.rows()
     while chunk := [said for *_, said in islice(rows, CHUNK)]:
-        kinds.extend(0 if distinct.by_prompt else hashed(said.method, str(said.label), said.rest) for said in chunk)
+        kinds.extend(_kind(said, distinct.by_prompt) for said in chunk)
         parts = [_parts(said, settings, distinct.by_prompt) for said in chunk]
         whole.append(sketches.of(before + after for before, after in parts))
         answers.append(sketches.of(after for _, after in parts))
@@ -125,6 +131,11 @@ def _nearest(distinct: _Distinct, similarity: float) -> np.ndarray:
         if sketches.alike(said_of, one, first)[0] and agree(one, first)[0]:
             kept_for[row] = first[0]
     return kept_for
+
+
+def _kind(said: Said, by_prompt: bool) -> int:
+    """What must be the same to the letter of two that are alike."""
+    return hashed(said.rest) if by_prompt else hashed(said.rest, said.method, str(said.label))
 
 
 def _parts(said: Said, settings: DoctorSettings, by_prompt: bool) -> tuple[list[bytes], list[bytes]]:

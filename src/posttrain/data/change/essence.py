@@ -1,6 +1,8 @@
-"""What must survive a change of format: who says what, calls and tools, flags, ratings, and how many answers there are.
+"""What must survive a change of format: who says what, calls and tools with their ids, names, flags, ratings, and how
+many answers there are.
 
-Left out: how it is written. The ids of tool calls, for which ShareGPT has no place, only join what stands in order.
+Left out: how it is written. `arguments` are the same as an object and as JSON in a text, a call alone and within
+`function`.
 """
 
 from __future__ import annotations
@@ -12,8 +14,6 @@ from typing import Any
 from posttrain.data.change.reading import hashed
 from posttrain.data.doctor.content import Said, as_messages
 from posttrain.types import Content, Example, Message
-
-NOT_SAID = ("name", "tool_call_id")
 
 
 def essence(example: Example, said: Said) -> int:
@@ -33,17 +33,19 @@ def _turns(content: Content, role: str) -> list[dict[str, Any]]:
 
 
 def _turn(message: Message) -> dict[str, Any]:
-    turn = {key: value for key, value in message.items() if key not in NOT_SAID and value is not None}
+    turn = {key: value for key, value in message.items() if value is not None}
     turn["content"] = message.get("content") or ""
     if message.get("tool_calls"):
-        turn["tool_calls"] = [_call(call.get("function", call)) for call in message["tool_calls"]]
+        turn["tool_calls"] = [_call(call) for call in message["tool_calls"]]
     return turn
 
 
-def _call(function: dict[str, Any]) -> list[Any]:
-    """Name and arguments, which some write as an object and some as JSON in a text."""
-    arguments = function.get("arguments", function.get("parameters", {}))
+def _call(call: dict[str, Any]) -> dict[str, Any]:
+    """Name, arguments and whatever else it has, an id above all, which some templates write."""
+    function = call.get("function", {})
+    one = {**{key: value for key, value in call.items() if key not in ("type", "function")}, **function}
+    arguments = one.pop("parameters", None) if one.get("arguments") is None else one["arguments"]
     if isinstance(arguments, str):
         with contextlib.suppress(ValueError):
             arguments = json.loads(arguments)
-    return [function.get("name"), arguments]
+    return {key: value for key, value in one.items() if value is not None} | {"arguments": arguments or {}}

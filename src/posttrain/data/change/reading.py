@@ -1,10 +1,12 @@
-"""Rows with what they say, for verbs that write them again; unusable ones stop, or are counted."""
+"""Rows with what they say, for verbs that write them again; unusable ones stop, or are counted and listed."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from posttrain.data.codes import Row
@@ -17,16 +19,47 @@ from posttrain.types import Example, Origin
 SKIPPED = "skipped"
 
 
+class Skipped:
+    """Every row that was left out, and why: on disk, for of a large file it may be most."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.SpooledTemporaryFile(2**20, "w+", encoding="utf-8")  # noqa: SIM115 - lives as long
+        self.count = 0
+
+    def add(self, error: DataError, origin: Origin) -> None:
+        row = {"row": str(origin), "code": error.code, "message": error.message, "hint": error.hint}
+        self._file.write(json.dumps(row) + "\n")
+        self.count += 1
+
+    def clear(self) -> None:
+        self._file.seek(0)
+        self._file.truncate()
+        self.count = 0
+
+    def __iter__(self) -> Iterator[dict[str, str | None]]:
+        self._file.seek(0)
+        yield from map(json.loads, self._file)
+
+
 @dataclass
 class Reading:
-    """The rows of `source` with what they say; unusable ones raise, or are counted where `on_bad_row` is skip."""
+    """The rows of `source` with what they say; unusable ones raise, or are noted as `left_out` where `on_bad_row` is
+    skip. They are read anew each time."""
 
     source: Any
     settings: DataSettings
-    skipped: int = 0
+    noted: Skipped | None = None
+    left_out: Skipped = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.left_out = Skipped() if self.noted is None else self.noted
+
+    @property
+    def skipped(self) -> int:
+        return self.left_out.count
 
     def rows(self) -> Iterator[tuple[Origin, Row]]:
-        self.skipped = 0
+        self.left_out.clear()
         return read_rows(self.source, reject=self.reject)
 
     def said(self) -> Iterator[tuple[Origin, Row, Said]]:
@@ -45,10 +78,10 @@ class Reading:
             except DataError as error:
                 self.reject(error, origin)
 
-    def reject(self, error: DataError, _: Origin) -> None:
+    def reject(self, error: DataError, origin: Origin) -> None:
         if self.settings.on_bad_row == "error":
             raise error
-        self.skipped += 1
+        self.left_out.add(error, origin)
 
 
 def hashed(*texts: str) -> int:

@@ -3,31 +3,40 @@
 from __future__ import annotations
 
 import json
+from array import array
+from collections.abc import Iterator
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from posttrain.data.change.reading import SKIPPED, Reading, hashed
+from posttrain.data.change.reading import SKIPPED, Reading, Skipped, hashed
 from posttrain.data.codes import Row
-from posttrain.data.doctor.content import Said
+from posttrain.data.doctor.content import Said, earlier_answers
 from posttrain.data.settings import DataSettings
 from posttrain.data.writing import write_rows
 from posttrain.errors import ConfigError, DataError
 
 
 def split(
-    source: Any, share: float, seed: int, folder: Path, settings: DataSettings, by_group: str | None = None
+    source: Any,
+    share: float,
+    seed: int,
+    folder: Path,
+    settings: DataSettings,
+    by_group: str | None = None,
+    skipped: Skipped | None = None,
 ) -> dict[str, int]:
     """Rows as they are into `train.jsonl` and `val.jsonl` of `folder`, about `share` of them into the second: whole
     groups, so that rows with the same prompt (or the same value in column `by_group`) are never on both sides, in
-    whatever format they are.
+    whatever format they are; nor are a conversation and one that goes on from its prompt.
 
-    The rows are read three times; in memory lie eight bytes of each."""
+    The rows are read three times; in memory lie 24 bytes of each, and 8 of each of the assistant's earlier turns."""
     if not 0 < share < 1:
         raise ConfigError(f"--val {share} is no share", hint="a number between 0 and 1, e.g. 0.1")
-    reading = Reading(source, settings)
-    keys = np.array([_group(row, said, by_group, settings) for _, row, said in reading.said()], dtype=np.uint64)
+    reading = Reading(source, settings, skipped)
+    keys = _by_prompt(reading) if by_group is None else _by_column(reading, by_group, settings)
     held_out = _groups_to_hold_out(keys, share, seed)
     groups = len(np.unique(keys))
     if not 0 < len(held_out) < groups:
@@ -41,16 +50,42 @@ def split(
     return {**counts, "groups": groups, SKIPPED: reading.skipped}
 
 
-def _group(row: Row, said: Said, by_group: str | None, settings: DataSettings) -> int:
-    """Of a prompt white space is folded: two that differ in nothing else are nearly the same question, and on one side
-    they do no harm."""
-    if by_group is None:
-        return hashed(" ".join((said.prompt or "".join(said.answers)).split()))
+def _by_column(reading: Reading, by_group: str, settings: DataSettings) -> np.ndarray:
+    return np.array([_value(row, by_group, settings) for _, row, _ in reading.said()], dtype=np.uint64)
+
+
+def _value(row: Row, by_group: str, settings: DataSettings) -> int:
     old_names = {new: old for old, new in settings.column_map.items()}
     column = by_group if by_group in row else old_names.get(by_group, by_group)
     if column not in row:
         raise ConfigError(f"--by-group {by_group!r}: a row has no such column", hint=f"it has {', '.join(row)}")
     return hashed(json.dumps(row[column], sort_keys=True, default=str))
+
+
+def _by_prompt(reading: Reading) -> np.ndarray:
+    """A group for each row: the first thing asked in it, of all that is asked, that some row asks last. Of two rows of
+    which one is the beginning of the other that is the same."""
+    asked, last = array("Q"), array("Q")
+    for _, _, said in reading.said():
+        asked.extend(_asked(said))
+        last.append(len(asked) - 1)
+    if not last:
+        return np.arange(0)
+    keys, ends = np.frombuffer(asked, dtype=np.uint64), np.frombuffer(last, dtype=np.uint64).astype(np.int64)
+    begins = np.concatenate([[0], ends[:-1] + 1])
+    prompts = np.flatnonzero(np.isin(keys, keys[ends]))
+    return keys[prompts[np.searchsorted(prompts, begins)]]
+
+
+def _asked(said: Said) -> Iterator[int]:
+    """What stands before each of the assistant's turns, in order, as a number; the row's prompt comes last. White space
+    is folded: two prompts that differ in nothing else are nearly the same question, and on one side they do no harm."""
+    prompt = said.prompt or "".join(said.answers)
+    before, done = blake2b(digest_size=8), 0
+    for end in (*(start for start, _ in earlier_answers(said.prompt)), len(prompt)):
+        before.update(" ".join(prompt[done:end].split()).encode("utf-8", "surrogatepass") + b"\0")
+        yield int.from_bytes(before.digest(), "big")
+        done = end
 
 
 def _groups_to_hold_out(keys: np.ndarray, share: float, seed: int) -> np.ndarray:

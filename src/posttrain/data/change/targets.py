@@ -46,17 +46,25 @@ def _to_sharegpt(example: Example) -> Row:
     for message in _messages(example, "ShareGPT"):
         flags: Row = {key: message[key] for key in ("train", "train_detail") if key in message}
         calls, content = message.get("tool_calls"), message.get("content")
-        unknown = set(message) - {"role", "content", "tool_calls", "name", "tool_call_id", *flags}
+        extra = {key: message[key] for key in ("name", "tool_call_id") if message.get(key) is not None}
+        unknown = set(message) - {"role", "content", "tool_calls", *extra, *flags}
         if unknown:
             raise cannot(example, "ShareGPT", f"it has no place for {', '.join(sorted(unknown))}")
-        if content or not calls:
-            turns.append({"from": TO_SHAREGPT.get(message["role"], message["role"]), "value": content or "", **flags})
+        if content or extra or not calls:
+            role = TO_SHAREGPT.get(message["role"], message["role"])
+            turns.append({"from": role, "value": content or "", **flags, **extra})
         if calls:
-            functions = [call.get("function", call) for call in calls]
+            functions = [_function(call) for call in calls]
             value = functions[0] if len(functions) == 1 else functions
             whole = {key: flag for key, flag in flags.items() if key == "train"}  # a call's text has no ranges
             turns.append({"from": "function_call", "value": json.dumps(value, ensure_ascii=False), **whole})
     return {"conversations": turns}
+
+
+def _function(call: Row) -> Row:
+    """With the id that it is answered by, for which our reader looks there."""
+    names = {"id": call["id"]} if call.get("id") is not None and "function" in call else {}
+    return {**names, **call.get("function", call)}
 
 
 def _to_alpaca(example: Example) -> Row:

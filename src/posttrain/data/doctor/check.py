@@ -48,7 +48,7 @@ class CheckReport:
 
     @property
     def is_unread(self) -> bool:
-        """Whether the rest of a file could not be read, so that nothing is known of it."""
+        """Whether the rest of a file to be trained on could not be read, so that nothing is known of it."""
         return any(finding.details.get("unread") for finding in self.findings)
 
     @property
@@ -102,6 +102,7 @@ def check(
             held_out.add(part, settings, max_errors)
         findings += compare.across(tally, held_out)
         validation = {"source": source_name(val, "validation"), "rows": held_out.rows, "usable": held_out.used}
+        validation["unread"] = bool(held_out.unread)
         findings += _validation_faults(held_out, data.on_bad_row)
     findings += near.near(tally, held_out, settings)
     labels = tally.array("label")
@@ -127,7 +128,7 @@ def _is_list_of_paths(sources: Any) -> bool:
 
 def _validation_faults(tally: Tally, on_bad_row: str) -> Iterator[Finding]:
     severity = "warning" if on_bad_row == "skip" else "error"
-    yield from unread(tally)
+    yield from unread(tally, "unread_validation")
     for code, cases in tally.bad.items():
         sentence = f"{rows(cases.count)} of the validation data cannot be used: {REASONS.get(code, 'unusable')}"
         fix = "posttrain data check VALIDATION says more"

@@ -25,19 +25,47 @@ def within(tally: Tally, settings: DoctorSettings) -> Iterator[Finding]:
 
 
 def across(train: Tally, validation: Tally) -> Iterator[Finding]:
-    """What training data give away of the validation data."""
+    """What training data give away of the validation data. A turn before the answer counts as the answer of a row of
+    its own: a conversation that goes on is trained on from its beginning."""
+    trained, held_out, turns = _exchanges(train), _exchanges(validation), _earlier(train)
     same = np.isin(validation.array("row"), train.array("row"))
+    same |= np.isin(held_out, turns[1]) & _is_plain(validation)
     if same.any():
         part = share(same.sum(), len(same))
         sentence = f"{rows(int(same.sum()))} of the validation data ({part}) trained on as well: its loss will flatter"
         yield _about("E-DATA-0061", validation, same, sentence)
     prompts = validation.array("prompt")
-    leaked = np.isin(prompts, train.array("prompt")) & (prompts != 0) & ~same
+    asked = np.concatenate([train.array("prompt"), train.array("earlier_prompt")])
+    leaked = np.isin(prompts, asked) & (prompts != 0) & ~same
     if leaked.any():
         sentence = (
             f"{rows(int(leaked.sum()))} of the validation data with a prompt that is trained on, answered otherwise"
         )
         yield _about("W-DATA-0106", validation, leaked, sentence)
+    row, told = _earlier(validation)
+    continued = np.isin(np.arange(validation.used), row[np.isin(told, trained[_is_plain(train)])]) & ~same
+    if continued.any():
+        sentence = f"{rows(int(continued.sum()))} of the validation data in continuation of a row that is trained on"
+        yield _about("W-DATA-0135", validation, continued, sentence)
+
+
+def _exchanges(tally: Tally) -> np.ndarray:
+    """A hash of each row's prompt with its answer, whatever its label."""
+    return tally.array("prompt") * ODD[0] + tally.array("answer")
+
+
+def _earlier(tally: Tally) -> tuple[np.ndarray, np.ndarray]:
+    """The same of each turn before the answer that is trained, and the index of the row that it stands in. Of pairs and
+    ratings only the answers are trained."""
+    row = np.repeat(np.arange(tally.used), tally.array("earlier"))
+    told = tally.array("earlier_prompt") * ODD[0] + tally.array("earlier_answer")
+    is_trained = _is_plain(tally)[row]
+    return row[is_trained], told[is_trained]
+
+
+def _is_plain(tally: Tally) -> np.ndarray:
+    """Of each row whether it is no pair and no rating."""
+    return (tally.array("rejected") == 0) & (tally.array("label") == NO_LABEL)
 
 
 def repeats(hashes: np.ndarray) -> np.ndarray:
@@ -59,13 +87,13 @@ def _duplicates(tally: Tally) -> Iterator[Finding]:
 def _contradictions(tally: Tally) -> Iterator[Finding]:
     """Of prompts with one answer each. Several pairs to a prompt are usual; ratings contradict by their label."""
     prompt, answer, label = tally.array("prompt"), tally.array("answer"), tally.array("label")
-    both = prompt * ODD[0] + answer
+    both = _exchanges(tally)
     rated = label != NO_LABEL
     opposite = rated & _differ(both, label.astype(np.uint64), rated)
     if opposite.any():
         sentence = f"{rows(int(opposite.sum()))} rate the same answer to the same prompt both good and bad"
         yield _about("E-DATA-0062", tally, opposite, sentence)
-    plain = ~rated & (prompt != 0) & (tally.array("rejected") == 0)
+    plain = _is_plain(tally) & (prompt != 0)
     other = _differ(prompt, answer, plain)
     if other.any():
         num_prompts = len(np.unique(prompt[other]))

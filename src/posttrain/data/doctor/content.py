@@ -7,6 +7,7 @@ is the answer, all before it the prompt. So the same question and answer are the
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,8 +36,8 @@ OF_METHODS: dict[str, tuple[str, ...]] = {"sft": (), "preference": ("margin",), 
 class Said:
     """`prompt` and `answers` in canonical form, for comparing; `asked` (the last user turn) and `spoken` (the last turn
     of each answer) as written; `length` counts the characters of all texts. `rest` is what else makes a row another
-    row: tools. `is_answered`: the assistant says something that may be trained. `over` is what nothing is made of;
-    `is_unrated`: there is a `label`, and it is null."""
+    row: tools and template arguments, never a column of the user's own. `is_answered`: the assistant says something
+    that may be trained. `over` is what nothing is made of; `is_unrated`: there is a `label`, and it is null."""
 
     format: str
     method: str
@@ -56,7 +57,7 @@ class RowReader:
     """Rows of any format that any method trains on, as what they say."""
 
     def __init__(self, settings: DataSettings):
-        self.names = settings.column_map
+        self.names, self.text_field = settings.column_map, settings.text_field
         self.formats = all_formats(settings.text_field)
         self.format = choose(settings.format, self.formats)
         self.format_name = settings.format
@@ -126,7 +127,6 @@ def said(example: Example, described: str) -> Said:
     is_answered = all(map(_is_answered, example.completions))
     prompt, answers = _conversation(example)
     label = example.columns.get("label") if described.endswith("rated by `label`") else None
-    rest = "" if not example.tools else json.dumps(example.tools, default=str)
     return Said(
         format=described,
         method="preference" if len(answers) > 1 else "rated" if label is not None else "sft",
@@ -136,9 +136,15 @@ def said(example: Example, described: str) -> Said:
         spoken=tuple(_last(answer, "assistant") for answer in answers),
         length=sum([_length(content) for content in (prompt, *answers)]),
         label=label,
-        rest=rest,
+        rest=_rest(example),
         is_answered=is_answered,
     )
+
+
+def _rest(example: Example) -> str:
+    """Tools and template arguments: the same words with others are another text to the model."""
+    parts = [example.tools or [], dict(example.template_kwargs)]
+    return json.dumps(parts, sort_keys=True, default=str) if any(parts) else ""
 
 
 def _conversation(example: Example) -> tuple[Content | None, tuple[Content, ...]]:
@@ -174,14 +180,25 @@ def _split(messages: list[Message]) -> tuple[Content | None, tuple[Content, ...]
 
 
 def _canonical(content: Content | None) -> str:
-    """White space at the ends of a text tells no two rows apart: a completion of text often begins with a space."""
     if not isinstance(content, list):
-        return (content or "").strip(SPACE)
+        return _bare(content or "")
     return "".join([_turn(message) for message in content])
 
 
+def _bare(text: str) -> str:
+    """`text` from its first line to its last word. How far that line is indented counts, for code depends on it; one
+    space does not, for completions of text begin with it. Empty lines before and white space behind tell no two rows
+    apart."""
+    text = text.rstrip(SPACE)
+    if not text or text[0] not in SPACE:
+        return text
+    start = len(text) - len(text.lstrip(SPACE))
+    indent = text[text.rfind("\n", 0, start) + 1 : start]
+    return text[start:] if indent == " " else indent + text[start:]
+
+
 def _turn(message: Message) -> str:
-    text = (message.get("content") or "").strip(SPACE)
+    text = _bare(message.get("content") or "")
     if len(message) > 1 + ("content" in message):  # reasoning, tool calls, flags; a call may stand without content
         others: dict[str, Any] = {key: message[key] for key in sorted(message) if key not in ("role", "content")}
         text = f"{text}{PART}{json.dumps(others, ensure_ascii=False, default=str)}"
@@ -203,6 +220,20 @@ def _last(content: Content | None, role: str) -> str:
             text = message.get("content")
             return text if isinstance(text, str) else ""
     return ""
+
+
+ANSWER = f"{TURN}assistant{PART}"
+
+
+def earlier_answers(prompt: str) -> Iterator[tuple[int, int]]:
+    """Where in a canonical prompt the assistant's turns stand, but for one that nothing comes before. A row of which
+    such a turn is the answer is the beginning of this one."""
+    found = prompt.find(ANSWER)
+    while found >= 0:
+        start = found + len(TURN)
+        end = prompt.index(TURN, start)
+        yield start, end + len(TURN)
+        found = prompt.find(ANSWER, end)
 
 
 ODD_SYSTEMS = tuple(f"{TURN}{role}{PART}" for role in SYSTEM)

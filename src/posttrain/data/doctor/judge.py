@@ -37,13 +37,13 @@ def judge(tally: Tally, settings: DoctorSettings, on_bad_row: str) -> Iterator[F
     yield from _languages(tally, settings)
 
 
-def unread(tally: Tally) -> Iterator[Finding]:
-    """An error under any policy: what was not read was not looked at either."""
+def unread(tally: Tally, detail: str = "unread") -> Iterator[Finding]:
+    """An error under any policy: what was not read was not looked at either. `detail` says of which data."""
     for stop in tally.unread:
         sentence = f"nothing can be read from here on: {REASONS.get(stop.code, 'unusable')}"
         fix = stop.hint or "mend this place first"
         shown = stop.message.splitlines()
-        yield Finding(stop.code, "error", 1, (stop.where,), sentence, fix, {"shown": shown, "unread": True})
+        yield Finding(stop.code, "error", 1, (stop.where,), sentence, fix, {"shown": shown, detail: True})
 
 
 def _bad_rows(tally: Tally, on_bad_row: str) -> Iterator[Finding]:
@@ -98,13 +98,13 @@ def _unrated(tally: Tally) -> Iterator[Finding]:
 def _labels(tally: Tally, settings: DoctorSettings) -> Iterator[Finding]:
     labels = tally.array("label")
     rated, good = int((labels != NO_LABEL).sum()), int((labels == 1).sum())
-    if rated < settings.min_rows:
+    if rated < 2:
         return
     counts = {"good": good, "bad": rated - good}
     word, most = max(counts.items(), key=lambda item: item[1])
     if most == rated:
         yield finding("E-DATA-0063", most, [], f"all {number(rated)} ratings say {word}", details=counts)
-    elif most > settings.label_share * rated:
+    elif rated >= settings.min_rows and most > settings.label_share * rated:
         yield finding(
             "W-DATA-0111", most, [], f"{share(most, rated)} of {number(rated)} ratings say {word}", details=counts
         )

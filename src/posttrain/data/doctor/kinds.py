@@ -69,4 +69,7 @@ KINDS: dict[str, Kind] = {
     "W-DATA-0132": Kind(
         "warning", "several formats in one row", "--format NAME says which is meant; fine if it is the one read"
     ),
+    "W-DATA-0135": Kind(
+        "warning", "validation rows that go on from trained ones", "split anew with posttrain data split"
+    ),
 }

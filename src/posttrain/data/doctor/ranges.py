@@ -1,35 +1,36 @@
 """A large JSONL file, read by several processes: each takes ranges of whole lines.
 
-Lines that are fine are decoded here; those that are not are put into a file of their own and read by the one reader of
-JSON Lines, whose complaints are then given the line's own name. So there is one place that says what is wrong with a
-line, and it is not in the way of the million that are right.
+Lines that are fine are decoded here; those that are not are given to the one reader of JSON Lines, in their place. So
+there is one place that says what is wrong with a line, and it is not in the way of the million that are right.
 """
 
 from __future__ import annotations
 
 import codecs
 import signal
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from posttrain.data.doctor.settings import DoctorSettings
 from posttrain.data.doctor.tally import Counting, Tally
-from posttrain.data.json_files import read_json_lines
+from posttrain.data.json_files import read_line
+from posttrain.data.lines import line_at
 from posttrain.data.settings import DataSettings
-from posttrain.data.strict_json import LENIENT
-from posttrain.errors import DataError, UserError
+from posttrain.data.strict_json import DECODER
+from posttrain.errors import UserError
 from posttrain.types import Origin
 
 BLOCK = 4 * 2**20
 LONGEST_LINE = 2**20
 """Longer ones take the careful way."""
 BLANK = b" \t\r\n\v\f"
+LONG = b"?"
+"""Stands for a long line; no JSON, and no line, for that would end."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,11 @@ class Orders:
 
 
 def can_be_cut(path: Path, settings: DoctorSettings) -> bool:
-    if path.suffix.lower() != ".jsonl" or not path.is_file() or path.stat().st_size < settings.parallel_bytes:
+    if (
+        path.suffix.lower() not in (".jsonl", ".ndjson")
+        or not path.is_file()
+        or path.stat().st_size < settings.parallel_bytes
+    ):
         return False
     with open(path, "rb") as file:
         return file.read(2) not in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -104,20 +109,19 @@ def _let_parent_decide() -> None:
 
 def tally_range(part: Range, orders: Orders) -> Tally:
     counting = Counting(orders.data, orders.settings, orders.max_errors, orders.key_limit)
-    name, wrong = str(part.path), []
-    for row, (line, start, length, raw) in enumerate(_lines(part)):
-        value = _decoded(raw)
-        if isinstance(value, dict):
-            counting.row(value, Origin(name, row, line))
-        else:
-            wrong.append((line, start, length))
-    if wrong:
-        _read_carefully(part.path, wrong, counting)
+    name = str(part.path)
+    for row, (line, start, raw) in enumerate(_lines(part)):
+        origin, value = Origin(name, row, line), _decoded(raw)
+        if not isinstance(value, dict):
+            whole = raw if raw != LONG else line_at(part.path, start)
+            value = read_line(whole, origin, counting.reject) if whole.strip() else None
+        if value is not None:
+            counting.row(value, origin)
     return counting.tally
 
 
-def _lines(part: Range) -> Iterator[tuple[int, int, int, bytes]]:
-    """The number, position, length and bytes of each line that is not blank; of a very long one, no JSON."""
+def _lines(part: Range) -> Iterator[tuple[int, int, bytes]]:
+    """The number, position and bytes of each line that is not blank; `LONG` of one that may be too long to be read."""
     with open(part.path, "rb") as file:
         file.seek(part.start)
         line, start = part.first_line, part.start
@@ -127,51 +131,17 @@ def _lines(part: Range) -> Iterator[tuple[int, int, int, bytes]]:
             more = raw
             while not more.endswith(b"\n") and (more := file.readline(LONGEST_LINE)):
                 length += len(more)
-                raw = b"?"
+                raw = LONG
+            if start == 0:
+                raw = raw.removeprefix(codecs.BOM_UTF8)
             if raw.strip(BLANK):
-                yield line, start, length, raw
+                yield line, start, raw
             start += length
             line += 1
 
 
 def _decoded(raw: bytes) -> Any:
     try:
-        return LENIENT.decode(raw.decode("utf-8"))
+        return DECODER.decode(raw.decode("utf-8"))
     except (ValueError, RecursionError):
         return None
-
-
-def _read_carefully(path: Path, wrong: list[tuple[int, int, int]], counting: Counting) -> None:
-    with tempfile.TemporaryDirectory(prefix="posttrain-") as folder:
-        copy = Path(folder) / "lines.jsonl"
-        lines = [line for line, _, _ in wrong]
-        with open(path, "rb") as source, open(copy, "wb") as target:
-            if lines[0] > 1:  # a byte order mark is one in the first line only
-                lines.insert(0, 0)
-                target.write(b"\n")
-            for _, start, length in wrong:
-                source.seek(start)
-                _copy(source, target, length)
-
-        def named(error: DataError, origin: Origin) -> None:
-            assert origin.line is not None
-            line = lines[origin.line - 1]
-            message = error.message.replace(f"{copy}:{origin.line}", f"{path}:{line}").replace(str(copy), str(path))
-            hint = error.hint.replace(str(copy), str(path)) if error.hint else None
-            counting.reject(DataError(message, hint=hint, code=error.code),
-                            replace(origin, source=str(path), line=line))  # fmt: skip
-
-        last = 0
-        try:
-            for origin, row in read_json_lines(copy, named):
-                assert origin.line is not None
-                last = origin.line
-                counting.row(row, Origin(str(path), origin.row, lines[last - 1]))
-        except (DataError, RecursionError) as error:
-            counting.stopped(error, Origin(str(path), 0, lines[min(last, len(lines) - 1)]))
-
-
-def _copy(source: Any, target: Any, length: int) -> None:
-    while length > 0 and (block := source.read(min(length, BLOCK))):
-        target.write(block)
-        length -= len(block)

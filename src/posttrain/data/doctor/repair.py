@@ -2,7 +2,8 @@
 fix` does the same by chosen rules.
 
 Rules: rows that cannot be used, exact duplicates and pairs that choose what they reject are left out; control
-characters are taken out of all texts; columns and roles get the names that formats look for. All else stays as it is.
+characters are taken out of what can be trained on; columns and roles get the names that formats look for. All else
+stays as it is.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from posttrain.data.conversation import ALIASES
 from posttrain.data.doctor.census import as_trained, trained_rows
 from posttrain.data.doctor.content import RowReader, Said
 from posttrain.data.doctor.patterns import CONTROL
-from posttrain.data.doctor.rules import CONVERSATIONS, RENAME, Rules, rename_roles, unmatched
+from posttrain.data.doctor.rules import CONVERSATIONS, RENAME, TRAINED, Rules, rename_roles, unmatched
+from posttrain.data.flags import DETAIL
 from posttrain.data.pipeline import Pipeline
 from posttrain.data.report import Cases, DataReport
 from posttrain.data.settings import DataSettings
 from posttrain.data.sources import read_rows
+from posttrain.data.tokens import is_tokenized
 from posttrain.data.writing import write_rows
 from posttrain.errors import ConfigError, DataError
 from posttrain.types import Origin
@@ -39,6 +42,9 @@ RULES = {
     "renamed_columns": "rows with columns renamed",
     "renamed_roles": "rows with roles renamed",
 }
+
+BLANKS = {"\x0b": "\n", "\x0c": "\n", "\x85": "\n", **dict.fromkeys("\x1c\x1d\x1e\x1f", " ")}
+"""Control characters that part words, and what parts them as well: a line's end, or a space for a separator."""
 
 
 def repair(
@@ -106,7 +112,7 @@ def mended(
                 drop(error, origin)
                 continue
             spelt, used = rename_roles(named, rules.roles, roles_seen)
-            clean = _without_control(spelt) if rules.has("strip-control-characters") else spelt
+            clean = _stripped(spelt, reader, bare) if rules.has("strip-control-characters") else spelt
             roles = clean
             try:
                 said = reader.read(clean, bare)
@@ -148,9 +154,28 @@ def _reason_to_drop(said: Said, seen: set[Any], rules: Rules) -> str | None:
     return None
 
 
+def _stripped(row: Row, reader: RowReader, origin: Origin) -> Row:
+    """`row` without control characters in what can be trained on. A column of the user's own stays as it is."""
+    names = {*TRAINED, reader.text_field} - ({*row} if is_tokenized(row) else set())
+    clean = {name: _without_control(value) if name in names else value for name, value in row.items()}
+    if clean == row or _has_ranges(row):  # which count characters
+        return row
+    try:
+        own = reader.parsed(clean, origin)[0].columns
+    except DataError:  # of no format as it is, so that any of them may be meant
+        own = {}
+    return {name: row[name] if name in own else value for name, value in clean.items()}
+
+
+def _has_ranges(value: Any) -> bool:
+    if isinstance(value, dict):
+        return bool(value.get(DETAIL)) or any(map(_has_ranges, value.values()))
+    return isinstance(value, list) and any(map(_has_ranges, value))
+
+
 def _without_control(value: Any) -> Any:
     if isinstance(value, str):
-        return CONTROL.sub("", value)
+        return CONTROL.sub(lambda found: BLANKS.get(found[0], ""), value)
     if isinstance(value, dict):
         return {key: _without_control(item) for key, item in value.items()}
     return [_without_control(item) for item in value] if isinstance(value, list | tuple) else value

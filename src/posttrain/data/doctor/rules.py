@@ -22,6 +22,18 @@ REPAIRS = {
 """Each under the name that its count has in reports. Columns are renamed by `--map`."""
 RENAME = "rename-role"
 CONVERSATIONS = ("messages", "conversations", "conversation", "prompt", "completion", "chosen", "rejected")
+TRAINED = (
+    *CONVERSATIONS,
+    "text",
+    "instruction",
+    "input",
+    "output",
+    "system",
+    "history",
+    "tools",
+    "chat_template_kwargs",
+)
+"""Columns that formats read."""
 ROLE_KEYS = ("role", "from")
 
 

@@ -45,7 +45,9 @@ class DoctorSettings:
         for field in dataclasses.fields(self):
             if getattr(self, field.name) < 0:
                 raise ConfigError(f"{field.name} is {getattr(self, field.name)}", hint="give a number from 0 on")
-        for name in ("near_words", "near_permutations", "near_characters", "parallel_bytes"):
+        if not 16 <= self.near_permutations <= 4096:
+            raise ConfigError(f"near_permutations is {self.near_permutations}", hint="give a number from 16 to 4096")
+        for name in ("near_words", "near_characters", "parallel_bytes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}", hint="give a number from 1 on")
 

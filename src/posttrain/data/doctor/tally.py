@@ -15,7 +15,15 @@ from hashlib import blake2b
 import numpy as np
 
 from posttrain.data.codes import Row
-from posttrain.data.doctor.content import PART, TURN, RowReader, Said, check_trainable, has_odd_systems
+from posttrain.data.doctor.content import (
+    PART,
+    TURN,
+    RowReader,
+    Said,
+    check_trainable,
+    earlier_answers,
+    has_odd_systems,
+)
 from posttrain.data.doctor.languages import language
 from posttrain.data.doctor.patterns import BIDI, CONTROL, is_refusal, personal_data, secrets
 from posttrain.data.doctor.settings import DoctorSettings
@@ -28,8 +36,8 @@ from posttrain.types import Origin
 MASK = 2**64 - 1
 SPREAD = 0x9E3779B97F4A7C15
 """An odd constant: multiplying by it mixes a hash with the seed and stays one to one (Fibonacci hashing)."""
-COLUMNS = {"line": "i", "label": "b", "length": "i", "answer_length": "i", "rejected_length": "i"}
-HASHES = ("row", "prompt", "answer", "rejected")
+COLUMNS = {"line": "i", "label": "b", "length": "i", "answer_length": "i", "rejected_length": "i", "earlier": "i"}
+HASHES = ("row", "prompt", "answer", "rejected", "earlier_prompt", "earlier_answer")
 NO_LABEL = -1
 FORM = re.compile(r"[\W_]+")
 ZERO = bytes(8)
@@ -47,10 +55,11 @@ class Bad:
 
 @dataclass
 class Tally:
-    """`hashes` and `numbers` have an entry for each usable row; a hash of 0 says that there is nothing to compare.
-    `line` is -1 where the source has none; `files` are the sources and the index of the first usable row of each;
-    `unread` says where the rest of a source could not be read. `unused` counts the columns that nothing is made of,
-    `unrated` the rows whose `label` is null."""
+    """`hashes` and `numbers` have an entry for each usable row; a hash of 0 says that there is nothing to compare. But
+    `earlier_prompt` and `earlier_answer` have one for each turn of the assistant before the answer, of which a row has
+    as many as `earlier` says. `line` is -1 where the source has none; `files` are the sources and the index of the
+    first usable row of each; `unread` says where the rest of a source could not be read. `unused` counts the columns
+    that nothing is made of, `unrated` the rows whose `label` is null."""
 
     rows: int = 0
     used: int = 0
@@ -184,10 +193,11 @@ class Counting:
         row_hash = _hash(f"{content}{PART}{said.label}{said.rest}")
         hashes = tally.hashes
         hashes["row"] += row_hash
-        hashes["prompt"] += _hash(said.prompt + said.rest) if said.prompt else ZERO
+        hashes["prompt"] += _hash(said.rest + said.prompt) if said.prompt else ZERO
         hashes["answer"] += _hash(said.answers[0])
         hashes["rejected"] += _hash(said.answers[1]) if len(said.answers) > 1 else ZERO
         numbers = tally.numbers
+        numbers["earlier"].append(self._earlier(said))
         numbers["line"].append(origin.line if origin.line is not None else -1)
         numbers["label"].append(NO_LABEL if said.label is None else said.label)
         numbers["length"].append(said.length)
@@ -199,6 +209,18 @@ class Counting:
         if self.settings.near_rows and content and said.spoken:
             self._sample(row_hash, content)
         tally.used += 1
+
+    def _earlier(self, said: Said) -> int:
+        """Count in the assistant's turns before the answer, each as if it were a row's answer; how many. What comes
+        before them is hashed once, however many there are."""
+        hashes, found, done = self.tally.hashes, [*earlier_answers(said.prompt)], 0
+        before = blake2b(said.rest.encode("utf-8", "surrogatepass"), digest_size=8)
+        for start, end in found:
+            before.update(said.prompt[done:start].encode("utf-8", "surrogatepass"))
+            hashes["earlier_prompt"] += before.digest()
+            hashes["earlier_answer"] += _hash(said.prompt[start:end])
+            done = start
+        return len(found)
 
     def _marks(self, said: Said, content: str, origin: Origin) -> None:
         tally = self.tally
