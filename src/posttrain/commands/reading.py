@@ -50,10 +50,10 @@ def given(options: argparse.Namespace, defaults: dict[str, Any]) -> list[str]:
     return words
 
 
-SKIP = {"policy": "--policy skip", "rule": "--rule drop-unusable", "config": "--set dataset.on_bad_row=skip"}
 SETTINGS: dict[str, dict[str, str]] = {
-    "on_bad_row=skip or --policy skip": SKIP,
-    "on_bad_row=skip": SKIP,
+    "on_bad_row=skip": {
+        "policy": "--policy skip", "rule": "--rule drop-unusable", "config": "--set dataset.on_bad_row=skip"
+    },
     "format=...": {"format": "--format NAME", "config": "--set dataset.format=NAME"},
     'chat_template="chatml"': {"chat_template": "--chat-template chatml",
                                "config": "--set dataset.chat_template=chatml"},

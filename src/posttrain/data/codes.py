@@ -65,8 +65,8 @@ REASONS: dict[str, str] = {
     "E-DATA-0054": "not read back as written",
 }
 
-SKIP = "on_bad_row=skip or --policy skip"
-"""The way to go on without bad rows, in hints: as a setting and as a flag."""
+SKIP = "on_bad_row=skip"
+"""The way to go on without bad rows, in hints; a command says it in its own words (commands/reading.py)."""
 MAX_SEARCHED = 16 * 2**20
 """Bytes of a file in which the column of a value is looked for: where its lines begin has to be known."""
 

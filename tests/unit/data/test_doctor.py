@@ -189,7 +189,8 @@ def test_a_number_of_thousands_of_digits(kind: str, tmp_path: Path) -> None:
     text = '{"text": "a", "n": ' + "9" * 5000 + "}"
     path.write_text(text if kind == "jsonl" else f"[{text}]")
     (bad,) = examine(path).bad_rows
-    assert str(bad["message"]).startswith(f"{path}:1  a whole number of thousands of digits")
+    column = 20 if kind == "jsonl" else 21
+    assert str(bad["message"]).startswith(f'{path}:1:{column}  "n": a number has more digits than can be read')
 
 
 def test_columns_are_renamed_first() -> None:
