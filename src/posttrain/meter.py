@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from posttrain.objectives.base import Metrics
+
+PICKS: dict[str, Callable[[float, float], float]] = {"min_": min, "max_": max}
 
 
 @dataclass
@@ -20,17 +23,19 @@ class Meter:
     supervised: int = 0
     flops: float = 0.0
     seconds: float = 0.0
-    _pending: list[Metrics] = field(default_factory=list, repr=False)
+    _pending: list[tuple[int, Metrics]] = field(default_factory=list, repr=False)
+    _step: int = field(default=0, repr=False)
     _started: float = field(default=0.0, repr=False)
     _pending_before: int = field(default=0, repr=False)
 
     def start_step(self) -> None:
         self._started = time.perf_counter()
         self._pending_before = len(self._pending)
+        self._step += 1
 
     def add(self, metrics: Metrics) -> None:
         """One micro-batch's metrics."""
-        self._pending.append({name: (total.detach(), count) for name, (total, count) in metrics.items()})
+        self._pending.append((self._step, {name: (total.detach(), count) for name, (total, count) in metrics.items()}))
 
     def end_step(self, loss: float, tokens: int, supervised: int, flops: float) -> None:
         self.steps += 1
@@ -41,12 +46,23 @@ class Meter:
         self.seconds += time.perf_counter() - self._started
 
     def settle(self) -> None:
-        """Bring pending metrics to the host; sums are in fp64 so that their order hardly matters."""
-        for metrics in self._pending:
+        """Bring pending metrics to the host; sums are in fp64 so that their order hardly matters. What begins with
+        `min_` or `max_` is the least or greatest of a step, however it was cut, and then a mean over steps."""
+        extremes: dict[tuple[int, str], float] = {}
+        for step, metrics in self._pending:
             for name, (total, count) in metrics.items():
-                before, counted = self.metrics.get(name, (0.0, 0))
-                self.metrics[name] = (before + float(total), counted + count)
+                pick = PICKS.get(name[:4]) if step else None
+                if pick is None:
+                    self._count(name, float(total), count)
+                else:
+                    extremes[step, name] = pick(extremes.get((step, name), float(total)), float(total))
+        for (_, name), value in extremes.items():
+            self._count(name, value, 1)
         self._pending.clear()
+
+    def _count(self, name: str, total: float, count: int) -> None:
+        before, counted = self.metrics.get(name, (0.0, 0))
+        self.metrics[name] = (before + total, counted + count)
 
     def drain(self) -> dict[str, float]:
         """Means since the last drain, and start again."""

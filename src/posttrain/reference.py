@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import transformers
+from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors import torch as tensor_files
 from safetensors.numpy import load_file, save_file
@@ -31,7 +33,7 @@ from torch import nn
 
 from posttrain.data.fingerprint import fingerprint
 from posttrain.data.planning import Packing, plan
-from posttrain.errors import CheckpointError
+from posttrain.errors import CheckpointError, Interrupted
 from posttrain.models.forward import Policy
 from posttrain.session import Session
 from posttrain.types import Batch, Needs, Sample, Tokenized
@@ -86,6 +88,7 @@ class ReferenceModel:
     _trained: dict[str, nn.Parameter] = field(default_factory=dict, repr=False)
     _held: Held | None = None
     _own: Session | None = None
+    _about: dict[str, Any] | None = None
 
     def open(self, session: Session) -> None:
         if self._is_open:
@@ -113,18 +116,36 @@ class ReferenceModel:
             return OfPolicy(policy, policy.model.disable_adapter)
         return OfPolicy(policy, nullcontext)  # asked ahead, while it is the starting model still
 
+    @property
+    def can_be_asked(self) -> bool:
+        """Whether it is there still, and not only what it said before training began."""
+        return self.model is not None or self.adapter is not None or self._is_off or self._held is not None
+
     def depends_on(self, session: Session) -> dict[str, Any]:
-        """What its answers depend on beside the tokens."""
+        """What its answers depend on beside the tokens; to be asked before anything is learned."""
         model = session.policy.model if self.model is None else self.model
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        return {
-            "weights": weights_hash(model),
+        configs = getattr(model, "peft_config", {})
+        active: list[str] = []
+        if isinstance(model, PeftModel) and not (self._is_off and self.model is None):
+            active = [self.adapter] if self.adapter else list(model.active_adapters)
+        self._about = {
+            "weights": weights_hash(base, active),
             "model": [type(base).__name__, base.config.to_json_string()],
-            "adapters": {name: str(config.to_dict()) for name, config in getattr(model, "peft_config", {}).items()},
-            "adapter": self.adapter,
+            "adapters": {name: str(configs[name].to_dict()) for name in active if name in configs},
             "dtype": str(session.precision.compute_dtype),
             "code": [torch.__version__, transformers.__version__],
         }
+        return self._about
+
+    def identity(self, session: Session) -> str:
+        """Of its weights: another reference makes another run of it. Where nothing was asked ahead they are not read
+        for that."""
+        kind = "another model" if self.model is not None else self.adapter or "the model that training starts from"
+        if not self.precompute:
+            return kind
+        about = {name: value for name, value in (self._about or self.depends_on(session)).items() if name != "code"}
+        return f"{kind}, {hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]}"
 
     def follow(self, share: float) -> None:
         """Move towards the policy: `share` of it and the rest of what it was (TR-DPO, arXiv 2404.09656, equation 7)."""
@@ -226,6 +247,7 @@ def precompute(
     folder: Path | None,
     depends_on: dict[str, Any],
     name: str,
+    stopped: Callable[[], str | None] = lambda: None,
 ) -> list[Sample]:
     """`samples` with a column `ref_logp`: an array for each branch. From `folder` where they were computed before with
     all of `depends_on` the same."""
@@ -234,7 +256,7 @@ def precompute(
     if values is not None:
         logger.info("reference log-probabilities of %s taken from %s", name, folder)
         return _with_column(samples, values)
-    values = np.concatenate(list(_computed(samples, reference, device, token_budget, packing, name)))
+    values = np.concatenate(list(_computed(samples, reference, device, token_budget, packing, name, stopped)))
     if folder is not None:
         _write(folder / f"{key}.safetensors", values)
     return _with_column(samples, values)
@@ -245,18 +267,27 @@ def cache_key(samples: Sequence[Sample], depends_on: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def weights_hash(model: nn.Module) -> str:
-    """Of every parameter and buffer, by name."""
+def weights_hash(model: nn.Module, adapters: Sequence[str] = ()) -> str:
+    """Of every parameter and buffer, by name; of adapters only those named."""
     digest = hashlib.sha256()
+    others = re.compile(r"\.lora_|\.modules_to_save\.|_magnitude_vector")
     for name, tensor in sorted((*model.named_parameters(), *model.named_buffers())):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        if others.search(name) and not any(f".{adapter}" in name for adapter in adapters):
+            continue
+        digest.update(f"{name.replace('.base_layer', '')} {tensor.dtype} {tuple(tensor.shape)}".encode())
         flat = tensor.detach().to("cpu").contiguous().flatten()
         digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
     return digest.hexdigest()
 
 
 def _computed(
-    samples: Sequence[Sample], reference: Reference, device: torch.device, budget: int, packing: Packing, name: str
+    samples: Sequence[Sample],
+    reference: Reference,
+    device: torch.device,
+    budget: int,
+    packing: Packing,
+    name: str,
+    stopped: Callable[[], str | None],
 ) -> Iterator[np.ndarray]:
     """Log-probabilities in the samples' own order, whatever batches they were computed in."""
     from tqdm import tqdm
@@ -268,6 +299,8 @@ def _computed(
         while chunk := list(islice(rest, CHUNK)):
             of_sample: dict[int, list[np.ndarray]] = {}
             for batch in plan(chunk, budget, packing):
+                if signal := stopped():
+                    raise Interrupted(f"Interrupted by {signal} before the first step; nothing to save.", None)
                 logp_R = reference(batch.to(device)).float().cpu().numpy()
                 for sequence, sample in enumerate(batch.sample_S):
                     of_sample.setdefault(sample, []).append(logp_R[batch.sequence_R.numpy() == sequence])

@@ -12,7 +12,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ class Run:
             source.packing = self._packing(session)
             if self.first_look is not None:
                 self.first_look(session)
-            self._open_reference(session, source)
+            self._open_reference(session, source, stop)
             started = time.time()
             source.token_budget = self._plan(session)
             self.source = source
@@ -289,7 +289,7 @@ class Run:
             prompts=self.objective.needs.prompts,
         )
 
-    def _open_reference(self, session: Session, source: Any) -> None:
+    def _open_reference(self, session: Session, source: Any, stop: StopRequest) -> None:
         """Before anything is learned: the reference is remembered, or asked all its questions ahead."""
         reference = self.reference
         if reference is None:
@@ -301,13 +301,32 @@ class Run:
         device, packing = session.policy.device, self._packing(session)
 
         def ahead(samples: Sequence[Sample], name: str) -> Sequence[Sample]:
-            return precompute(samples, ask, device, self._budget(), packing, reference.folder, depends_on, name)
+            return precompute(
+                samples, ask, device, self._budget(), packing, reference.folder, depends_on, name,
+                stopped=lambda: stop.received,
+            )  # fmt: skip
 
         source.samples = self.train_samples = ahead(source.samples, "train")
         self.eval_sets = {name: ahead(samples, name or "eval") for name, samples in self.eval_sets.items()}
         self.columns = (*self.columns, "ref_logp")
         source.packing = self._packing(session)
         reference.close()
+
+    def _asked(self, session: Session, samples: Sequence[Sample], name: str) -> Sequence[Sample]:
+        """`samples` with what the reference says of them, where that was asked ahead of all others."""
+        reference = self.reference
+        if reference is None or "ref_logp" not in self.columns or "ref_logp" in samples[0][0].columns:
+            return samples
+        if not reference.can_be_asked:
+            raise ConfigError("the reference, the weights that training started from, is gone: it was asked ahead",
+                              hint="give this set as eval_dataset, or set precompute_ref_log_probs=False")  # fmt: skip
+        packing = self._packing(session)
+        plain = replace(packing, columns=tuple(name for name in packing.columns if name != "ref_logp"))
+        ask = reference.ask(session)
+        try:
+            return precompute(samples, ask, session.policy.device, self._budget(), plain, None, {}, name)
+        finally:
+            reference.close()
 
     def _annotate(self, session: Session) -> Callable[[Batch], Batch]:
         device, reference = session.policy.device, self.reference
@@ -363,6 +382,7 @@ class Run:
         self, session: Session, samples: Sequence[Sample], prefix: str, stop: StopRequest | None
     ) -> dict[str, float] | None:
         args, started = self.args, time.time()
+        samples = self._asked(session, samples, prefix)
         values = evaluate_loss(
             session.policy,
             self.objective if self.schedule is None else self.schedule(self.events.state.epoch or 0.0),
@@ -493,10 +513,18 @@ class Run:
             "number of trained parameters": sum(parameter.numel() for parameter in session.trained.values()),
             "optimizer": type(self.optimizer).__name__,
             "loss_type": getattr(args, "loss_type", None),
+            "settings of the loss": _comparable([self.objective, getattr(args, "beta", None)]),
+            **({} if self.reference is None else self._reference_identity(session, self.reference)),
             "label_smoothing_factor": args.label_smoothing_factor,
             "adapter": _adapter_settings(self.model),
             **({} if self.optimizers[0] or self.optimizer_choice else self._schedule()),
         }
+
+    def _reference_identity(self, session: Session, reference: ReferenceModel) -> dict[str, Any]:
+        args = self.args
+        names = ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps")
+        follows = [getattr(args, name) for name in names] if reference.moves else None
+        return {"reference": reference.identity(session), "what moves the reference": follows}
 
     @contextmanager
     def _weights_to_use(self, session: Session) -> Iterator[None]:
@@ -572,3 +600,14 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     finite = {name: value for name, value in values.items() if not isinstance(value, float) or math.isfinite(value)}
     return {name: finite[name] if isinstance(finite.get(name), plain) and name in finite else str(values[name])
             for name in values}  # fmt: skip
+
+
+def _comparable(value: Any) -> Any:
+    """As JSON has it, so that it can be compared with what a checkpoint says; of other objects their class."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {"kind": type(value).__name__, **_comparable(asdict(value))}
+    if isinstance(value, Mapping):
+        return {str(name): _comparable(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_comparable(one) for one in value]
+    return value if value is None or isinstance(value, str | int | float | bool) else type(value).__name__

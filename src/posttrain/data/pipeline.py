@@ -141,6 +141,10 @@ class Pipeline:
     def _read_tokens(self, row: Row, origin: Origin) -> Tokenized:
         if self.settings.formatting_func is not None:
             raise ConfigError(f"{origin}: the row is tokenised already, so formatting_func has nothing to format")
+        if self.settings.method != "sft":
+            what = "holds token ids, which supervised training alone reads"
+            hint = "give text or messages; what is tokenised is kept on disk in any case"
+            raise bad_row("E-DATA-0017", origin, what, field="input_ids", row=row, hint=hint)
         tokens = from_tokens(row, origin, self.supervision, len(self.tokenizer), self.settings.columns)
         used = {*COLUMNS, *self.settings.columns}.difference(not_heeded(row, self.supervision))
         remark_on_rest(of_tokens(row, used, self.all_formats), origin, self.report)

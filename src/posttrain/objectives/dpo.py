@@ -142,10 +142,9 @@ def sigmoid_norm(pairs: Pairs, to: Settings) -> torch.Tensor:
 
 
 def simpo(pairs: Pairs, to: Settings) -> torch.Tensor:
-    """SimPO (arXiv 2405.14734, equation 6): log-probability per token as the reward, a margin `gamma`, no reference.
-    `simpo_gamma` is gamma over beta, as in its authors' code."""
+    """SimPO (arXiv 2405.14734, equation 6): log-probability per token as the reward, a margin `gamma`, no reference."""
     chosen, rejected = (side.logp_P / side.length_P.clamp(min=1) for side in (pairs.chosen, pairs.rejected))
-    return _smoothed(chosen - rejected - to.simpo_gamma, to)
+    return _smoothed(chosen - rejected - to.simpo_gamma / to.beta, to)
 
 
 def cpo(pairs: Pairs, to: Settings) -> torch.Tensor:
@@ -270,6 +269,15 @@ def _check(loss: PreferenceLoss) -> None:
     if to.f_divergence not in F_DIVERGENCES:
         hint = f"known: {', '.join(F_DIVERGENCES)}"
         raise ConfigError(f"f_divergence_type={to.f_divergence!r} is not known", hint=hint)
+    if not all(isinstance(weight, int | float) and math.isfinite(weight) for weight in loss.weights):
+        raise ConfigError(f"loss_weights={list(loss.weights)} are not all numbers")
+    if "discopop" in loss.losses and not to.discopop_tau > 0:
+        raise ConfigError(f"discopop_tau={to.discopop_tau} must be above 0")
+    if set(loss.losses) == {"sft"}:
+        for name, value, default in (("f_divergence_type", to.f_divergence, "reverse_kl"),
+                                     ("ld_alpha", loss.ld_alpha, None)):  # fmt: skip
+            if value != default:
+                raise ConfigError(f"{name}={value!r} is not heeded by loss_type='sft', which compares nothing")
     others = [name for name in loss.losses if name not in OF_ANY_DIVERGENCE]
     if to.f_divergence != "reverse_kl" and others:
         raise ConfigError(f"f_divergence_type={to.f_divergence!r} has no meaning for loss_type={others[0]!r}",

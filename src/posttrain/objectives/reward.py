@@ -51,7 +51,7 @@ class RewardLoss:
 
 
 def watch(chosen_P: torch.Tensor, rejected_P: torch.Tensor) -> Metrics:
-    """Least and greatest are those of a micro-batch."""
+    """Least and greatest are those of the batch; the meter takes those of a step."""
     count = len(chosen_P)
     scores = torch.stack([chosen_P, rejected_P])
     return {

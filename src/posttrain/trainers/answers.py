@@ -29,7 +29,14 @@ from posttrain.trainers.arguments import check_arguments
 from posttrain.trainers.base import make_events
 from posttrain.trainers.config import PackedConfig
 from posttrain.trainers.data import DataTrainer
-from posttrain.trainers.forewarning import warn_of_beta, warn_of_rate, warn_of_reference, warn_of_unlikely_answers
+from posttrain.trainers.forewarning import (
+    Betas,
+    Rates,
+    warn_of_beta,
+    warn_of_rate,
+    warn_of_reference,
+    warn_of_unlikely_answers,
+)
 from posttrain.trainers.opening import as_dict, open_model
 from posttrain.types import Sample
 
@@ -136,6 +143,8 @@ class AnswerTrainer(DataTrainer):
     method: ClassVar[str] = "preference"
     way_out_of_length: ClassVar[str] = "pairs of like length, or a loss per token, keep that out"
     columns: tuple[str, ...] = ()
+    rates: ClassVar[Rates] = Rates()
+    betas: ClassVar[Betas | None] = None
     args: AnswerConfig
 
     def _open(self, model: Any, tokenizer: Any, peft_config: Any, quantization_config: Any) -> None:
@@ -144,6 +153,9 @@ class AnswerTrainer(DataTrainer):
         check_arguments(args)
         set_seed(args.seed)  # adapters are initialised at random
         self._model, self._tokenizer = self._opened(model, tokenizer, peft_config, quantization_config)
+        warn_of_rate(args, isinstance(self._model, PeftModel), self.rates)
+        if self.betas is not None:
+            warn_of_beta(args, self.betas)
         if args.disable_dropout:
             for module in self._model.modules():
                 if isinstance(module, nn.Dropout):
@@ -152,11 +164,7 @@ class AnswerTrainer(DataTrainer):
         self.data_reports: dict[str, DataReport] = {}
 
     def _opened(self, model: Any, tokenizer: Any, peft_config: Any, quantization_config: Any) -> tuple[Any, Any]:
-        opened = open_model(model, tokenizer, self.args, peft_config, quantization_config)
-        warn_of_rate(self.args, isinstance(opened[0], PeftModel))
-        if isinstance(self.args, ReferenceConfig):
-            warn_of_beta(self.args)
-        return opened
+        return open_model(model, tokenizer, self.args, peft_config, quantization_config)
 
     def _data_settings(self) -> DataSettings:
         args = self.args
@@ -192,6 +200,8 @@ class AnswerTrainer(DataTrainer):
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         objective = args.objective()
         train_samples = self._train_samples(train_dataset)
+        if not objective.needs_reference:
+            check_no_reference(ref_model, args)
         is_stream = callable(train_samples)
         if is_stream and args.has_schedule:
             raise ConfigError("beta has a value for each epoch, and a stream has but one", hint="give one number")
@@ -241,6 +251,8 @@ class AnswerTrainer(DataTrainer):
         """Asked ahead where that saves a pass an epoch, or a copy of all weights; a stream has no rows to ask about."""
         args = self.args
         assert isinstance(args, ReferenceConfig)
+        check_adapter(self._model, args.ref_adapter_name)
+        check_shares_nothing(self._model, ref_model)
         several = args.num_train_epochs > 1 or args.max_steps > 0
         whole = not isinstance(self._model, PeftModel) and ref_model is None
         precompute = False if args.sync_ref_model else args.precompute_ref_log_probs
@@ -268,3 +280,37 @@ def check_reference(model: Any, ref_model: Any, args: ReferenceConfig) -> None:
                           hint="leave it out; the starting model is the reference then")  # fmt: skip
     if args.ref_adapter_name is not None:
         raise ConfigError("ref_model and ref_adapter_name both name a reference; give one of them")
+
+
+def check_no_reference(ref_model: Any, args: Any) -> None:
+    """Raises ConfigError where a reference is spoken of, and the loss asks none."""
+    given = {"ref_model": ref_model is not None} | {
+        name: bool(getattr(args, name, None)) for name in ("ref_adapter_name", "precompute_ref_log_probs",
+                                                           "sync_ref_model")
+    }  # fmt: skip
+    for name in (name for name, is_given in given.items() if is_given):
+        raise ConfigError(f"{name} is not honoured with loss_type={args.loss_type!r}: it asks no reference",
+                          hint="leave it out")  # fmt: skip
+
+
+def check_adapter(model: Any, name: str | None) -> None:
+    """Raises ConfigError where adapter `name` cannot be the reference."""
+    if name is None:
+        return
+    known = list(model.peft_config) if isinstance(model, PeftModel) else []
+    if name not in known:
+        there = f"it has {', '.join(known)}" if known else "it has no adapter"
+        raise ConfigError(f"ref_adapter_name={name!r} is no adapter of the model", hint=there)
+    if name in model.active_adapters:
+        raise ConfigError(f"ref_adapter_name={name!r} is the adapter that is trained: it would follow the policy",
+                          hint="load the same adapter again under another name, or leave it out")  # fmt: skip
+
+
+def check_shares_nothing(model: Any, ref_model: Any) -> None:
+    """Raises ConfigError where the reference is made of the policy's own layers."""
+    if ref_model is None:
+        return
+    own = {id(parameter) for parameter in model.parameters()}
+    if any(id(parameter) in own for parameter in ref_model.parameters()):
+        raise ConfigError("ref_model has layers of the model that is trained: it would follow the policy",
+                          hint="leave it out; with an adapter the model without it is the reference")  # fmt: skip

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
 from posttrain.trainers.answers import AnswerTrainer, check_reference
 from posttrain.trainers.dpo_config import DPOConfig
+from posttrain.trainers.forewarning import Betas
 from posttrain.trainers.opening import read_config, refuse
 
 
@@ -28,6 +29,7 @@ class DPOTrainer(AnswerTrainer):
     Raises: ConfigError for anything that would not be honoured, DataError for rows that cannot be used.
     """
 
+    betas: ClassVar[Betas | None] = Betas()
     args: DPOConfig
 
     def __init__(

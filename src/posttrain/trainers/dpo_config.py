@@ -53,13 +53,20 @@ class DPOConfig(ReferenceConfig):
         default=False, metadata={"help": "WPO: weigh each pair by how likely the policy finds it."}
     )
     discopop_tau: float = field(default=0.05, metadata={"help": "Temperature of DiscoPOP's blend."})
-    simpo_gamma: float = field(default=0.5, metadata={"help": "SimPO's margin, over beta (its authors' gamma/beta)."})
+    simpo_gamma: float = field(default=0.5, metadata={"help": "SimPO's margin gamma."})
 
     def _read_spellings(self) -> None:
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
-        if not isinstance(self.loss_type, list | tuple) or not self.loss_type:
+        if (
+            not isinstance(self.loss_type, list | tuple)
+            or not self.loss_type
+            or not all(isinstance(name, str) for name in self.loss_type)
+        ):
             raise ConfigError(f"loss_type={self.loss_type!r} is neither a name nor a list of them")
+        self.loss_type = list(self.loss_type)
+        if self.loss_weights is not None and (not isinstance(self.loss_weights, list | tuple) or not self.loss_weights):
+            raise ConfigError(f"loss_weights={self.loss_weights!r} is no list of numbers, one for each loss type")
 
     @property
     def has_schedule(self) -> bool:
@@ -70,7 +77,7 @@ class DPOConfig(ReferenceConfig):
         betas = list(self.beta) if self.has_schedule else [self.beta]
         if not betas or any(isinstance(beta, bool) or not isinstance(beta, int | float) for beta in betas):
             raise ConfigError(f"beta={self.beta!r} is neither a number nor a list of them, one for each epoch")
-        if min(betas) <= 0 or not math.isfinite(max(betas)):
+        if not all(0 < beta < math.inf for beta in betas):
             raise ConfigError(f"beta={self.beta!r} must be above 0", hint="0.1 is usual, 0.01 to 0.5 are tried")
         return float(betas[min(int(epoch + 1e-6), len(betas) - 1)])
 

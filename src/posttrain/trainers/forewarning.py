@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -21,8 +21,6 @@ from posttrain.trainers.config import PackedConfig
 from posttrain.types import Batch, Needs, Sample, Tokenized
 
 logger = logging.getLogger("posttrain")
-HIGH_RATES = {True: 1e-4, False: 1e-5}
-"""From which learning rate on it is one of supervised training: with an adapter, and for all weights."""
 NUM_ANSWERS, NUM_TOKENS = 16, 2048
 """How many good answers are looked at, and with how many tokens at most."""
 UNLIKELY, UNLIKELY_END = -6.0, -12.0
@@ -30,23 +28,43 @@ UNLIKELY, UNLIKELY_END = -6.0, -12.0
 in 160,000. A model with a template that is not its own finds words a little, and the end of a turn very unlikely."""
 
 
-def warn_of_rate(args: PackedConfig, adapted: bool) -> None:
-    if args.learning_rate >= HIGH_RATES[adapted]:
-        usual = "5e-6 to 5e-5 with an adapter" if adapted else "5e-7 to 5e-6 for all weights"
-        logger.warning("learning_rate=%g is one of supervised training; preference methods take %s",
-                       args.learning_rate, usual)  # fmt: skip
+@dataclass(frozen=True)
+class Rates:
+    """From which learning rate on it is too high, and what is usual: for all weights, and with an adapter."""
+
+    whole: float = 1e-5
+    adapter: float = 1e-4
+    usual_whole: str = "5e-7 to 5e-6"
+    usual_adapter: str = "5e-6 to 5e-5"
 
 
-def warn_of_beta(args: Any) -> None:
-    """Of methods with a reference, and SimPO, whose beta scales log-probabilities per token."""
-    losses = args.loss_type if isinstance(args.loss_type, list | tuple) else [args.loss_type]
-    low, high, usual = (1.0, 10.0, "2 to 2.5") if "simpo" in losses else (0.01, 0.5, "0.1")
+@dataclass(frozen=True)
+class Betas:
+    """What is tried, what is usual, and what comes of less and of more."""
+
+    low: float = 0.01
+    high: float = 0.5
+    usual: str = "0.1"
+    less: str = "the policy may leave the reference far behind and unlearn"
+    more: str = "the policy will hardly move"
+
+
+def warn_of_rate(args: PackedConfig, adapted: bool, rates: Rates) -> None:
+    if args.learning_rate >= (rates.adapter if adapted else rates.whole):
+        usual = f"{rates.usual_adapter} with an adapter" if adapted else f"{rates.usual_whole} for all weights"
+        logger.warning("learning_rate=%g is one of supervised training; this method takes %s", args.learning_rate,
+                       usual)  # fmt: skip
+
+
+def warn_of_beta(args: Any, betas: Betas) -> None:
+    """SimPO's scales log-probabilities per token."""
+    losses = getattr(args, "loss_type", "")
+    if "simpo" in (losses if isinstance(losses, list | tuple) else [losses]):
+        betas = Betas(1.0, 10.0, "2 to 2.5", "its margin outweighs what is compared", "few tokens decide")
     for beta in args.beta if isinstance(args.beta, list | tuple) else [args.beta]:
-        if not low <= beta <= high:
-            logger.warning("beta=%g is outside of what is tried with %s (%g to %g; %s is usual): %s", beta,
-                           "simpo" if "simpo" in losses else "these losses", low, high, usual,
-                           "the policy will hardly move" if beta > high else "the policy may leave the reference far "
-                           "behind and unlearn")  # fmt: skip
+        if not betas.low <= beta <= betas.high:
+            logger.warning("beta=%g is outside of what is tried here (%g to %g; %s is usual): %s", beta, betas.low,
+                           betas.high, betas.usual, betas.more if beta > betas.high else betas.less)  # fmt: skip
 
 
 # --- the reference ----------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from posttrain.errors import ConfigError
 from posttrain.objectives.kto import LOSSES, WITH_POINT, RatedLoss
 from posttrain.trainers.answers import AnswerTrainer, ReferenceConfig, check_reference
 from posttrain.trainers.config import PackedConfig, accepts_old_spellings
+from posttrain.trainers.forewarning import Betas
 from posttrain.trainers.opening import read_config, refuse
 from posttrain.types import Sample
 
@@ -84,6 +85,7 @@ class KTOTrainer(AnswerTrainer):
 
     method: ClassVar[str] = "rated"
     columns: tuple[str, ...] = ("label",)
+    betas: ClassVar[Betas | None] = Betas()
     args: KTOConfig
 
     def __init__(
@@ -139,6 +141,9 @@ class KTOTrainer(AnswerTrainer):
                 "and %.3g", good, bad, balance, low, high
             )  # fmt: skip
         size = args.per_device_train_batch_size
+        if len(labels) % size == 1 and args.loss_type in WITH_POINT and not args.dataloader_drop_last:
+            logger.warning("the last of %d answers is alone in its batch of %d: the KL is estimated from itself there; "
+                           "leave one out, or set dataloader_drop_last=True", len(labels), size)  # fmt: skip
         groups = [labels[first : first + size] for first in range(0, len(labels), size)]
         if sum(len(set(group)) == 1 for group in groups) > len(groups) / 2 and not args.shuffle_dataset:
             logger.warning("most batches hold answers of one label only: the rows are sorted; set shuffle_dataset=True")

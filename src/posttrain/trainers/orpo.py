@@ -15,6 +15,7 @@ from posttrain.errors import ConfigError
 from posttrain.objectives.orpo import OddsRatioLoss
 from posttrain.trainers.answers import AnswerConfig, AnswerTrainer
 from posttrain.trainers.config import accepts_old_spellings
+from posttrain.trainers.forewarning import Betas, Rates
 from posttrain.trainers.opening import read_config, refuse
 
 NOT_HONOURED = {
@@ -60,6 +61,10 @@ class ORPOTrainer(AnswerTrainer):
     """
 
     method: ClassVar[str] = "preference"
+    rates: ClassVar[Rates] = Rates(2e-5, 2e-4, "5e-6 to 1e-5", "2e-5 to 1e-4")
+    betas: ClassVar[Betas | None] = Betas(
+        0.01, 1.0, "0.1", "the comparison hardly counts", "the supervised loss hardly counts"
+    )
     args: ORPOConfig
 
     def __init__(

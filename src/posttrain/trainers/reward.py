@@ -32,6 +32,7 @@ from posttrain.planner import default_token_budget
 from posttrain.session import Session
 from posttrain.trainers.answers import AnswerConfig, AnswerTrainer
 from posttrain.trainers.config import PackedConfig, accepts_old_spellings
+from posttrain.trainers.forewarning import Rates
 from posttrain.trainers.opening import as_dict, dtype_to_load, open_model, read_config, refuse
 from posttrain.types import Branch, Sample, Tokenized
 
@@ -73,6 +74,7 @@ class RewardTrainer(AnswerTrainer):
 
     way_out_of_length: ClassVar[str] = "look at length_correlation when it is evaluated"
     columns: tuple[str, ...] = ("margin",)
+    rates: ClassVar[Rates] = Rates(5e-5, 5e-4, "1e-5", "1e-4")
     args: RewardConfig
 
     def __init__(

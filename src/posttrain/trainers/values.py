@@ -22,7 +22,7 @@ AT_LEAST: dict[str, float] = {
     "label_smoothing_factor": 0, "warmup_steps": 0, "neftune_noise_alpha": 0, "eval_delay": 0, "seed": 0,
     "data_seed": 0, "save_total_limit": 0, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1, "token_budget": 1, "max_length": 1, "dataset_num_proc": 1,
-    "eval_accumulation_steps": 1,
+    "eval_accumulation_steps": 1, "max_prompt_length": 1, "precompute_ref_batch_size": 1,
 }  # fmt: skip
 ABOVE_ZERO = ("logging_steps", "save_steps", "eval_steps")
 BELOW_ONE = ("adam_beta1", "adam_beta2", "label_smoothing_factor")

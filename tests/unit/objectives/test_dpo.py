@@ -70,7 +70,7 @@ PLAIN: dict[str, Callable[[Pair], Tensor]] = {
     "apo_down": lambda p: sig(BETA * p.ratio_w) + (1 - sig(BETA * (p.ratio_w - p.ratio_l))),
     "discopop": discopop,
     "sigmoid_norm": lambda p: -sig(BETA * (p.score_w / p.n_w - p.score_l / p.n_l)).log(),
-    "simpo": lambda p: smoothed(p.w / p.n_w - p.l / p.n_l - GAMMA),
+    "simpo": lambda p: smoothed(p.w / p.n_w - p.l / p.n_l - GAMMA / BETA),
     "cpo": lambda p: smoothed(p.w - p.l),
 }
 """Losses of one pair."""
@@ -164,7 +164,7 @@ def test_loss(name: str) -> None:
 
 
 @pytest.mark.parametrize("divergence", F)
-@pytest.mark.parametrize("name", OF_ANY_DIVERGENCE)
+@pytest.mark.parametrize("name", [name for name in OF_ANY_DIVERGENCE if name != "sft"])
 def test_divergence(name: str, divergence: str) -> None:
     loss = PreferenceLoss((name,), (1.0,), settings(name, f_divergence=divergence))
     assert_same(loss, lambda z: plain(name, pairs_of_logits(z, F[divergence])))
@@ -183,7 +183,7 @@ def test_length_desensitised(name: str, alpha: float) -> None:
 
 
 def test_supervision_is_not_desensitised() -> None:
-    loss = PreferenceLoss(("sft",), (1.0,), settings("sft"), ld_alpha=0.1)
+    loss = PreferenceLoss(("sft", "sigmoid"), (1.0, 0.0), settings("sft"), ld_alpha=0.1)
     assert_same(loss, lambda z: plain("sft", pairs_of_logits(z)))
 
 

@@ -10,7 +10,16 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from posttrain import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, ORPOConfig, ORPOTrainer
+from posttrain import (
+    DPOConfig,
+    DPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    ORPOConfig,
+    ORPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+)
 from posttrain.errors import ConfigError
 from posttrain.trainers.forewarning import warn_of_reference
 from tests.tiny_models import tiny_model
@@ -176,11 +185,11 @@ def test_a_stream_has_one_epoch(tmp_path: Path) -> None:
     [
         ({}, ""),
         ({"beta": 0.5}, ""),
-        ({"beta": 5.0}, "beta=5 is outside of what is tried with these losses (0.01 to 0.5; 0.1 is usual)"),
+        ({"beta": 5.0}, "beta=5 is outside of what is tried here (0.01 to 0.5; 0.1 is usual)"),
         ({"beta": 0.001}, "unlearn"),
         ({"beta": [0.1, 0.7]}, "beta=0.7 is outside"),
         ({"beta": 2.5, "loss_type": "simpo"}, ""),
-        ({"beta": 0.1, "loss_type": "simpo"}, "beta=0.1 is outside of what is tried with simpo (1 to 10"),
+        ({"beta": 0.1, "loss_type": "simpo"}, "beta=0.1 is outside of what is tried here (1 to 10"),
     ],
 )
 def test_betas_that_nobody_takes(
@@ -190,3 +199,53 @@ def test_betas_that_nobody_takes(
                processing_class=chatml_tokenizer())  # fmt: skip
     assert said in caplog.text
     assert bool(said) == ("is outside of what is tried" in caplog.text)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "config", "rate", "adapted", "said"),
+    [
+        (DPOTrainer, DPOConfig, 1e-5, False, "5e-7 to 5e-6 for all weights"),
+        (DPOTrainer, DPOConfig, 5e-5, True, ""),
+        (ORPOTrainer, ORPOConfig, 1e-5, False, ""),
+        (ORPOTrainer, ORPOConfig, 1e-4, True, ""),
+        (ORPOTrainer, ORPOConfig, 2e-5, False, "5e-6 to 1e-5 for all weights"),
+        (RewardTrainer, RewardConfig, 1e-4, False, "1e-5 for all weights"),
+        (RewardTrainer, RewardConfig, 1e-4, True, ""),
+    ],
+)
+def test_rates_of_supervised_training(
+    trainer: Any, config: Any, rate: float, adapted: bool, said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    peft = LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS" if config is RewardConfig else "CAUSAL_LM")
+    trainer(model(), args=config(str(tmp_path), **settings(learning_rate=rate)), train_dataset=ROWS,
+            processing_class=chatml_tokenizer(), peft_config=peft if adapted else None)  # fmt: skip
+    assert bool(said) == ("is one of supervised training" in caplog.text)
+    assert said in caplog.text
+
+
+def test_a_weight_of_the_odds_that_nobody_takes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ORPOTrainer(model(), args=ORPOConfig(str(tmp_path), **settings(beta=50.0)), train_dataset=ROWS,
+                processing_class=chatml_tokenizer())  # fmt: skip
+    assert "beta=50 is outside of what is tried here (0.01 to 1" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"loss_weights": 2.0}, "loss_weights"),
+        ({"loss_weights": []}, "loss_weights"),
+        ({"loss_weights": ["a"]}, "loss_weights"),
+        ({"loss_weights": [float("nan")]}, "loss_weights"),
+        ({"loss_type": [["sigmoid"]]}, "loss_type"),
+        ({"beta": [0.1, float("nan")]}, "beta"),
+        ({"loss_type": "discopop", "discopop_tau": 0.0}, "discopop_tau"),
+        ({"loss_type": "discopop", "discopop_tau": -1.0}, "discopop_tau"),
+        ({"max_prompt_length": 0}, "max_prompt_length"),
+        ({"precompute_ref_batch_size": 0}, "precompute_ref_batch_size"),
+        ({"loss_type": "sft", "ld_alpha": 0.5}, "ld_alpha"),
+        ({"loss_type": "sft", "f_divergence_type": "js_divergence"}, "f_divergence_type"),
+    ],
+)
+def test_values_that_mean_nothing(options: dict[str, Any], named: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=named):
+        DPOConfig(str(tmp_path), **options)

@@ -1,0 +1,216 @@
+"""Which model is the reference: never the policy, never what another run asked, and the same after resuming."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from posttrain import CheckpointError, ConfigError, DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from posttrain.errors import Interrupted
+from tests.tiny_models import tiny_model
+from tests.tiny_tokenizers import chatml_tokenizer
+
+ROWS: list[dict[str, Any]] = [
+    {"prompt": f"What is {i} plus two? ", "chosen": f"It is {i + 2}.", "rejected": f"No idea, {i}."} for i in range(8)
+]
+OTHERS: list[dict[str, Any]] = [
+    {"prompt": f"Name {i}. ", "chosen": f"Number {i} it is.", "rejected": "Why?"} for i in range(4)
+]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
+    torch.set_num_threads(1)
+
+
+def model(seed: int = 0) -> Any:
+    return tiny_model("llama", len(chatml_tokenizer()), seed=seed)
+
+
+def lora() -> LoraConfig:
+    return LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def trainer(folder: Path, made: Any = None, ref: Any = None, *, peft: Any = None, rows: Any = ROWS,
+            eval_rows: Any = None, **options: Any) -> DPOTrainer:  # fmt: skip
+    settings: dict[str, Any] = {
+        "per_device_train_batch_size": 4, "max_steps": 2, "learning_rate": 1e-3, "bf16": False, "logging_steps": 1,
+        "save_strategy": "no", "report_to": "none", "disable_tqdm": True, **options,
+    }  # fmt: skip
+    return DPOTrainer(made or model(), ref, DPOConfig(str(folder), **settings), train_dataset=rows,
+                      eval_dataset=eval_rows, processing_class=chatml_tokenizer(), peft_config=peft)  # fmt: skip
+
+
+def first(one: DPOTrainer, name: str) -> float:
+    return next(float(entry[name]) for entry in one.state.log_history if name in entry)
+
+
+def two_adapters(active: str) -> Any:
+    made = get_peft_model(model(), lora(), adapter_name="a")
+    made.add_adapter("b", lora())
+    draw = torch.Generator().manual_seed(5)
+    for name, parameter in made.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.5, generator=draw)
+    made.set_adapter(active)
+    return made
+
+
+# --- what was asked ahead -----------------------------------------------------------------------------------------
+
+
+def test_another_active_adapter_is_another_reference(tmp_path: Path) -> None:
+    for active in "ab":
+        one = trainer(tmp_path, two_adapters(active), precompute_ref_log_probs=True)
+        one.train()
+        assert first(one, "rewards/margins") == pytest.approx(0.0, abs=1e-6)
+
+
+def test_an_adapter_that_is_not_asked_is_no_part_of_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a fresh adapter the reference is the base: other random numbers in the adapter ask nothing anew."""
+    from posttrain import reference
+
+    asked: list[int] = []
+    original = reference._computed
+    monkeypatch.setattr(reference, "_computed", lambda samples, *rest: asked.append(1) or original(samples, *rest))
+    for seed in (1, 2):
+        trainer(tmp_path, peft=lora(), precompute_ref_log_probs=True, seed=seed).train()
+    assert asked == [1]
+
+
+@pytest.mark.parametrize("kind", ["adapter off", "another model", "another adapter", "asked each time"])
+def test_sets_that_come_later_are_asked_too(kind: str, tmp_path: Path) -> None:
+    given: dict[str, Any] = {
+        "adapter off": {"peft": lora()},
+        "another model": {"ref": model()},
+        "another adapter": {"made": two_adapters("a"), "ref_adapter_name": "b"},
+        "asked each time": {"precompute_ref_log_probs": False},
+    }[kind]
+    one = trainer(tmp_path, eval_rows=OTHERS, **{"precompute_ref_log_probs": True, **given})
+    one.train()
+    known, later = one.evaluate(), one.evaluate(OTHERS)
+    assert later["eval_loss"] == pytest.approx(known["eval_loss"], rel=1e-5)
+    assert later["eval_rewards/margins"] == pytest.approx(known["eval_rewards/margins"], rel=1e-4, abs=1e-6)
+    assert known["eval_rewards/margins"] != 0
+
+
+def test_where_the_starting_weights_are_gone_that_is_said(tmp_path: Path) -> None:
+    one = trainer(tmp_path, precompute_ref_log_probs=True)
+    one.train()
+    with pytest.raises(ConfigError, match="the reference, the weights that training started from, is gone"):
+        one.evaluate(OTHERS)
+
+
+def test_a_signal_while_the_reference_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from posttrain import reference
+
+    original = reference.plan
+
+    def signalled(*given: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*given)
+
+    monkeypatch.setattr(reference, "plan", signalled)
+    with pytest.raises(Interrupted, match="before the first step"):
+        trainer(tmp_path, precompute_ref_log_probs=True).train()
+
+
+# --- references that could not serve ------------------------------------------------------------------------------
+
+
+def test_the_adapter_that_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="it would follow the policy"):
+        trainer(tmp_path, get_peft_model(model(), lora()), ref_adapter_name="default")
+
+
+def test_the_layers_that_are_trained(tmp_path: Path) -> None:
+    base = model()
+    made = get_peft_model(base, lora())
+    with pytest.raises(ConfigError, match="has layers of the model that is trained"):
+        trainer(tmp_path, made, base)
+    assert any(parameter.requires_grad for parameter in made.parameters())
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_an_adapter_that_is_not_there(adapted: bool, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="ref_adapter_name='ref' is no adapter of the model"):
+        trainer(tmp_path, get_peft_model(model(), lora()) if adapted else None, ref_adapter_name="ref")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"precompute_ref_log_probs": True}, {"sync_ref_model": True}, {"ref_adapter_name": "a"}, {"ref": model(1)}],
+)
+def test_losses_that_ask_no_reference(options: dict[str, Any], tmp_path: Path) -> None:
+    name = "ref_model" if "ref" in options else next(iter(options))
+    with pytest.raises(ConfigError, match=f"{name} is not honoured with loss_type"):
+        trainer(tmp_path, loss_type="simpo", beta=2.0, **options)
+
+
+# --- resuming -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"beta": 0.3}, "settings of the loss"),
+        ({"label_smoothing": 0.2, "loss_type": "robust"}, "loss_type"),
+        ({"ld_alpha": 0.5}, "settings of the loss"),
+        ({"use_weighting": True}, "settings of the loss"),
+        ({"made": model(1)}, "reference"),
+        ({"ref": model(1)}, "reference"),
+        ({"sync_ref_model": True, "precompute_ref_log_probs": False}, "reference"),
+    ],
+)
+def test_another_loss_or_reference_is_another_run(changed: dict[str, Any], named: str, tmp_path: Path) -> None:
+    options = {"precompute_ref_log_probs": True, "save_strategy": "steps", "save_steps": 1}
+    trainer(tmp_path, **options).train()
+    with pytest.raises(CheckpointError, match=named):
+        trainer(tmp_path, **{**options, **changed}).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_the_checkpoint_itself_is_no_reference(tmp_path: Path) -> None:
+    """`model=checkpoint` and `resume_from_checkpoint=checkpoint` together would have the reference begin half-way."""
+    from transformers import AutoModelForCausalLM
+
+    options = {"precompute_ref_log_probs": True, "save_strategy": "steps", "save_steps": 1}
+    trainer(tmp_path, **options).train()
+    half_way = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-1", dtype=torch.float32)
+    with pytest.raises(CheckpointError, match="reference"):
+        trainer(tmp_path, half_way, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_the_same_run_however_it_is_written(tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 1}
+    trainer(tmp_path, loss_type=("sigmoid", "sft"), loss_weights=(1, 0.5), **options).train()
+    resumed = trainer(tmp_path, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.5], **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert resumed.state.global_step == 2
+
+
+# --- KTO ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("count", "warned"), [(4, False), (5, True), (6, False)])
+def test_an_answer_alone_in_its_batch(
+    count: int, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": f"{i}?", "completion": f"{i}.", "label": i % 2 == 0} for i in range(count)]
+    args = KTOConfig(str(tmp_path), per_device_train_batch_size=4, bf16=False, report_to="none")
+    KTOTrainer(model(), args=args, train_dataset=rows, processing_class=chatml_tokenizer())
+    assert warned == ("is alone in its batch" in caplog.text)
+
+
+def test_token_ids_are_for_supervised_training(tmp_path: Path) -> None:
+    from posttrain import DataError
+
+    rows = [{"input_ids": [1, 2, 3], **row} for row in ROWS]
+    with pytest.raises(DataError, match="holds token ids, which supervised training alone reads"):
+        trainer(tmp_path, rows=rows)
