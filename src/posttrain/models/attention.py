@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from posttrain.models.decoding import Memory, Reading
 from posttrain.models.segment_attention import MAX_LENGTH, segment_attention
 from posttrain.types import Layout
 
@@ -37,7 +38,7 @@ def packed_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    layout: Layout | None = None,
+    layout: Layout | Memory | None = None,
     keeps_weights: bool = True,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
@@ -50,6 +51,11 @@ def packed_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return output, None
+    if isinstance(layout, Memory):
+        scale = scaling or query.shape[-1] ** -0.5
+        return layout.attend(module.layer_idx, query, key, value, scale, sliding_window, softcap), None
+    if isinstance(layout, Reading) and layout.memory is not None:
+        layout.memory.remember(module.layer_idx, key, value, layout)
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and softcap is None and not dropout:
         return _varlen(query, key, value, layout, scaling, sliding_window), None
     if softcap is None and not dropout and _is_quicker_by_products(query, layout, sliding_window):

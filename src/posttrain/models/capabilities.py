@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from posttrain.errors import ConfigError
+from posttrain.models.decoding import Memory, Reading
 from posttrain.models.head import HeadShape
 from posttrain.types import Layout
 
@@ -84,7 +85,7 @@ class PackedShortConv(torch.nn.Module):
         self.train(original.training)
 
     def forward(
-        self, hidden_states: torch.Tensor, *args: Any, layout: Layout | None = None, **kwargs: Any
+        self, hidden_states: torch.Tensor, *args: Any, layout: Layout | Memory | None = None, **kwargs: Any
     ) -> torch.Tensor:
         if layout is None:
             original = self._original[0]
@@ -93,9 +94,14 @@ class PackedShortConv(torch.nn.Module):
         gate_in, gate_out, signal = self.in_proj(hidden_states).chunk(3, dim=-1)
         signal = gate_in * signal
         weight = self.conv.weight[:, 0]  # (D, taps); the last tap is the present token
-        mixed = signal * weight[:, -1]
-        for back in range(1, weight.shape[1]):
-            mixed = mixed + _shifted(signal, back, layout) * weight[:, -1 - back]
+        if isinstance(layout, Memory):
+            mixed = torch.einsum("bqd,dq->bd", layout.signals(self, signal), weight)[None]
+        else:
+            if isinstance(layout, Reading) and layout.memory is not None:
+                layout.memory.remember_signal(self, signal, weight.shape[1], layout)
+            mixed = signal * weight[:, -1]
+            for back in range(1, weight.shape[1]):
+                mixed = mixed + _shifted(signal, back, layout) * weight[:, -1 - back]
         if self.conv.bias is not None:
             mixed = mixed + self.conv.bias
         return self.out_proj(gate_out * mixed)
