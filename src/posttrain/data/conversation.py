@@ -17,6 +17,8 @@ from posttrain.types import Message, Origin
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment", "documents")
 SYSTEM = ("system", "developer")
+NO_CONTENT = ("role", "name", "tool_call_id", "id")
+"""Keys of a message that say nothing."""
 PART = 'a part is {"type": "text", "text": "..."}'
 ALIASES: dict[str, str] = {
     "human": "user",
@@ -42,7 +44,11 @@ def clean_messages(messages: Any, field: str, row: Row, origin: Origin) -> list[
     if not isinstance(messages, list) or not messages:
         what = "is an empty list" if messages == [] else f"is {kind(messages)}, not a list of messages"
         raise bad_row("E-DATA-0011", origin, what, field=field, seen=messages, row=row)
-    return [_clean(message, f"{field}[{i}]", row, origin) for i, message in enumerate(messages)]
+    cleaned = [_clean(message, f"{field}[{i}]", row, origin) for i, message in enumerate(messages)]
+    if any(isinstance(message, Mapping) and message.get("function_call") for message in messages):
+        for message in cleaned:  # what was called in the old way is answered in the new one
+            message["role"] = "tool" if message["role"] == "function" else message["role"]
+    return cleaned
 
 
 def _clean(message: Any, field: str, row: Row, origin: Origin) -> Message:
@@ -78,13 +84,23 @@ def map_role(role: Any, field: str, row: Row, origin: Origin, extra: tuple[str, 
 
 def _check_content(message: Message, field: str, row: Row, origin: Origin) -> None:
     content = message.get("content")
-    if isinstance(content, str) or (content is None and len(spoken(message)) > 1):  # tool calls, reasoning
+    if isinstance(content, str) or (content is None and any(message.get(key) for key in ("tool_calls", *REASONING))):
         return
     if not isinstance(content, list):
         what = "is missing" if content is None else f"is {kind(content)}, not text"
-        raise bad_row("E-DATA-0011", origin, what, field=f"{field}.content", seen=content, row=row)
+        raise bad_row("E-DATA-0011", origin, what, field=f"{field}.content", seen=content, row=row,
+                      hint=_elsewhere(message) if content is None else None)  # fmt: skip
     for i, part in enumerate(content):
         _check_part(part, f"{field}.content[{i}]", row, origin)
+
+
+def _elsewhere(message: Message) -> str:
+    """What a message without content seems to call it."""
+    said = next((key for key, value in spoken(message).items()
+                 if key not in NO_CONTENT and isinstance(value, str) and value.strip()), None)  # fmt: skip
+    return (
+        f'call it "content" if `{said}` is what is said' if said else 'a message is {"role": "user", "content": "..."}'
+    )
 
 
 def _check_part(part: Any, field: str, row: Row, origin: Origin) -> None:

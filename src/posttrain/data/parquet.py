@@ -146,6 +146,8 @@ def write_parquet(file: Path, name: Path, rows: list[Row]) -> int:
 def _array(pyarrow: Any, column: str, values: list[Any], path: Path) -> Any:
     try:
         array = pyarrow.array(values)
+        if _holds_nothing(pyarrow, array.type):
+            raise pyarrow.ArrowNotImplementedError("an object without keys has no place in Parquet")
         if column not in NESTED or _unchanged(column, values, array.to_pylist()):
             return array
         why: object = "it would come back otherwise"
@@ -156,6 +158,13 @@ def _array(pyarrow: Any, column: str, values: list[Any], path: Path) -> Any:
     if not any(isinstance(value, list | dict) for value in values):
         raise no_table(path, f"column `{column}`: {why}")
     return pyarrow.array([_as_text(value) for value in values], pyarrow.string())
+
+
+def _holds_nothing(pyarrow: Any, kind: Any) -> bool:
+    """Whether somewhere in it is an object without keys, as `"properties": {}` of a tool without arguments."""
+    if pyarrow.types.is_struct(kind):
+        return kind.num_fields == 0 or any(_holds_nothing(pyarrow, field.type) for field in kind)
+    return bool(pyarrow.types.is_list(kind)) and _holds_nothing(pyarrow, kind.value_type)
 
 
 def _unchanged(column: str, values: list[Any], back: list[Any]) -> bool:

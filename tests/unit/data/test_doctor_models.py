@@ -113,3 +113,10 @@ def test_tools_that_are_left_out_however_they_are_described(description: str | N
     talk = {**row("Hi, greet me! Greets are fine.", "Hello"), "tools": tools}
     assert "W-DATA-0125" in [found.code for found in checked([talk], template=ENDLESS).findings]
     assert "W-DATA-0125" not in [found.code for found in checked([talk], template=WITH_TOOLS).findings]
+
+
+def test_rows_of_tokens_fail_once() -> None:
+    rows = [{"input_ids": [1, 2, 3]}, {"input_ids": [1, -2, 3]}, {"input_ids": [1, 2, 3], "labels": [-100] * 3}]
+    report = check(rows, tokenizer=chatml_tokenizer())
+    assert (report.rows, report.usable) == (3, 1)
+    assert sorted(one.code for one in report.findings if one.severity == "error") == ["E-DATA-0022", "E-DATA-0025"]

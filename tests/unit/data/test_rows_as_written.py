@@ -310,3 +310,33 @@ def test_half_a_character_is_named_by_its_field(row: dict[str, Any], field: str)
 )
 def test_the_way_on_is_named(row: dict[str, Any]) -> None:
     assert "on_bad_row=skip" in (error(row).hint or "")
+
+
+@pytest.mark.parametrize("key", ["text", "contents", "value", "Content"])
+@pytest.mark.parametrize("role", ["user", "assistant", "system", "tool"])
+def test_words_under_another_key(role: str, key: str) -> None:
+    """A question that no template would see."""
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
+    broken = {"role": role, key: "What is 2+2?"}
+    found = error({"messages": [broken, *messages]})
+    assert found.code == "E-DATA-0011"
+    assert '"messages[0].content" is missing' in found.message
+    assert f'call it "content" if `{key}` is what is said' in str(found.hint)
+
+
+def test_calls_and_thoughts_need_no_words() -> None:
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "now", "arguments": {}}}]}
+    rest = [{"role": "tool", "content": "noon"}, {"role": "assistant", "reasoning_content": "It is noon."}]
+    assert len(parse({"messages": [{"role": "user", "content": "Time?"}, call, *rest]}).completions[0]) == 4
+    assert error({"messages": [{"role": "user", "name": "Ann"}, call]}).code == "E-DATA-0011"
+
+
+def test_what_was_called_in_the_old_way_is_answered_in_the_new_one() -> None:
+    turns = [
+        {"role": "user", "content": "Time?"},
+        {"role": "assistant", "content": None, "function_call": {"name": "now", "arguments": "{}"}},
+        {"role": "function", "name": "now", "content": "noon"},
+        {"role": "assistant", "content": "It is noon."},
+    ]
+    roles = [message["role"] for message in parse({"messages": turns}).completions[0] if isinstance(message, dict)]
+    assert roles == ["user", "assistant", "tool", "assistant"]

@@ -162,3 +162,25 @@ def test_what_is_passed_over_in_a_folder_is_said_once(tmp_path: Path, caplog: py
     assert [record.getMessage() for record in caplog.records] == [
         f"data     {tmp_path}: passed over README.md, b.gz, more.jsonl.zst, parts, no data of a known type"
     ]
+
+
+@pytest.mark.parametrize("place", ["tools", "arguments", "own"])
+def test_objects_without_keys_in_parquet(place: str, tmp_path: Path) -> None:
+    """Parquet has no place for them, and tools without arguments are full of them."""
+    tool = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
+    call = {"type": "function", "function": {"name": "now", "arguments": {}}}
+    answer: dict[str, Any] = {"role": "assistant", "content": "Noon."}
+    row: dict[str, Any] = {"messages": [{"role": "user", "content": "Time?"}, answer]}
+    if place == "tools":
+        row["tools"] = [tool]
+    elif place == "arguments":
+        answer["tool_calls"] = [call]
+    else:
+        row["meta"] = {}
+    path = tmp_path / "a.parquet"
+    assert write_rows(path, [row]) == 1
+    (back,) = [read for _, read in read_rows(path)]
+    if place == "own":
+        assert back["meta"] == "{}"
+    else:
+        assert back == row

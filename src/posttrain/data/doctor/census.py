@@ -211,6 +211,7 @@ def _trainable(source: Any, reader: RowReader) -> Rows:
 def trained_rows(row: Row, reader: RowReader, origin: Origin) -> list[Row]:
     """`row` as supervised training reads it: a row for each answer. Raises its DataError."""
     if is_tokenized(row):
+        reader.read(row, origin)
         return [row]
     example = reader.example(row, origin)
     return [_row(example, completion) for completion in example.completions]
