@@ -73,6 +73,8 @@ def compare(entries: Sequence[Entry], pythons: dict[str, str], device: str, opti
     """Measure `entries`, print a table of each kind and workload, and write all runs beside it."""
     if not Path(options.data).exists():
         sys.exit(f"{options.data} is not there; give GSM8K's train.jsonl with --data")
+    if options.warmup >= options.steps:
+        sys.exit(f"--warmup {options.warmup} leaves none of --steps {options.steps} to measure")
     model = resolve(options.model)
     results = {}
     for workload in WORKLOADS if options.workload is None else (options.workload,):

@@ -513,7 +513,11 @@ class Run:
             "number of trained parameters": sum(parameter.numel() for parameter in session.trained.values()),
             "optimizer": type(self.optimizer).__name__,
             "loss_type": getattr(args, "loss_type", None),
-            "settings of the loss": _comparable([self.objective, getattr(args, "beta", None)]),
+            **(
+                {"settings of the loss": _comparable([self.objective, getattr(args, "beta", None)])}
+                if is_dataclass(self.objective)
+                else {}
+            ),
             **({} if self.reference is None else self._reference_identity(session, self.reference)),
             "label_smoothing_factor": args.label_smoothing_factor,
             "adapter": _adapter_settings(self.model),

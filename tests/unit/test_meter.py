@@ -50,7 +50,7 @@ def test_metrics_hold_no_graph() -> None:
     meter = Meter()
     weight = torch.ones((), requires_grad=True)
     meter.add({"entropy": (weight * 2, 1)})
-    assert not meter._pending[0]["entropy"][0].requires_grad
+    assert not meter._pending[0][1]["entropy"][0].requires_grad
 
 
 def test_an_abandoned_step_takes_only_itself_away() -> None:

@@ -41,7 +41,20 @@ def test_the_comparison_runs(kind: str, tmp_path: Path) -> None:
         for i in range(40):
             file.write(json.dumps({"question": f"what is {i} and {i}?", "answer": f"it is {2 * i}."}) + "\n")
     command = [sys.executable, SCRIPT, "--device", "cpu", "--one-environment", "--model", tmp_path / "model"]
-    command += ["--data", data, "--repeats", "1", "--steps", "3", "--only", kind, "--workload", "gsm8k"]
+    command += [
+        "--data",
+        data,
+        "--repeats",
+        "1",
+        "--steps",
+        "3",
+        "--warmup",
+        "1",
+        "--only",
+        kind,
+        "--workload",
+        "gsm8k",
+    ]
     command += ["--json", tmp_path / "runs.json"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, check=False)
