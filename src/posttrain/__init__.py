@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from posttrain.trainers.config import SFTConfig
     from posttrain.trainers.dpo import DPOTrainer
     from posttrain.trainers.dpo_config import DPOConfig
+    from posttrain.trainers.grpo import GRPOTrainer
+    from posttrain.trainers.grpo_config import GRPOConfig
     from posttrain.trainers.kto import KTOConfig, KTOTrainer
     from posttrain.trainers.orpo import ORPOConfig, ORPOTrainer
     from posttrain.trainers.reward import RewardConfig, RewardTrainer
@@ -33,6 +35,8 @@ _HOMES = {
     "SFTTrainer": "posttrain.trainers.sft",
     "DPOTrainer": "posttrain.trainers.dpo",
     "DPOConfig": "posttrain.trainers.dpo_config",
+    "GRPOTrainer": "posttrain.trainers.grpo",
+    "GRPOConfig": "posttrain.trainers.grpo_config",
     "KTOTrainer": "posttrain.trainers.kto",
     "KTOConfig": "posttrain.trainers.kto",
     "ORPOTrainer": "posttrain.trainers.orpo",
@@ -55,6 +59,8 @@ __all__ = [
     "DPOConfig",
     "DPOTrainer",
     "DataError",
+    "GRPOConfig",
+    "GRPOTrainer",
     "Interrupted",
     "KTOConfig",
     "KTOTrainer",

@@ -76,6 +76,10 @@ class NonFiniteError(UserError):
     code = "E-TRAIN-0007"
 
 
+class Stopped(Exception):
+    """A signal came in the middle of something long, which is given up; whoever began it says what becomes of it."""
+
+
 class Interrupted(SystemExit):
     """Raised after a signal, once everything is saved. Exit status 75 means: run it again to go on."""
 

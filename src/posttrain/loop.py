@@ -18,7 +18,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 
 from posttrain.backoff import BackOff
-from posttrain.errors import DataError, Interrupted, NonFiniteError, OutOfMemoryError
+from posttrain.errors import Interrupted, NonFiniteError, OutOfMemoryError, Stopped, UserError
 from posttrain.events import Events
 from posttrain.meter import Meter
 from posttrain.objectives.base import Objective
@@ -43,6 +43,16 @@ class Source(Protocol):
         ...
 
     def epoch_after(self, step: int) -> float: ...
+
+    def tokens(self, step: int, micro: list[Batch]) -> int:
+        """How many tokens of data step `step` has used."""
+        ...
+
+    def state(self, position: int) -> dict[str, Any]:
+        """What a run that resumes before step `position` cannot make again, as plain values."""
+        ...
+
+    def load_state(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass
@@ -113,7 +123,10 @@ class Loop:
         self.meter.start_step()
         try:
             micro = self.source.micro_batches(step)
-        except DataError as error:  # a stream came upon a bad row
+        except Stopped:  # as if this step had never begun
+            self._discard(rng)
+            self._leave(stop)
+        except UserError as error:  # a stream came upon a bad row, or a reward failed
             self.meter.discard_step()
             if self.events.state.global_step:
                 restore_rng(rng)
@@ -136,13 +149,16 @@ class Loop:
         self._account(micro, counts, loss)
 
     def _gradients(
-        self, step: int, micro: list[Batch], counts: dict[str, int], stop: StopRequest, rng: dict[str, Any]
+        self, step: int, micro: list[Batch], counts: dict[str, float], stop: StopRequest, rng: dict[str, Any]
     ) -> float | None:
         """The step's loss, its gradients clipped; or None where memory did not suffice and the step, cut into smaller
         pieces, is to be begun again."""
         batch, shortage = None, None
         try:
             loss = torch.zeros((), device=self.parameters[0].device)
+            if not micro:  # nothing to learn from; what momentum there is goes on
+                for parameter in self.parameters:
+                    parameter.grad = torch.zeros_like(parameter)
             for batch in micro:
                 loss += self._micro_batch(batch, counts)
                 if batch is not micro[-1]:
@@ -202,7 +218,7 @@ class Loop:
             code="E-OOM-0002",
         )
 
-    def _micro_batch(self, batch: Batch, counts: dict[str, int]) -> torch.Tensor:
+    def _micro_batch(self, batch: Batch, counts: dict[str, float]) -> torch.Tensor:
         self.phase = "forward"
         batch = self.annotate(batch)
         terms, metrics = self.objective(self.forward(batch, self.objective.needs), batch)
@@ -212,11 +228,11 @@ class Loop:
         self.meter.add(metrics)
         return loss.detach()
 
-    def _account(self, micro: list[Batch], counts: dict[str, int], loss: float) -> None:
+    def _account(self, micro: list[Batch], counts: dict[str, float], loss: float) -> None:
         state = self.events.state
-        tokens = sum(batch.sequence_tokens for batch in micro)
+        tokens = self.source.tokens(self.position, micro)
         flops = sum(self.flops(batch) for batch in micro)
-        self.meter.end_step(loss, tokens, counts["tokens"], flops)
+        self.meter.end_step(loss, tokens, counts.get("tokens", 0), flops)
         self.total_loss += loss
         self.samples += len({sample for batch in micro for sample in batch.sample_S})
         self.last_loss = loss
@@ -288,6 +304,7 @@ class Loop:
             "epoch_end_due": self.epoch_end_due,
             "epoch_stop_due": self.events.control.should_epoch_stop and self.position % self.source.steps_per_epoch > 0,
             "position": self.position,
+            "source": self.source.state(self.position),
             "token_budget": self.source.token_budget,
             "token_budget_asked": self.backoff.asked,
             "oom_backoffs": self.backoff.count,
@@ -300,6 +317,7 @@ class Loop:
         self.total_loss, self.grad_norm = saved["total_loss"], saved["grad_norm"]
         self.learning_rate, self.epoch_end_due = saved["learning_rate"], saved["epoch_end_due"]
         self.position = saved["position"]
+        self.source.load_state(saved.get("source", {}))
         self.backoff.count = saved.get("oom_backoffs", 0)
         if "token_budget" in saved and saved["token_budget_asked"] == self.backoff.asked:
             self.source.token_budget = saved["token_budget"]  # the cut shows in the last bit
@@ -336,9 +354,9 @@ class Loop:
         )
 
 
-def total_counts(micro: Sequence[Batch]) -> dict[str, int]:
+def total_counts(micro: Sequence[Batch]) -> dict[str, float]:
     """Counts over all micro-batches of a step, known before any forward."""
-    totals: dict[str, int] = {}
+    totals: dict[str, float] = {}
     for batch in micro:
         for unit, count in batch.counts.items():
             totals[unit] = totals.get(unit, 0) + count

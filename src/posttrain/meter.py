@@ -18,9 +18,9 @@ class Meter:
 
     steps: int = 0
     loss_sum: float = 0.0
-    metrics: dict[str, tuple[float, int]] = field(default_factory=dict)
+    metrics: dict[str, tuple[float, float]] = field(default_factory=dict)
     tokens: int = 0
-    supervised: int = 0
+    supervised: float = 0
     flops: float = 0.0
     seconds: float = 0.0
     _pending: list[tuple[int, Metrics]] = field(default_factory=list, repr=False)
@@ -37,7 +37,7 @@ class Meter:
         """One micro-batch's metrics."""
         self._pending.append((self._step, {name: (total.detach(), count) for name, (total, count) in metrics.items()}))
 
-    def end_step(self, loss: float, tokens: int, supervised: int, flops: float) -> None:
+    def end_step(self, loss: float, tokens: int, supervised: float, flops: float) -> None:
         self.steps += 1
         self.loss_sum += loss
         self.tokens += tokens
@@ -60,7 +60,7 @@ class Meter:
             self._count(name, value, 1)
         self._pending.clear()
 
-    def _count(self, name: str, total: float, count: int) -> None:
+    def _count(self, name: str, total: float, count: float) -> None:
         before, counted = self.metrics.get(name, (0.0, 0))
         self.metrics[name] = (before + total, counted + count)
 

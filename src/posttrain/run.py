@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import TrainingArguments
@@ -40,13 +40,43 @@ from posttrain.objectives.base import Objective
 from posttrain.optimization import make_optimizer, make_scheduler
 from posttrain.optimizer_state import evaluation_weights, has_two_modes, make_state
 from posttrain.planner import Workload, default_token_budget, make_plan
-from posttrain.reference import ReferenceModel, precompute
+from posttrain.reference import Reference, ReferenceModel, precompute
 from posttrain.session import Session
 from posttrain.shortage import is_out_of_memory, shortage_of
 from posttrain.signals import StopRequest
 from posttrain.types import Batch, Sample
 
 logger = logging.getLogger("posttrain")
+
+
+class Rollouts(Protocol):
+    """What a run asks of a method that samples its own completions."""
+
+    @property
+    def source(self) -> Any:
+        """A `RolloutSource`."""
+        ...
+
+    @property
+    def workload(self) -> Workload: ...
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a resumed run to be the same run."""
+        ...
+
+    def open(self, session: Session, reference: Reference | None, stopped: Callable[[], bool]) -> None:
+        """Before anything is sampled."""
+        ...
+
+    def resumed(self, step: int) -> None:
+        """A run is taken up again after `step` steps."""
+        ...
+
+    def evaluate(
+        self, session: Session, prompts: Any, stopped: Callable[[], bool], batch_done: Callable[[], None]
+    ) -> dict[str, float] | None:
+        """Metrics of one evaluation set, or None if `stopped()` came true."""
+        ...
 
 
 class TrainResult(TrainOutput):
@@ -64,7 +94,9 @@ class TrainResult(TrainOutput):
 class Run:
     """`train_samples` is a list, or a function that starts a new pass over a stream. `predict` computes the user's own
     metrics over an evaluation set; `schedule` has the objective for each moment, in epochs, where it changes;
-    `first_look` is called before the first step, while the model is what it was."""
+    `first_look` is called before the first step, while the model is what it was. With `rollouts` completions are
+    sampled as training goes: `train_samples` are the prompts alone, and evaluation sets are what it knows how to
+    evaluate."""
 
     model: Any
     processing_class: Any
@@ -78,6 +110,7 @@ class Run:
     reference: ReferenceModel | None = None
     schedule: Callable[[float], Objective] | None = None
     first_look: Callable[[Session], None] | None = None
+    rollouts: Rollouts | None = None
     optimizers: tuple[Any, Any] = (None, None)
     optimizer_choice: tuple[type, dict[str, Any]] | None = None
     session: Session | None = None
@@ -105,7 +138,11 @@ class Run:
             started = time.time()
             source.token_budget = self._plan(session)
             self.source = source
+            if self.rollouts is not None:
+                self.rollouts.open(session, self._asker(session), lambda: stop.received is not None)
             loop = self._loop(session, source, max_steps, epochs, stop)
+            if self.rollouts is not None:
+                source.report = loop.meter.add
             folder = self._resume_folder(resume)
             self.identity = self._identity(session)
             rng = self._take_up(session, loop, folder) if folder is not None else None
@@ -118,6 +155,8 @@ class Run:
             self.events.start(max_steps, epochs, self.optimizer, self.scheduler, self.model)
             if rng is not None:
                 snapshot.restore_rng(rng)
+            if self.rollouts is not None:
+                self.rollouts.resumed(first_step)
             if args.eval_on_start and first_step == 0:
                 self.evaluate(self.eval_sets, stop)
             try:
@@ -132,6 +171,10 @@ class Run:
         """The source, the number of steps and of (begun) epochs, as transformers counts them."""
         args = self.args
         step_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        if self.rollouts is not None:
+            source = self.rollouts.source
+            source.token_budget = self._budget()
+            return source, *self._lengths_of(source.steps_per_epoch)
         if callable(self.train_samples):
             if args.max_steps <= 0:
                 raise ConfigError("a streaming dataset has no length: set max_steps")
@@ -148,12 +191,14 @@ class Run:
         if order.batches_per_epoch == 0:
             raise DataError(f"{len(samples)} samples make no batch of {args.per_device_train_batch_size}",
                             hint="lower per_device_train_batch_size or set dataloader_drop_last=False")  # fmt: skip
-        by_epochs = math.ceil(args.num_train_epochs * order.steps_per_epoch)
-        max_steps = args.max_steps if args.max_steps > 0 else by_epochs
-        epochs = (
-            math.ceil(max_steps / order.steps_per_epoch) if args.max_steps > 0 else math.ceil(args.num_train_epochs)
-        )
-        return StaticSource(samples, order, self._budget()), max_steps, epochs
+        return StaticSource(samples, order, self._budget()), *self._lengths_of(order.steps_per_epoch)
+
+    def _lengths_of(self, steps_per_epoch: int) -> tuple[int, int]:
+        """Of the run, in steps and in (begun) epochs."""
+        args = self.args
+        if args.max_steps > 0:
+            return args.max_steps, math.ceil(args.max_steps / steps_per_epoch)
+        return math.ceil(args.num_train_epochs * steps_per_epoch), math.ceil(args.num_train_epochs)
 
     def _data_seed(self) -> int:
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -170,7 +215,9 @@ class Run:
         args = self.args
         longest = getattr(args, "max_length", None) or self._budget()
         work = Workload(self._budget(), self._budget(), longest)  # of a stream no more is known
-        if not callable(self.train_samples):
+        if self.rollouts is not None:
+            work = self.rollouts.workload
+        elif not callable(self.train_samples):
             lengths = sorted(_lengths(self.train_samples), reverse=True)
             step_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
             usual = min(len(lengths), step_size) * sum(lengths) // len(lengths)
@@ -329,17 +376,21 @@ class Run:
             reference.close()
 
     def _annotate(self, session: Session) -> Callable[[Batch], Batch]:
-        device, reference = session.policy.device, self.reference
-        if reference is None or "ref_logp" in self.columns:
+        device, ask = session.policy.device, self._asker(session)
+        if ask is None or "ref_logp" in self.columns or self.rollouts is not None:
             return lambda batch: batch.to(device)
-        reference.open(session)
-        ask = reference.ask(session)
 
         def annotate(batch: Batch) -> Batch:
             batch = batch.to(device)
             return batch.with_columns(ref_logp_R=ask(batch))
 
         return annotate
+
+    def _asker(self, session: Session) -> Reference | None:
+        if self.reference is None:
+            return None
+        self.reference.open(session)
+        return self.reference.ask(session)
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
@@ -382,18 +433,26 @@ class Run:
         self, session: Session, samples: Sequence[Sample], prefix: str, stop: StopRequest | None
     ) -> dict[str, float] | None:
         args, started = self.args, time.time()
-        samples = self._asked(session, samples, prefix)
-        values = evaluate_loss(
-            session.policy,
-            self.objective if self.schedule is None else self.schedule(self.events.state.epoch or 0.0),
-            samples,
-            args.per_device_eval_batch_size,
-            self._budget(),
-            stopped=lambda: stop is not None and stop.received is not None,
-            batch_done=self.events.prediction_step,
-            packing=self._packing(session, args.per_device_eval_batch_size),
-            annotate=self._annotate(session),
-        )
+
+        def stopped() -> bool:
+            return stop is not None and stop.received is not None
+
+        if self.rollouts is not None:
+            self.rollouts.open(session, self._asker(session), stopped)
+            values = self.rollouts.evaluate(session, samples, stopped, self.events.prediction_step)
+        else:
+            samples = self._asked(session, samples, prefix)
+            values = evaluate_loss(
+                session.policy,
+                self.objective if self.schedule is None else self.schedule(self.events.state.epoch or 0.0),
+                samples,
+                args.per_device_eval_batch_size,
+                self._budget(),
+                stopped=stopped,
+                batch_done=self.events.prediction_step,
+                packing=self._packing(session, args.per_device_eval_batch_size),
+                annotate=self._annotate(session),
+            )
         if values is None:
             return None
         metrics = {f"{prefix}_{name}": value for name, value in values.items()}
@@ -521,6 +580,7 @@ class Run:
             **({} if self.reference is None else self._reference_identity(session, self.reference)),
             "label_smoothing_factor": args.label_smoothing_factor,
             "adapter": _adapter_settings(self.model),
+            **({} if self.rollouts is None else {"how completions are sampled": _comparable(self.rollouts.identity())}),
             **({} if self.optimizers[0] or self.optimizer_choice else self._schedule()),
         }
 

@@ -7,7 +7,7 @@ was trained stays.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,6 +57,7 @@ class Session:
             give_back(lean)
             precision.restore()
             raise
+        policy.shape = replace(policy.shape, temperature=getattr(args, "temperature", 1.0))
         trained = dict(precision.masters())
         trained |= {n: p for n, p in model.named_parameters() if p in adapter_parameters and p.requires_grad}
         options = args.activation_checkpointing_kwargs

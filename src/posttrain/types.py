@@ -157,7 +157,7 @@ class Batch:
     sequence_R: torch.Tensor
     sample_S: tuple[int, ...]
     origins_S: tuple[Origin, ...]
-    counts: Mapping[str, int]
+    counts: Mapping[str, float]
     columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
     pairs_P2: torch.Tensor | None = None
     can_be_cut: bool = False
@@ -198,9 +198,11 @@ class Batch:
 @dataclass(frozen=True)
 class Needs:
     """What an objective wants of the forward pass beside `logp_R`. `entropy`, `mean_logit` and `log_collision` come
-    without gradient. With `prompts` the tokens of prompts are rows too."""
+    without gradient, the entropy with one where `entropy_gradient` is asked for. With `prompts` the tokens of prompts
+    are rows too."""
 
     entropy: bool = False
+    entropy_gradient: bool = False
     uniform_logp: bool = False
     mean_logit: bool = False
     log_collision: bool = False

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
+from typing import Any
 
 import torch
 
@@ -97,6 +98,16 @@ class StaticSource:
     def epoch_after(self, step: int) -> float:
         return self.order.epoch_after(step)
 
+    def tokens(self, step: int, micro: list[Batch]) -> int:
+        return sum(batch.sequence_tokens for batch in micro)
+
+    def state(self, position: int) -> dict[str, Any]:
+        """Nothing: the order follows from the seed."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        pass
+
 
 @dataclass
 class StreamSource:
@@ -147,3 +158,13 @@ class StreamSource:
 
     def epoch_after(self, step: int) -> float:
         return step / self.max_steps
+
+    def tokens(self, step: int, micro: list[Batch]) -> int:
+        return sum(batch.sequence_tokens for batch in micro)
+
+    def state(self, position: int) -> dict[str, Any]:
+        """Nothing: what comes before is read again."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        pass

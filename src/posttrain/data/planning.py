@@ -219,17 +219,25 @@ def _tensor(values: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(values.astype(np.int64))
 
 
-COLUMNS = {"label": ("label_S", torch.bool), "margin": ("margin_P", torch.float32)}
-"""What an example may carry for its objective: its name there, and in a batch. `ref_logp` is an array a branch."""
+COLUMNS = {
+    "label": ("label_S", torch.bool),
+    "margin": ("margin_P", torch.float32),
+    "advantage": ("advantage_S", torch.float32),
+}
+"""What an example may carry for its objective: its name there, and in a batch."""
+OF_TOKENS = {"ref_logp": "ref_logp_R", "old_logp": "old_logp_R", "sampled_logp": "sampled_logp_R"}
+"""What it may carry of every supervised token: an array a branch."""
 
 
 def _columns(units: list[_Unit], names: tuple[str, ...]) -> dict[str, torch.Tensor]:
     columns = {}
     for name in names:
         values = [unit.tokenized.columns[name] for unit in units]
-        if name == "ref_logp":
+        if name in OF_TOKENS:
             parts = [part for branches in values for part in branches]
-            columns["ref_logp_R"] = torch.from_numpy(np.concatenate(parts).astype(np.float32))
+            columns[OF_TOKENS[name]] = torch.from_numpy(np.concatenate(parts).astype(np.float32))
+        elif name == "advantage":  # each branch has one
+            columns["advantage_S"] = torch.tensor([one for branches in values for one in branches])
         else:
             column, dtype = COLUMNS[name]
             if column.endswith("_S"):

@@ -70,7 +70,7 @@ def _group(
     """Loss and metrics of one evaluation batch, by its own tokens; None if `stopped()` came true."""
     loss = 0.0
     sums: dict[str, float] = {}
-    counts: dict[str, int] = {}
+    counts: dict[str, float] = {}
     for batch in micro:
         if stopped():
             return None

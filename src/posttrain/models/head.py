@@ -2,12 +2,14 @@
 
 One autograd function serves every objective. With logits z = f(h W' + b), where f scales and caps (Gemma 2), it returns
 per row: log p of the target, whether the target was the likeliest token, and on request the mean of log p over the
-vocabulary (label smoothing) and, without gradient, the entropy, the mean logit and log sum p^2.
+vocabulary (label smoothing), the entropy (with gradient where that is asked for too) and, without, the mean logit and
+log sum p^2.
 
-Gradient: d log p_t / dz = onehot_t - p, whatever the objective does with log p, so with a frozen head the gradient with
-respect to the hidden state is made in the forward pass while p is at hand and only scaled in the backward pass: two
-matrix products in all, as many as the mathematics asks for. A trained head needs the incoming gradient for its own
-weight; there the chunk's logits are computed again in the backward pass, which costs one product and no memory.
+Gradients: d log p_t / dz = onehot_t - p and d H / dz = p (sum p z - z), whatever the objective does with them, so with
+a frozen head the gradient with respect to the hidden state is made in the forward pass while p is at hand and only
+scaled in the backward pass: two matrix products in all, as many as the mathematics asks for. A trained head needs the
+incoming gradient for its own weight; there the chunk's logits are computed again in the backward pass, which costs one
+product and no memory.
 
 A chunk is as many rows as the matrix products want; soft-max and what follows it run over blocks of a few rows, which
 stay in the processor's cache, in two fp32 buffers that are used again and again.
@@ -33,10 +35,12 @@ NOTHING_MORE = Needs()
 
 @dataclass(frozen=True)
 class HeadShape:
-    """What a family does to its logits: multiplied by `scale`, then `softcap * tanh(z / softcap)`."""
+    """What becomes of logits: multiplied by `scale`, then `softcap * tanh(z / softcap)`, as the family does, then
+    divided by the `temperature` at which completions are sampled (reinforcement learning trains what it samples)."""
 
     scale: float = 1.0
     softcap: float | None = None
+    temperature: float = 1.0
 
     def apply_(self, z_BV: torch.Tensor, bias_V: torch.Tensor | None) -> None:
         """Turn products h W' into logits, in place."""
@@ -46,12 +50,14 @@ class HeadShape:
             z_BV *= self.scale
         if self.softcap is not None:
             z_BV.div_(self.softcap).tanh_().mul_(self.softcap)
+        if self.temperature != 1.0:
+            z_BV /= self.temperature
 
     def slope(self, z_CV: torch.Tensor) -> torch.Tensor | float:
         """d logits / d (h W' + b), given the logits."""
         if self.softcap is None:
-            return self.scale
-        return (1 - (z_CV / self.softcap).square()) * self.scale
+            return self.scale / self.temperature
+        return (1 - (z_CV * (self.temperature / self.softcap)).square()) * (self.scale / self.temperature)
 
 
 def token_logps(
@@ -72,7 +78,7 @@ def token_logps(
     return Outputs(
         logp_R,
         top1_R,
-        entropy_R=entropy_R if needs.entropy else None,
+        entropy_R=entropy_R if needs.entropy or needs.entropy_gradient else None,
         uniform_logp_R=uniform_R if needs.uniform_logp else None,
         mean_logit_R=mean_R if needs.mean_logit else None,
         log_collision_R=collision_R if needs.log_collision else None,
@@ -132,9 +138,12 @@ class _TokenLogps(torch.autograd.Function):
             hidden_RD.new_zeros(rows, dtype=_accurate(hidden_RD.dtype)) for _ in range(5)
         )
         top1_R = torch.empty(rows, dtype=torch.bool, device=hidden_RD.device)
+        entropic = needs.entropy_gradient
         slope_RD = torch.empty_like(hidden_RD) if early else None  # d logp / d hidden
+        entropy_slope_RD = torch.empty_like(hidden_RD) if early and entropic else None
         uniform_slope_RD = torch.empty_like(hidden_RD) if early and uniform else None
         work = _Workspace(hidden_RD, len(weight_VD))
+        entropic_CV = torch.empty_like(work.low_CV) if entropy_slope_RD is not None else None
         for start in range(0, rows, CHUNK_ROWS):
             part = slice(start, min(start + CHUNK_ROWS, rows))
             target_C = target_R[part]
@@ -153,8 +162,11 @@ class _TokenLogps(torch.autograd.Function):
                 if needs.log_collision:
                     collision_R[at] = 2 * torch.linalg.vector_norm(p_BV, dim=1).log()
                 slope = shape.slope(z_BV) if early else 1.0
-                if needs.entropy:
-                    entropy_R[at] = lse_B - z_BV.mul_(p_BV).sum(1)
+                if needs.entropy or entropic:
+                    mean_B = z_BV.mul_(p_BV).sum(1)
+                    entropy_R[at] = lse_B - mean_B
+                    if entropic_CV is not None:
+                        entropic_CV[block] = _entropy_gradient(z_BV, p_BV, mean_B).mul_(slope)
                 if slope_RD is None:
                     continue
                 chosen_slope_B1 = slope if isinstance(slope, float) else slope.gather(1, target_B1)
@@ -167,22 +179,26 @@ class _TokenLogps(torch.autograd.Function):
                 slope_RD[part] -= expected_CD
                 if uniform_slope_RD is not None:
                     uniform_slope_RD[part] -= expected_CD
-        ctx.shape, ctx.early, ctx.uniform = shape, early, uniform
+                if entropy_slope_RD is not None and entropic_CV is not None:
+                    torch.mm(entropic_CV[: len(target_C)], weight_VD, out=entropy_slope_RD[part])
+        ctx.shape, ctx.early, ctx.uniform, ctx.entropic = shape, early, uniform, entropic
         if early:
-            ctx.save_for_backward(slope_RD, uniform_slope_RD)
+            ctx.save_for_backward(slope_RD, uniform_slope_RD, entropy_slope_RD)
         else:
             ctx.save_for_backward(hidden_RD, weight_VD, bias_V, target_R)
-        ctx.mark_non_differentiable(top1_R, entropy_R, mean_R, collision_R)
+        ctx.mark_non_differentiable(top1_R, mean_R, collision_R, *(() if entropic else (entropy_R,)))
         return logp_R, uniform_R, top1_R, entropy_R, mean_R, collision_R
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:
-        grad_logp_R, grad_uniform_R = grads[:2]
+        grad_logp_R, grad_uniform_R, _, grad_entropy_R = grads[:4]
         if ctx.early:
-            slope_RD, uniform_slope_RD = ctx.saved_tensors
+            slope_RD, uniform_slope_RD, entropy_slope_RD = ctx.saved_tensors
             grad_RD = slope_RD * grad_logp_R[:, None].to(slope_RD.dtype)
             if uniform_slope_RD is not None:
                 grad_RD += uniform_slope_RD * grad_uniform_R[:, None].to(slope_RD.dtype)
+            if entropy_slope_RD is not None:
+                grad_RD += entropy_slope_RD * grad_entropy_R[:, None].to(slope_RD.dtype)
             return grad_RD, None, None, None, None, None
         hidden_RD, weight_VD, bias_V, target_R = ctx.saved_tensors
         accurate = _accurate(hidden_RD.dtype)
@@ -196,10 +212,18 @@ class _TokenLogps(torch.autograd.Function):
             for block in work.blocks(len(low_CV)):
                 at = slice(start + block.start, start + block.stop)
                 z_BV, p_BV = work.softmax(low_CV[block], ctx.shape, bias_V)
+                slope = ctx.shape.slope(z_BV)
+                entropic_BV = None
+                if ctx.entropic:
+                    entropic_BV = z_BV.mul_(p_BV)
+                    entropic_BV = _entropy_gradient(entropic_BV, p_BV, entropic_BV.sum(1))
+                    entropic_BV = entropic_BV.mul_(grad_entropy_R[at, None])
                 grad_BV = _logit_gradient(
                     p_BV, target_R[at], grad_logp_R[at], grad_uniform_R[at] if ctx.uniform else None
                 )
-                grad_BV.mul_(ctx.shape.slope(z_BV))
+                if entropic_BV is not None:
+                    grad_BV += entropic_BV
+                grad_BV.mul_(slope)
                 if grad_bias_V is not None:
                     grad_bias_V += grad_BV.sum(0)
                 low_CV[block] = grad_BV
@@ -228,6 +252,11 @@ def _logit_gradient(
         p_BV.mul_(-(grad_logp_B + grad_uniform_B)[:, None])
         p_BV += grad_uniform_B[:, None] / p_BV.shape[1]
     return p_BV.scatter_add_(1, target_B[:, None], grad_logp_B[:, None])
+
+
+def _entropy_gradient(weighted_BV: torch.Tensor, p_BV: torch.Tensor, mean_B: torch.Tensor) -> torch.Tensor:
+    """d H / d z of a block, in the place of `weighted_BV`, `z p`."""
+    return weighted_BV.neg_().addcmul_(p_BV, mean_B[:, None])
 
 
 def _mean_row(slope: torch.Tensor | float, weight_VD: torch.Tensor) -> torch.Tensor:

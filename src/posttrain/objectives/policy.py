@@ -10,7 +10,8 @@ that sampled it (clipping, soft gates, weights without gradient), and what the s
     vespo (arXiv 2602.10693)           -stop(phi(ratio of the sequence)) A log p
 
 A batch brings `advantage_S`; `old_logp_R` where the policy has moved since it sampled (else they are its own, and the
-ratio is 1 with a gradient); `ref_logp_R` where `beta` is not 0.
+ratio is 1 with a gradient); `ref_logp_R` where `beta` is not 0; a number `round_weight` where batches of several rounds
+of sampling meet in a step.
 
 Shape suffixes: `R` supervised rows (tokens of completions), `S` sequences.
 """
@@ -112,7 +113,8 @@ class PolicyLoss:
     """`loss_type` is a key of `LOSSES`; `level` says whether ratios are of tokens or of sequences; `beta` weighs the KL
     divergence to the reference, estimated per token (k3, http://joschu.net/blog/kl-approx.html), with `corrected_kl`
     times the ratio; `max_completion_length` is Dr. GRPO's divisor. `top_entropy` keeps the gradient of that share of
-    each batch's tokens, the most uncertain ones (arXiv 2506.01939)."""
+    each batch's tokens, the most uncertain ones (arXiv 2506.01939); `entropy_coef` weighs a bonus, the mean entropy of
+    the tokens of each batch of the user's size (of those that have the gradient)."""
 
     loss_type: str = "dapo"
     level: str = "token"
@@ -121,6 +123,7 @@ class PolicyLoss:
     max_completion_length: int = 256
     corrected_kl: bool = False
     top_entropy: float = 1.0
+    entropy_coef: float = 0.0
     off_policy_threshold: float | None = None
 
     def __post_init__(self) -> None:
@@ -129,7 +132,7 @@ class PolicyLoss:
 
     @property
     def needs(self) -> Needs:
-        return Needs(entropy=True)
+        return Needs(entropy=True, entropy_gradient=self.entropy_coef != 0)
 
     @property
     def needs_reference(self) -> bool:
@@ -138,25 +141,40 @@ class PolicyLoss:
     @property
     def is_sum(self) -> bool:
         """Batches are whole where a mean or a quantile is taken over their tokens."""
-        return AVERAGES[self.loss_type] != "batch tokens" and self.top_entropy >= 1.0
+        return AVERAGES[self.loss_type] != "batch tokens" and self.top_entropy >= 1.0 and not self.entropy_coef
+
+    @property
+    def skips_indifferent(self) -> bool:
+        """Whether completions without an advantage add nothing to the gradient, and need not be computed."""
+        return not self.beta and self.top_entropy >= 1.0 and not self.entropy_coef
 
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Terms, Metrics]:
         old_R = batch.columns.get("old_logp_R", outputs.logp_R.detach())
         rows, length_S = self.rows(outputs.logp_R, old_R, batch), lengths(batch, outputs.logp_R)
         loss_R = LOSSES[self.loss_type](rows, self.settings)
         if self.off_policy_threshold is not None:
-            loss_R = loss_R * self._on_policy(rows, length_S)
+            loss_R = loss_R * self._on_policy(rows, length_S, batch)
+        acting_R = torch.ones_like(loss_R)
         if self.top_entropy < 1.0:
             assert outputs.entropy_R is not None
-            loss_R = loss_R * _most_uncertain(outputs.entropy_R, self.top_entropy)
+            acting_R = _most_uncertain(outputs.entropy_R, self.top_entropy)
+            loss_R = loss_R * acting_R
         metrics = self._watch(outputs, rows, batch)
+        if "sampled_logp_R" in batch.columns:
+            gap_R = (old_R.detach() - batch.columns["sampled_logp_R"]).abs()
+            metrics["sampling/logp_difference"] = (gap_R.sum(), len(gap_R))
         if self.beta:
             kl_R = kl_divergence(outputs.logp_R, batch.columns["ref_logp_R"])
             if self.corrected_kl:
                 kl_R = kl_R * rows.ratio_R
             loss_R = loss_R + self.beta * kl_R
-            metrics["kl"] = (kl_R.detach().sum(), batch.counts["tokens"])
-        return self._averaged(loss_R, length_S, batch), metrics
+            metrics["kl"] = (kl_R.detach().sum(), len(kl_R))
+        terms = self._averaged(loss_R, length_S, batch)
+        if self.entropy_coef:
+            assert outputs.entropy_R is not None
+            mean = (outputs.entropy_R * acting_R).sum() / acting_R.sum().clamp(min=1)
+            terms["batches"] = terms.get("batches", 0.0) - self.entropy_coef * mean
+        return terms, metrics
 
     def rows(self, logp_R: torch.Tensor, old_logp_R: torch.Tensor, batch: Batch) -> Rows:
         log_ratio_R = logp_R - old_logp_R
@@ -168,27 +186,33 @@ class PolicyLoss:
         advantage_R = batch.columns["advantage_S"].to(logp_R.dtype)[batch.sequence_R]
         return Rows(logp_R, log_ratio_R.exp(), advantage_R, log_ratio_S, batch.sequence_R)
 
-    def _on_policy(self, rows: Rows, length_S: torch.Tensor) -> torch.Tensor:
+    def _on_policy(self, rows: Rows, length_S: torch.Tensor, batch: Batch) -> torch.Tensor:
         """`(R,)`: 0 for bad completions that the policy has left behind by more than the threshold, as the mean of
-        log old / policy (DeepSeek-V3.2, equation 9)."""
+        log old / policy (DeepSeek-V3.2, equation 9); where the sampler's own numbers are there, of those, so that what
+        it does otherwise than training counts too."""
         assert self.off_policy_threshold is not None
-        gone_S = -rows.log_ratio_S.detach() / length_S.clamp(min=1)
+        log_ratio_S = rows.log_ratio_S.detach()
+        if "sampled_logp_R" in batch.columns:
+            log_ratio_S = sum_by_sequence(rows.logp_R.detach() - batch.columns["sampled_logp_R"], batch)
+        gone_S = -log_ratio_S / length_S.clamp(min=1)
         return ((rows.advantage_R >= 0) | (gone_S <= self.off_policy_threshold)[rows.sequence_R]).to(rows.logp_R.dtype)
 
     def _averaged(self, loss_R: torch.Tensor, length_S: torch.Tensor, batch: Batch) -> Terms:
         how = AVERAGES[self.loss_type]
         if how == "batch tokens":
-            return {"batches": loss_R.sum() / max(1, len(loss_R))}
+            return {"batches": loss_R.sum() / max(1, batch.counts["tokens"])}
         if how == "sequence means":
             return {"sequences": (sum_by_sequence(loss_R, batch) / length_S.clamp(min=1)).sum()}
         if how == "longest":
             return {"sequences": loss_R.sum() / self.max_completion_length}
-        return {"tokens" if how == "tokens" else "sequences": loss_R.sum()}
+        if how == "tokens":
+            return {"tokens": loss_R.sum() * batch.columns.get("round_weight", 1.0)}
+        return {"sequences": loss_R.sum()}
 
     def _watch(self, outputs: Outputs, rows: Rows, batch: Batch) -> Metrics:
         assert outputs.entropy_R is not None
-        tokens = batch.counts["tokens"]
-        metrics: Metrics = {"entropy": (outputs.entropy_R.sum(), tokens)}
+        tokens = len(outputs.logp_R)  # that were computed: those that could not teach anything may have been left out
+        metrics: Metrics = {"entropy": (outputs.entropy_R.detach().sum(), tokens)}
         with torch.no_grad():
             ratio_R, advantage_R, to = rows.ratio_R, rows.advantage_R, self.settings
             if self.loss_type in CLIPS:

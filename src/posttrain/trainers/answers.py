@@ -125,7 +125,7 @@ class ReferenceConfig(AnswerConfig):
                               hint="leave one of them out")  # fmt: skip
 
 
-class _Follow(TrainerCallback):
+class Follow(TrainerCallback):
     """The reference follows the policy as `sync_ref_model` says."""
 
     def __init__(self, reference: ReferenceModel):
@@ -223,7 +223,7 @@ class AnswerTrainer(DataTrainer):
             first_look=None if is_stream else self._first_look,
         )
         if self.run.reference is not None and self.run.reference.moves:
-            self.add_callback(_Follow(self.run.reference))
+            self.add_callback(Follow(self.run.reference))
         if args.eval_strategy != IntervalStrategy.NO and not self.run.eval_sets:
             raise ConfigError(f"eval_strategy={args.eval_strategy.value!r} needs an eval_dataset")
 

@@ -17,6 +17,8 @@ SHAPES = {
     "scaled": HeadShape(scale=0.3),
     "capped": HeadShape(softcap=1.5),
     "scaled and capped": HeadShape(scale=1.7, softcap=2.0),
+    "warm": HeadShape(temperature=0.7),
+    "capped and warm": HeadShape(softcap=1.5, temperature=1.3),
 }
 CHUNKS = [3, 11, 256]
 
@@ -37,7 +39,7 @@ def naive(hidden: Any, weight: Any, bias: Any, shape: HeadShape) -> torch.Tensor
     logits = logits * shape.scale
     if shape.softcap is not None:
         logits = shape.softcap * torch.tanh(logits / shape.softcap)
-    return logits.log_softmax(-1)
+    return (logits / shape.temperature).log_softmax(-1)
 
 
 EVERYTHING = Needs(entropy=True, uniform_logp=True, mean_logit=True, log_collision=True)
@@ -65,7 +67,7 @@ def test_values(shape: HeadShape, bias: bool) -> None:
     logits = logits if shape.softcap is None else shape.softcap * torch.tanh(logits / shape.softcap)
     assert out.mean_logit_R is not None
     assert out.log_collision_R is not None
-    torch.testing.assert_close(out.mean_logit_R, logits.mean(-1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(out.mean_logit_R, logits.mean(-1) / shape.temperature, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(out.log_collision_R, logp_RV.exp().square().sum(-1).log(), rtol=1e-12, atol=1e-12)
     assert entropy is not None
     assert not entropy.requires_grad
@@ -118,6 +120,29 @@ def test_gradcheck(shape: HeadShape, frozen: bool) -> None:
         return out.logp_R, out.uniform_logp_R
 
     assert torch.autograd.gradcheck(outputs, (hidden, weight, offset))
+
+
+@pytest.mark.parametrize("trained", ["hidden", "all"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_the_entropy_has_a_gradient_where_it_is_asked_for(shape: HeadShape, trained: str) -> None:
+    made = []
+    for naively in (True, False):
+        hidden, weight, offset, target = inputs()
+        if trained == "hidden":
+            weight.requires_grad_(False), offset.requires_grad_(False)
+        if naively:
+            logp_RV = naive(hidden, weight, offset, shape)
+            logp, entropy = logp_RV[range(ROWS), target], -(logp_RV.exp() * logp_RV).sum(-1)
+        else:
+            out = token_logps(hidden, weight, offset, target, shape, Needs(entropy_gradient=True))
+            assert out.entropy_R is not None
+            logp, entropy = out.logp_R, out.entropy_R
+        factors = torch.linspace(-1, 2, ROWS, dtype=torch.float64)
+        (logp @ factors + entropy @ factors.flip(0)).backward()
+        made.append((entropy.detach(), hidden.grad, weight.grad, offset.grad))
+    for expected, seen in zip(*made, strict=True):
+        if expected is not None:
+            torch.testing.assert_close(seen, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_a_tied_head_adds_to_the_embedding_s_gradient() -> None:

@@ -1,0 +1,76 @@
+"""Reward models as rewards: a sequence classifier with one label, ours or transformers', asked with its own tokenizer.
+
+A prompt and its completion are rendered with the reward model's chat template where they are messages, as TRL does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from posttrain.errors import ConfigError
+from posttrain.types import Content
+
+BATCH = 16
+
+
+@dataclass
+class RewardModel:
+    model: Any
+    tokenizer: Any
+
+    def __post_init__(self) -> None:
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        self.model.eval().requires_grad_(False)
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any) -> RewardModel:
+        """Raises ConfigError for a model that gives more than one number, or has no tokenizer."""
+        labels = getattr(model.config, "num_labels", 1)
+        if labels != 1:
+            raise ConfigError(f"the reward model has {labels} labels; a reward is one number",
+                              hint="load it with num_labels=1")  # fmt: skip
+        if tokenizer is None:
+            if not model.config._name_or_path:
+                raise ConfigError("reward_processing_classes is needed: the reward model does not say where its "
+                                  "tokenizer lies")  # fmt: skip
+            tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
+        return cls(model, tokenizer)
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[Content], completions: Sequence[Content], **_: Any) -> list[float]:
+        texts = [self._text(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+        scores = [0.0] * len(texts)
+        for start in range(0, len(order), BATCH):
+            chosen = order[start : start + BATCH]
+            inputs = self.tokenizer([texts[index] for index in chosen], return_tensors="pt", padding=True,
+                                    padding_side="right", add_special_tokens=False)  # fmt: skip
+            logits = self.model(**inputs.to(self.model.device)).logits[:, 0].float().tolist()
+            for index, value in zip(chosen, logits, strict=True):
+                scores[index] = value
+        return scores
+
+    def _text(self, prompt: Content, completion: Content) -> str:
+        if isinstance(prompt, str) and isinstance(completion, str):
+            return prompt + completion
+        return str(self.tokenizer.apply_chat_template([*prompt, *completion], tokenize=False))
+
+
+def load_reward_model(name: str, tokenizer: Any) -> RewardModel:
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, dtype="auto")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"reward_funcs names {name!r}, which is no reward model: {error}",
+                          hint="a function of yours is named package.module:function") from None  # fmt: skip
+    return RewardModel.of(model, tokenizer)

@@ -1,0 +1,225 @@
+"""Sampling in the training process, on the very weights that are trained: no copy to keep in step, nothing to wait for.
+
+Prompts are read packed, each once for its whole group; from then on a step computes one token of every row. A row that
+ends leaves at once, and a waiting one takes its place. Which rows happen to share a step does not change what they say,
+but for the rounding of products of another shape.
+
+Log-probabilities are those of the whole vocabulary at the temperature, as training computes them.
+
+Shape suffixes: `B` rows, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from posttrain.errors import Stopped
+from posttrain.models.decoding import Memory
+from posttrain.models.forward import Policy
+from posttrain.rollout.engines import Completion, Request
+from posttrain.rollout.sampling import Sampling, choose
+
+MAX_ROWS = 64
+"""Rows of a step, where nobody says otherwise."""
+READ_TOKENS = 4096
+"""Tokens of prompts that are read in one forward."""
+SAID_TAIL = 16
+"""A stop string is looked for in the text of this many tokens more than it has characters."""
+
+
+@dataclass
+class _Row:
+    """A completion in the making: `request` and `place` say which."""
+
+    request: int
+    place: int
+    numbers: list[float]
+    ids: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+
+
+class LocalEngine:
+    """`end_ids` are the tokens that end a completion; `decode` turns tokens into text, for stop strings."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        end_ids: Sequence[int],
+        decode: Callable[[list[int]], str] | None = None,
+        max_rows: int = MAX_ROWS,
+    ):
+        self.policy, self.end_ids, self.decode, self.max_rows = policy, frozenset(end_ids), decode, max_rows
+
+    def update_weights(self) -> None:
+        """Nothing to do: they are the same tensors."""
+
+    def health(self) -> str | None:
+        return None
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, stopped: Callable[[], bool] = lambda: False
+    ) -> list[list[Completion]]:
+        flight = _Flight(self, requests, sampling)
+        with _sampling(self.policy):
+            while flight.is_flying:
+                if stopped():
+                    raise Stopped
+                flight.admit()
+                flight.step()
+        return flight.done
+
+
+class _Flight:
+    """One call of `generate`: which rows are on their way, and what they have said."""
+
+    def __init__(self, engine: LocalEngine, requests: Sequence[Request], sampling: Sampling):
+        self.engine, self.requests, self.sampling = engine, requests, sampling
+        self.memory = Memory(room=sampling.max_tokens)
+        self.waiting: deque[tuple[int, int]] = deque(
+            (number, place) for number, request in enumerate(requests) for place in range(request.count)
+        )
+        self.rows: list[_Row] = []
+        self.first: dict[int, torch.Tensor] = {}
+        """Of each prompt that was read and that rows still wait for: the logits of the first token after it."""
+        self.left = [request.count for request in requests]
+        self.done: list[list[Completion]] = [[None] * request.count for request in requests]  # type: ignore[list-item]
+
+    @property
+    def is_flying(self) -> bool:
+        return bool(self.rows or self.waiting)
+
+    # --- entering -----------------------------------------------------------------------------------------------------
+
+    def admit(self) -> None:
+        """Waiting rows, as many as there is room for, and the first token of each."""
+        while self.waiting and len(self.rows) < self.engine.max_rows:
+            entering = [self.waiting.popleft() for _ in range(min(self._room, len(self.waiting)))]
+            self._read(sorted({number for number, _ in entering} - set(self.first)))
+            fresh = [_Row(number, place, self._numbers(number, place)) for number, place in entering]
+            logits_BV = torch.stack([self.first[row.request] for row in fresh])
+            self._say(fresh, logits_BV)
+            still_waited_for = {number for number, _ in self.waiting}
+            for number in [number for number in self.first if number not in still_waited_for]:
+                del self.first[number]
+            self._enter([row for row in fresh if not self._land(row)])
+
+    @property
+    def _room(self) -> int:
+        return self.engine.max_rows - len(self.rows)
+
+    def _numbers(self, number: int, place: int) -> list[float]:
+        return self.sampling.numbers(self.requests[number].key, place).tolist()
+
+    def _enter(self, rows: list[_Row]) -> None:
+        for number in dict.fromkeys(row.request for row in rows):
+            self.memory.admit(number, sum(row.request == number for row in rows))
+        self.rows += rows
+
+    def _read(self, numbers: list[int]) -> None:
+        """Prompts, as many at a time as `READ_TOKENS` allow."""
+        while numbers:
+            part = [numbers.pop(0)]
+            total = len(self.requests[part[0]].prompt_ids)
+            while numbers and total + len(self.requests[numbers[0]].prompt_ids) <= READ_TOKENS:
+                total += len(self.requests[numbers[0]].prompt_ids)
+                part.append(numbers.pop(0))
+            prompts = [self.requests[number].prompt_ids for number in part]
+            lengths = [len(prompt) for prompt in prompts]
+            ids_T = torch.tensor([token for prompt in prompts for token in prompt])
+            positions_T = torch.cat([torch.arange(length) for length in lengths])
+            hidden_TD = self._hidden(ids_T, positions_T, self.memory.reading(lengths, part))
+            last = torch.tensor(lengths).cumsum(0) - 1
+            for number, logits_V in zip(part, self._logits(hidden_TD[last.to(hidden_TD.device)]), strict=True):
+                self.first[number] = logits_V
+
+    # --- a step -------------------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """One token more of every row; those that end leave."""
+        if not self.rows:
+            return
+        ids_B = torch.tensor([row.ids[-1] for row in self.rows])
+        hidden_BD = self._hidden(ids_B, self.memory.positions(), self.memory)
+        self.memory.advance()
+        self._say(self.rows, self._logits(hidden_BD))
+        staying = [place for place, row in enumerate(self.rows) if not self._land(row)]
+        if len(staying) < len(self.rows):
+            self.memory.keep(staying)
+            self.rows = [self.rows[place] for place in staying]
+            self._forget()
+
+    def _forget(self) -> None:
+        """Prompts that nobody goes on from."""
+        for number in [number for number in self.memory.lengths if not self.left[number]]:
+            self.memory.forget(number)
+
+    def _say(self, rows: list[_Row], logits_BV: torch.Tensor) -> None:
+        number_B = torch.tensor([row.numbers[len(row.ids)] for row in rows], dtype=torch.float64)
+        said = None
+        if self.sampling.repetition_penalty != 1.0:
+            said = [torch.tensor([*self.requests[row.request].prompt_ids, *row.ids]) for row in rows]
+        token_B, logp_B = choose(logits_BV, number_B.to(logits_BV.device), self.sampling, said)
+        for row, token, logp in zip(rows, token_B.tolist(), logp_B.tolist(), strict=True):
+            row.ids.append(token)
+            row.logps.append(logp)
+
+    def _land(self, row: _Row) -> bool:
+        """Whether it is done; if so it is put down."""
+        text = self._stopped_text(row) if self.sampling.stop else None
+        is_ended = text is not None or row.ids[-1] in self.engine.end_ids
+        if not is_ended and len(row.ids) < self.sampling.max_tokens:
+            return False
+        logps = np.array(row.logps, dtype=np.float32)
+        self.done[row.request][row.place] = Completion(np.array(row.ids, dtype=np.int64), logps, is_ended, text)
+        self.left[row.request] -= 1
+        return True
+
+    def _stopped_text(self, row: _Row) -> str | None:
+        """What stands before a stop string, if the last token has completed one."""
+        assert self.engine.decode is not None, "stop strings need a tokenizer"
+        tail = self.engine.decode(row.ids[-(SAID_TAIL + max(map(len, self.sampling.stop))) :])
+        if not any(stop in tail for stop in self.sampling.stop):
+            return None
+        text = self.engine.decode(row.ids)
+        ends = [text.index(stop) for stop in self.sampling.stop if stop in text]
+        return text[: min(ends)] if ends else None
+
+    # --- the model ----------------------------------------------------------------------------------------------------
+
+    def _hidden(self, ids_T: torch.Tensor, positions_T: torch.Tensor, layout: Any) -> torch.Tensor:
+        policy = self.engine.policy
+        device = policy.device
+        output = policy.base.base_model(
+            input_ids=ids_T[None].to(device),
+            position_ids=positions_T[None].to(device),
+            attention_mask=torch.empty(1, 1, 0, 0, device=device),  # one of four dimensions is handed through as it is
+            layout=layout,
+            use_cache=False,
+        )
+        return output.last_hidden_state[0]
+
+    def _logits(self, hidden_BD: torch.Tensor) -> torch.Tensor:
+        """`(B, V)` in fp32, before the temperature."""
+        head = self.engine.policy.base.get_output_embeddings()
+        logits_BV = torch.nn.functional.linear(hidden_BD, head.weight).float()
+        replace(self.engine.policy.shape, temperature=1.0).apply_(logits_BV, getattr(head, "bias", None))
+        return logits_BV
+
+
+@contextmanager
+def _sampling(policy: Policy) -> Iterator[None]:
+    """Evaluation mode without gradients; the mode it was in comes back."""
+    was_training = policy.model.training
+    policy.model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        policy.model.train(was_training)

@@ -1,0 +1,70 @@
+"""`samples.jsonl` in the run's folder: every completion with its rewards and its advantage, a line each.
+
+A run that is taken up again at step n forgets the lines of the steps after it, which it will make anew.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from posttrain.data.prompts import Prompt
+from posttrain.rollout.generation import Generation
+from posttrain.rollout.scoring import Verdict
+
+logger = logging.getLogger("posttrain")
+NAME = "samples.jsonl"
+
+
+class SamplesLog:
+    def __init__(self, folder: str, prompts: Sequence[Prompt]):
+        self.path, self.prompts = Path(folder) / NAME, prompts
+
+    def __call__(self, generation: Generation, verdict: Verdict, step: int) -> None:
+        """`step` counts from 0; lines have the number that the step will have in the log."""
+        lines = [json.dumps(line, ensure_ascii=False, default=str) for line in self._lines(generation, verdict, step)]
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write("".join(f"{line}\n" for line in lines))
+        except OSError as error:  # training goes on without
+            logger.warning("%s is not written: %s", self.path, error.strerror or error)
+
+    def _lines(self, generation: Generation, verdict: Verdict, step: int) -> list[dict[str, Any]]:
+        extra = {name: values for name, values in verdict.extra.items() if len(values) == len(generation.rollouts)}
+        return [
+            {
+                "step": step + 1,
+                "round": generation.index,
+                "group": one.group,
+                "prompt": self.prompts[one.prompt].content,
+                "completion": content,
+                "tokens": len(one.ids),
+                "is_ended": one.is_ended,
+                "rewards": {
+                    name: None if math.isnan(value) else value
+                    for name, value in zip(verdict.names, rewards, strict=True)
+                },
+                "advantage": one.advantage,
+                **{name: values[i] for name, values in extra.items()},
+            }
+            for i, (one, content, rewards) in enumerate(
+                zip(generation.rollouts, verdict.contents, verdict.rewards_NF.tolist(), strict=True)
+            )
+        ]
+
+    def forget_after(self, step: int) -> None:
+        """Keep what was sampled for the first `step` steps."""
+        if not self.path.is_file():
+            return
+        partial = self.path.with_name(f".{NAME}.partial")
+        with self.path.open(encoding="utf-8") as old, partial.open("w", encoding="utf-8") as new:
+            for line in old:
+                if line.endswith("\n") and json.loads(line)["step"] <= step:
+                    new.write(line)
+        os.replace(partial, self.path)

@@ -1,0 +1,101 @@
+"""What a round's completions say, what the rewards make of it, and the numbers that people follow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from posttrain.data.prompts import Prompt
+from posttrain.rewards.functions import Completions, Rewards
+from posttrain.rollout.advantages import Advantages
+from posttrain.rollout.generation import Rollout
+from posttrain.types import Content
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+RESERVED = ("completion", "completion_ids")
+"""Columns of the data that rewards do not get: their own arguments are called so."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`rewards_NF` in float64, NaN where function `names[f]` says nothing; `contents` is what was judged; `extra` and
+    `noted` are what the functions logged themselves, columns and metrics."""
+
+    names: tuple[str, ...]
+    contents: list[Content]
+    rewards_NF: np.ndarray
+    extra: dict[str, list[Any]]
+    noted: dict[str, list[float]]
+
+    def metrics(self, worth: Advantages) -> dict[str, tuple[float, int]]:
+        """TRL's, by name: sums and counts."""
+        made: dict[str, tuple[float, int]] = {}
+        for name, value_N in zip(self.names, self.rewards_NF.T, strict=True):
+            said_N = value_N[~np.isnan(value_N)]
+            if len(said_N):
+                made[f"rewards/{name}/mean"] = (float(said_N.sum()), len(said_N))
+                made[f"rewards/{name}/std"] = (_deviation(said_N), 1)
+        total_N = worth.reward_N[~np.isnan(worth.reward_N)]
+        if len(total_N):
+            made["reward"] = (float(total_N.sum()), len(total_N))
+            made["reward_std"] = (_deviation(total_N), 1)
+        made["frac_reward_zero_std"] = (worth.without_signal, 1)
+        return made | {name: (float(sum(values)), len(values)) for name, values in self.noted.items()}
+
+
+def _deviation(values: np.ndarray) -> float:
+    return float(values.std(ddof=1)) if len(values) > 1 else 0.0
+
+
+@dataclass
+class Judge:
+    """`prompts` are those of the data; `state` is what rewards get as `trainer_state`."""
+
+    prompts: Sequence[Prompt]
+    tokenizer: PreTrainedTokenizerBase
+    rewards: Rewards
+    state: Callable[[], Any] = lambda: None
+    _extra: dict[str, list[Any]] = field(default_factory=dict)
+    _noted: dict[str, list[float]] = field(default_factory=dict)
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> Verdict:
+        """Raises RewardError."""
+        self._extra, self._noted = {}, {}
+        own = {"trainer_state": self.state(), "log_extra": self._log_extra, "log_metric": self._log_metric}
+        self.rewards.extra = own
+        contents = self.contents(rollouts)
+        asked = Completions(
+            [self.prompts[one.prompt].content for one in rollouts],
+            contents,
+            [one.ids.tolist() for one in rollouts],
+            self._columns(rollouts),
+        )
+        return Verdict(tuple(self.rewards.functions), contents, self.rewards(asked), self._extra, self._noted)
+
+    def contents(self, rollouts: Sequence[Rollout]) -> list[Content]:
+        """The text of each completion without special tokens; a message where its prompt is messages."""
+        texts = self.tokenizer.batch_decode([one.ids for one in rollouts], skip_special_tokens=True)
+        said = [one.extra.get("text", text) for one, text in zip(rollouts, texts, strict=True)]
+        return [
+            [{"role": "assistant", "content": text}] if self.prompts[one.prompt].is_conversational else text
+            for one, text in zip(rollouts, said, strict=True)
+        ]
+
+    def _columns(self, rollouts: Sequence[Rollout]) -> Mapping[str, list[Any]]:
+        """Of every column that any row has, a value for each completion."""
+        rows = [{**self.prompts[one.prompt].columns, **one.extra} for one in rollouts]
+        names = dict.fromkeys(name for row in rows for name in row if name not in RESERVED)
+        return {name: [row.get(name) for row in rows] for name in names}
+
+    def _log_extra(self, column: str, values: list[Any]) -> None:
+        self._extra.setdefault(column, []).extend(values)
+
+    def _log_metric(self, name: str, value: float) -> None:
+        if not math.isnan(value):
+            self._noted.setdefault(name, []).append(float(value))

@@ -1,0 +1,247 @@
+"""A source of batches that are sampled as training goes: prompts → completions → rewards → advantages → batches.
+
+To the loop it is a source like any other. When a step comes that begins a round, its prompts are sampled by the engine
+(or by the user's `rollout_func`), the rewards are asked, and what the loss needs of older policies is computed; what
+cannot move a weight is left out. A round that several steps learn from is kept, and saved with a checkpoint.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from posttrain.data.planning import PLAIN, Packing, plan
+from posttrain.data.prompts import Prompt
+from posttrain.errors import Stopped
+from posttrain.objectives.base import Metrics
+from posttrain.rollout.advantages import Advantages
+from posttrain.rollout.generation import Generation, Rollout, grouped, together
+from posttrain.rollout.order import Rounds
+from posttrain.rollout.scoring import Judge, Verdict
+from posttrain.types import Batch, Sample
+
+Ask = Callable[[Batch], torch.Tensor]
+"""A batch in, `logp_R` of its supervised rows out, without gradient."""
+
+
+class Sampler(Protocol):
+    """The completions of these prompts (places in the data), `count` of each, for round `round_`. Raises Stopped."""
+
+    def __call__(
+        self, places: Sequence[int], count: int, round_: int, stopped: Callable[[], bool]
+    ) -> list[Rollout]: ...
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What a step learns from. `whole_batches`: the batches that the user's batch size names are kept, for losses that
+    are no sums. `skips_indifferent`: completions without an advantage, which add nothing to the gradient, are not
+    computed; `skips_truncated`: nor are those that were cut off, which do not count among the tokens then either."""
+
+    whole_batches: bool = False
+    skips_indifferent: bool = True
+    skips_truncated: bool = False
+
+
+@dataclass
+class RolloutSource:
+    """`advantages` turns a round's rewards into advantages; with `logps_first` it is told what the policy and the
+    reference said of every completion. `ask_policy` and `ask_reference` answer for the session that trains; `log` is
+    told of every round: its rollouts with their verdict."""
+
+    prompts: Sequence[Prompt]
+    rounds: Rounds
+    count: int
+    sample: Sampler
+    judge: Judge
+    advantages: Callable[[np.ndarray, Sequence[Rollout]], Advantages]
+    learning: Learning
+    token_budget: int
+    packing: Packing = PLAIN
+    needs_old: bool = False
+    needs_reference: bool = False
+    logps_first: bool = False
+    log: Callable[[Generation, Verdict, int], None] | None = None
+    columns: tuple[str, ...] = ("advantage",)
+    ask_policy: Ask | None = None
+    ask_reference: Ask | None = None
+    report: Callable[[Metrics], None] = lambda metrics: None
+    stopped: Callable[[], bool] = lambda: False
+    _held: dict[int, Generation] = field(default_factory=dict)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.rounds.steps_per_epoch
+
+    def epoch_after(self, step: int) -> float:
+        return self.rounds.epoch_after(step)
+
+    def tokens(self, step: int, micro: list[Batch]) -> int:
+        """Of the prompts and completions that were sampled for it, as TRL counts."""
+        fresh = {number for number, _ in self.rounds.step(step) if self._begins(number, step)}
+        return sum(self._held[number].tokens_sampled for number in fresh)
+
+    # --- batches ------------------------------------------------------------------------------------------------------
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        """Raises Stopped where a signal came while completions were sampled."""
+        dealt = self.rounds.step(step)
+        self._held = {number: one for number, one in self._held.items() if number in {round_ for round_, _ in dealt}}
+        for number in dict.fromkeys(round_ for round_, _ in dealt):
+            if number not in self._held:
+                self._held[number] = self._generate(number, step, self.rounds.prompts(number))
+            if self._begins(number, step):
+                self.report({name: (torch.tensor(s), n) for name, (s, n) in self._held[number].metrics.items()})
+        slices = [(self._held[number], self._held[number].slice(batch, self.rounds.batches)) for number, batch in dealt]
+        return self._whole(slices) if self.learning.whole_batches else self._joined(slices)
+
+    def every_round(self) -> range:
+        """Of one pass over the prompts, with a smaller last round for those that fill none."""
+        return range(-(-self.rounds.num_prompts // self.rounds.prompts_per_round))
+
+    def batches_of(self, number: int) -> list[Batch]:
+        """Those of round `number` in the data's own order."""
+        size = self.rounds.prompts_per_round
+        places = range(number * size, min((number + 1) * size, self.rounds.num_prompts))
+        generation = self._generate(number, 0, places)
+        self.report({name: (torch.tensor(s), n) for name, (s, n) in generation.metrics.items()})
+        slices = [(generation, generation.slice(0, 1))]
+        return self._whole(slices) if self.learning.whole_batches else self._joined(slices)
+
+    def _begins(self, number: int, step: int) -> bool:
+        return step == 0 or number not in {round_ for round_, _ in self.rounds.step(step - 1)}
+
+    def _joined(self, slices: list[tuple[Generation, list[Rollout]]]) -> list[Batch]:
+        """One pool for the whole step, cut as memory wants it. Where several rounds come together in a step, each has
+        the same weight in means over tokens, as in TRL."""
+        tokens = sum(generation.num_tokens / self.rounds.batches for generation, _ in slices)
+        counts = {"tokens": tokens, "sequences": sum(len(members) for _, members in slices)}
+        rounds = list({generation.index: generation for generation, _ in slices}.values())
+        made = []
+        for one in rounds:
+            mine = [members for generation, members in slices if generation is one]
+            batches = self._planned([rollout for members in mine for rollout in members if self._teaches(rollout)])
+            if len(rounds) > 1:
+                own = one.num_tokens * len(mine) / self.rounds.batches
+                weight = torch.tensor(len(mine) / len(slices) * tokens / max(own, 1.0))
+                batches = [batch.with_columns(round_weight=weight) for batch in batches]
+            made += batches
+        return _counted(made, counts)
+
+    def _whole(self, slices: list[tuple[Generation, list[Rollout]]]) -> list[Batch]:
+        """A batch for each that the user's batch size names, for losses that are no sums."""
+        made = []
+        for _, members in slices:
+            used = [one for one in members if self._teaches(one)]
+            if not used:
+                continue
+            (batch,) = self._planned(used, whole=True)
+            own = {"tokens": sum(one.num_rows for one in members), "batches": 0, "sequences": 0}
+            made.append(replace(batch, counts=own, can_be_cut=False))
+        totals = {"batches": len(slices), "sequences": sum(len(members) for _, members in slices)}
+        if made:
+            made[0] = replace(made[0], counts={**made[0].counts, **totals})
+        return made
+
+    def _teaches(self, one: Rollout) -> bool:
+        return one.num_rows > 0 and not (self.learning.skips_indifferent and one.advantage == 0)
+
+    def _planned(self, used: list[Rollout], whole: bool = False) -> list[Batch]:
+        if not used:
+            return []
+        budget = 2**62 if whole else self.token_budget
+        parts = [together(members, self.prompts[members[0].prompt]) for members in grouped(used, budget)]
+        optional = (
+            name for name in ("sampled_logp", "old_logp", "ref_logp") if all(name in part.columns for part in parts)
+        )
+        packing = replace(self.packing, group_size=None, columns=(*self.columns, *optional))
+        return plan([(part,) for part in parts], budget, packing)
+
+    # --- a round ------------------------------------------------------------------------------------------------------
+
+    def _generate(self, number: int, step: int, places: Sequence[int]) -> Generation:
+        started = time.monotonic()
+        rollouts = self.sample(places, self.count, number, self.stopped)
+        sampled = time.monotonic()
+        verdict = self.judge(rollouts)
+        judged = time.monotonic()
+        lengths, tokens = _lengths(rollouts), sum(len(one.prompt_ids) + one.num_rows for one in rollouts)
+        for one in rollouts:
+            if self.learning.skips_truncated and not one.is_ended:
+                one.supervised = np.zeros_like(one.supervised)
+                one.sampled_logp_R = None
+        if self.logps_first:
+            self._annotate([one for one in rollouts if one.num_rows])
+        worth = self.advantages(verdict.rewards_NF, rollouts)
+        for one, advantage in zip(rollouts, worth.value_N.tolist(), strict=True):
+            one.advantage = advantage
+        if not self.logps_first:
+            self._annotate([one for one in rollouts if self._teaches(one)])
+        generation = Generation(number, rollouts, self.rounds.deal(number, len(rollouts)), tokens)
+        generation.metrics = {**verdict.metrics(worth), **lengths}
+        generation.metrics |= {
+            "sampling/seconds": (sampled - started, 1),
+            "sampling/tokens_per_second": (sum(len(one.ids) for one in rollouts) / max(sampled - started, 1e-9), 1),
+            "rewards/seconds": (judged - sampled, 1),
+        }
+        if self.log is not None:
+            self.log(generation, verdict, step)
+        return generation
+
+    def _annotate(self, used: list[Rollout]) -> None:
+        """What the policy and the reference say of every token that may be trained, as far as it is needed."""
+        if self.needs_old:
+            self._ask(used, "old_logp_R", self.ask_policy)
+        if self.needs_reference:
+            self._ask(used, "ref_logp_R", self.ask_reference)
+
+    def _ask(self, used: list[Rollout], name: str, ask: Ask | None) -> None:
+        assert ask is not None
+        groups = grouped(used, self.token_budget)
+        samples: list[Sample] = [(together(members, self.prompts[members[0].prompt]),) for members in groups]
+        packing = replace(self.packing, group_size=None, columns=())
+        for batch in plan(samples, self.token_budget, packing) if samples else ():
+            if self.stopped():
+                raise Stopped
+            logp_R, sequence_R = ask(batch).float().cpu().numpy(), batch.sequence_R.cpu().numpy()
+            members = (one for sample in dict.fromkeys(batch.sample_S) for one in groups[sample])
+            for sequence, one in enumerate(members):
+                setattr(one, name, logp_R[sequence_R == sequence])
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def state(self, position: int) -> dict[str, Any]:
+        """Rounds that step `position` goes on learning from."""
+        wanted = {round_ for round_, _ in self.rounds.step(position)} if self.rounds.rounds_per_epoch else set()
+        return {"rounds": [one.state() for number, one in self._held.items() if number in wanted]}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        generations = [Generation.from_state(one) for one in state.get("rounds", [])]
+        self._held = {one.index: one for one in generations}
+
+
+def _counted(batches: list[Batch], counts: dict[str, float]) -> list[Batch]:
+    """The step's counts, which include what was left out, on the first batch."""
+    nothing = dict.fromkeys(counts, 0)
+    return [replace(batch, counts=counts if batch is batches[0] else nothing) for batch in batches]
+
+
+def _lengths(rollouts: Sequence[Rollout]) -> dict[str, tuple[float, int]]:
+    """TRL's metrics of how long completions are, and how many were cut off."""
+    length_N = np.array([one.num_rows for one in rollouts], dtype=np.float64)
+    ended_N = length_N[[one.is_ended for one in rollouts]]
+    whole_N = ended_N if len(ended_N) else np.zeros(1)
+    return {
+        "completions/mean_length": (float(length_N.sum()), len(length_N)),
+        "completions/min_length": (float(length_N.min()), 1),
+        "completions/max_length": (float(length_N.max()), 1),
+        "completions/clipped_ratio": (float(len(length_N) - len(ended_N)), len(length_N)),
+        "completions/mean_terminated_length": (float(whole_N.mean()), 1),
+        "completions/min_terminated_length": (float(whole_N.min()), 1),
+        "completions/max_terminated_length": (float(whole_N.max()), 1),
+    }

@@ -1,0 +1,106 @@
+"""`GRPOConfig`: TRL 1.16's settings of group-relative policy optimisation, and a few of ours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from posttrain.errors import ConfigError
+from posttrain.objectives.policy import LOSSES, PolicyLoss, Settings
+from posttrain.rollout.advantages import AGGREGATIONS, SCALES
+from posttrain.trainers.config import accepts_old_spellings
+from posttrain.trainers.online_config import OnlineConfig
+
+
+@accepts_old_spellings
+@dataclass
+class GRPOConfig(OnlineConfig):
+    """Settings of GRPO and its variants. Raises ConfigError for one that is not honoured, naming it."""
+
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
+        **OnlineConfig.CHOICES,
+        "loss_type": tuple(LOSSES),
+        "importance_sampling_level": ("token", "sequence"),
+        "scale_rewards": SCALES,
+        "multi_objective_aggregation": AGGREGATIONS,
+    }
+    NOT_HONOURED: ClassVar[tuple[str, ...]] = (
+        *OnlineConfig.NOT_HONOURED, "cast_lm_head_to_fp32", "max_tool_calling_iterations", "use_adaptive_entropy",
+    )  # fmt: skip
+
+    loss_type: str = field(default="dapo", metadata={"help": f"One of: {', '.join(LOSSES)}."})
+    importance_sampling_level: str = field(
+        default="token", metadata={"help": "Ratios of tokens, or of whole sequences (GSPO)."}
+    )
+    scale_rewards: Any = field(
+        default="group", metadata={"help": "Divide advantages by the standard deviation of the group, batch, or none."}
+    )
+    multi_objective_aggregation: str = field(
+        default="sum_then_normalize", metadata={"help": "Sum rewards, then normalise them; or the other way (GDPO)."}
+    )
+    delta: float | None = field(default=None, metadata={"help": "Upper bound of the unclipped side (two-sided GRPO)."})
+    sapo_temperature_neg: float = field(default=1.05, metadata={"help": "SAPO: of bad completions."})
+    sapo_temperature_pos: float = field(default=1.0, metadata={"help": "SAPO: of good completions."})
+    vespo_k_pos: float = field(default=2.0, metadata={"help": "VESPO: power for good completions."})
+    vespo_lambda_pos: float = field(default=3.0, metadata={"help": "VESPO: decay for good completions."})
+    vespo_k_neg: float = field(default=3.0, metadata={"help": "VESPO: power for bad completions."})
+    vespo_lambda_neg: float = field(default=2.0, metadata={"help": "VESPO: decay for bad completions."})
+    top_entropy_quantile: float = field(
+        default=1.0, metadata={"help": "Learn from this share of a batch's tokens, the most uncertain ones."}
+    )
+    entropy_coef: float = field(default=0.0, metadata={"help": "Weight of a bonus for uncertainty."})
+    use_adaptive_entropy: bool = field(default=False, metadata={"help": "Not honoured yet."})
+    off_policy_mask_threshold: float | None = field(
+        default=None, metadata={"help": "Leave out bad completions that the policy has left behind by more."}
+    )
+    use_bias_correction_kl: bool = field(
+        default=True, metadata={"help": "Weigh the KL divergence by the ratio, so that its gradient is unbiased."}
+    )
+    cast_lm_head_to_fp32: bool = field(default=False, metadata={"help": "Not needed."})
+    max_tool_calling_iterations: int | None = field(default=None, metadata={"help": "Not honoured yet."})
+    dynamic_sampling: str = field(
+        default="none",
+        metadata={"help": "DAPO: groups whose rewards do not differ are kept ('none') or replaced by other prompts' "
+                  "('replace')."},
+    )  # fmt: skip
+    max_resampling_rounds: int = field(
+        default=3, metadata={"help": "With dynamic_sampling='replace': how often groups are replaced before giving up."}
+    )
+
+    def _read_spellings(self) -> None:
+        super()._read_spellings()
+        self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
+
+    def _check_choices(self) -> None:
+        super()._check_choices()
+        if self.dynamic_sampling not in ("none", "replace"):
+            raise ConfigError(f"dynamic_sampling={self.dynamic_sampling!r} is unknown", hint="'none' or 'replace'")
+        if self.max_resampling_rounds < 1:
+            raise ConfigError(f"max_resampling_rounds={self.max_resampling_rounds} must be at least 1")
+        self.objective()
+
+    def objective(self) -> PolicyLoss:
+        """Raises ConfigError for settings that contradict each other."""
+        assert self.epsilon_high is not None
+        assert self.max_completion_length is not None
+        return PolicyLoss(
+            loss_type=self.loss_type,
+            level=self.importance_sampling_level,
+            beta=self.beta,
+            settings=Settings(
+                epsilon=self.epsilon,
+                epsilon_high=self.epsilon_high,
+                delta=self.delta,
+                sapo_temperature_neg=self.sapo_temperature_neg,
+                sapo_temperature_pos=self.sapo_temperature_pos,
+                vespo_k_pos=self.vespo_k_pos,
+                vespo_lambda_pos=self.vespo_lambda_pos,
+                vespo_k_neg=self.vespo_k_neg,
+                vespo_lambda_neg=self.vespo_lambda_neg,
+            ),
+            max_completion_length=self.max_completion_length,
+            corrected_kl=self.use_bias_correction_kl,
+            top_entropy=self.top_entropy_quantile,
+            entropy_coef=self.entropy_coef,
+            off_policy_threshold=self.off_policy_mask_threshold,
+        )

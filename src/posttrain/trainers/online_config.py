@@ -1,0 +1,212 @@
+"""Settings that the methods share which sample their own completions (GRPO, RLOO): TRL 1.16's, and a few of ours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from posttrain.errors import ConfigError
+from posttrain.rollout.order import Rounds
+from posttrain.rollout.sampling import Sampling
+from posttrain.trainers.config import PackedConfig
+
+GENERATION_KWARGS = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "stop_strings": "stop",
+    "stop": "stop",
+    "seed": "seed",
+    "max_tokens": "max_tokens",
+    "max_new_tokens": "max_tokens",
+}
+"""What `generation_kwargs` may say, and what we call it."""
+INSTEAD = {
+    "use_vllm": "completions are sampled in this process",
+    "cast_lm_head_to_fp32": "the soft-max and what follows it are in fp32 anyway",
+    "max_length": "set max_prompt_length and max_completion_length",
+    "log_completions_hub_repo": "completions are written to samples.jsonl in output_dir",
+    "max_tool_calling_iterations": "calling tools is not built yet; rollout_func can do it",
+    "use_adaptive_entropy": "set entropy_coef to what it should be",
+}
+"""Settings that are not honoured, and what there is instead."""
+
+
+@dataclass
+class OnlineConfig(PackedConfig):
+    """`per_device_train_batch_size` counts completions, as in TRL. Raises ConfigError for a setting that is not
+    honoured, naming it."""
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *PackedConfig._VALID_DICT_FIELDS,
+        "generation_kwargs",
+        "chat_template_kwargs",
+        "transformers_continuous_batching_config",
+    ]
+    NOT_HONOURED: ClassVar[tuple[str, ...]] = (
+        "use_vllm", "max_length", "log_completions_hub_repo",
+    )  # fmt: skip
+
+    learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate."})
+    max_length: int | None = field(default=None, metadata={"help": "Not of this method."})
+    disable_dropout: bool = field(default=False, metadata={"help": "Turn dropout off in the model and its adapters."})
+    num_generations: int | None = field(default=8, metadata={"help": "Completions of each prompt, which are compared."})
+    num_generations_eval: int | None = field(default=None, metadata={"help": "The same in evaluation."})
+    max_completion_length: int | None = field(default=512, metadata={"help": "Most tokens of a completion."})
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Longest prompt in tokens: its beginning is cut off. Default: no limit."}
+    )
+    shuffle_dataset: bool | None = field(default=True, metadata={"help": "Take prompts in random order."})
+    generation_batch_size: int | None = field(
+        default=None, metadata={"help": "Completions that are sampled together. Default: those of a step."}
+    )
+    steps_per_generation: int | None = field(
+        default=None, metadata={"help": "Batches that one round of sampling makes. Default: those of a step."}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Of sampling, and of the log-probabilities trained on."})
+    top_p: float = field(default=1.0, metadata={"help": "Sample from the likeliest tokens of this much probability."})
+    top_k: int = field(default=0, metadata={"help": "Sample from this many likeliest tokens; 0: from all."})
+    min_p: float | None = field(
+        default=None, metadata={"help": "Sample from tokens of at least this share of the likeliest one's probability."}
+    )
+    repetition_penalty: float = field(default=1.0, metadata={"help": "Above 1: what was said becomes less likely."})
+    generation_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": f"Further settings of sampling: {', '.join(GENERATION_KWARGS)}."}
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Further arguments of the chat template, such as enable_thinking."}
+    )
+    cache_implementation: str | None = field(
+        default=None, metadata={"help": "Accepted; sampling keeps keys and values its own way."}
+    )
+    ds3_gather_for_generation: bool = field(default=True, metadata={"help": "Accepted; nothing is sharded."})
+    use_transformers_continuous_batching: bool = field(
+        default=False, metadata={"help": "Accepted; rows leave and enter the batch as they end anyway."}
+    )
+    transformers_continuous_batching_config: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Accepted; rows leave and enter the batch as they end anyway."}
+    )
+    use_vllm: bool = field(default=False, metadata={"help": "Not honoured yet: sampling is in the process."})
+    beta: float = field(default=0.0, metadata={"help": "Weight of the KL divergence to the reference."})
+    num_iterations: int = field(default=1, metadata={"help": "How often each completion is learned from."})
+    epsilon: float = field(default=0.2, metadata={"help": "How far a ratio may fall below 1 before it is clipped."})
+    epsilon_high: float | None = field(default=None, metadata={"help": "And rise above. Default: epsilon."})
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "Of each reward function. Default: 1 each."}
+    )
+    reward_timeout: float = field(
+        default=300.0, metadata={"help": "Seconds that a reward function may take over a step's completions."}
+    )
+    mask_truncated_completions: bool = field(
+        default=False, metadata={"help": "Do not learn from completions that were cut off."}
+    )
+    sync_ref_model: bool = field(
+        default=False, metadata={"help": "Let the reference follow the policy (TR-DPO); not with an adapter."}
+    )
+    ref_model_mixup_alpha: float = field(
+        default=0.6, metadata={"help": "With sync_ref_model: share of the policy in what the reference becomes."}
+    )
+    ref_model_sync_steps: int = field(default=512, metadata={"help": "With sync_ref_model: every so many steps."})
+    no_kl_reason: str | None = field(
+        default=None, metadata={"help": "Why beta may be 0: nothing then holds the policy to where it started."}
+    )
+    log_completions: bool = field(
+        default=False, metadata={"help": "Print some completions when logging; all are in samples.jsonl."}
+    )
+    log_multimodal: bool = field(default=True, metadata={"help": "Accepted; there are no images."})
+    num_completions_to_print: int | None = field(default=None, metadata={"help": "With log_completions: how many."})
+    log_unique_prompts: bool = field(default=False, metadata={"help": "With log_completions: one of each prompt."})
+    log_completions_hub_repo: str | None = field(default=None, metadata={"help": "Not honoured; see samples.jsonl."})
+    max_sampling_rows: int = field(
+        default=64, metadata={"help": "Most completions that are sampled at the same time; others wait."}
+    )
+
+    # --- what follows from them ---------------------------------------------------------------------------------------
+
+    def _read_spellings(self) -> None:
+        super()._read_spellings()
+        if self.epsilon_high is None:
+            self.epsilon_high = self.epsilon
+        batch, given = self.per_device_train_batch_size, self.generation_batch_size
+        if given is not None and self.steps_per_generation not in (None, given / batch):
+            raise ConfigError(f"generation_batch_size={given} and steps_per_generation={self.steps_per_generation} "
+                              "contradict each other", hint="give one of them")  # fmt: skip
+        if given is not None:
+            if given % batch:
+                raise ConfigError(f"generation_batch_size={given} must be a multiple of per_device_train_batch_size="
+                                  f"{batch}")  # fmt: skip
+            self.steps_per_generation = given // batch
+        self.steps_per_generation = self.steps_per_generation or self.gradient_accumulation_steps
+        self.generation_batch_size = batch * self.steps_per_generation
+
+    def _check_choices(self) -> None:
+        super()._check_choices()
+        for name in self.NOT_HONOURED:
+            value = getattr(self, name)
+            if value != type(self).__dataclass_fields__[name].default:
+                raise ConfigError(f"{name}={value!r} is not honoured: {INSTEAD[name]}")
+        least = {"num_generations": 2, "max_completion_length": 1, "num_iterations": 1, "max_sampling_rows": 1,
+                 "ref_model_sync_steps": 1, "steps_per_generation": 1}  # fmt: skip
+        for name, low in least.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < low:
+                raise ConfigError(f"{name}={value!r} must be at least {low}")
+        assert self.generation_batch_size is not None
+        assert self.num_generations is not None
+        if self.generation_batch_size % self.num_generations:
+            raise ConfigError(
+                f"generation_batch_size={self.generation_batch_size} completions (per_device_train_batch_size x "
+                f"steps_per_generation) are no whole number of groups of num_generations={self.num_generations}",
+                hint="make per_device_train_batch_size x gradient_accumulation_steps a multiple of num_generations",
+            )
+        if self.beta < 0:
+            raise ConfigError(f"beta={self.beta} must be at least 0")
+        if not 0 <= self.ref_model_mixup_alpha <= 1:
+            raise ConfigError(f"ref_model_mixup_alpha={self.ref_model_mixup_alpha} must be in [0, 1]")
+        if self.sync_ref_model and not self.beta:
+            raise ConfigError("sync_ref_model=True moves a reference that beta=0 does not ask",
+                              hint="set beta, or leave it out")  # fmt: skip
+        if self.temperature <= 0:
+            raise ConfigError(f"temperature={self.temperature} must be above 0: completions of a prompt must differ")
+        if not self.reward_timeout > 0:
+            raise ConfigError(f"reward_timeout={self.reward_timeout} must be above 0")
+        self.sampling()
+
+    def sampling(self) -> Sampling:
+        """Raises ConfigError for values that mean nothing."""
+        given = self.generation_kwargs if isinstance(self.generation_kwargs, dict) else {}
+        for name in given:
+            if name not in GENERATION_KWARGS:
+                raise ConfigError(f"generation_kwargs[{name!r}] is not honoured",
+                                  hint=f"known: {', '.join(GENERATION_KWARGS)}")  # fmt: skip
+        values: dict[str, Any] = {
+            "max_tokens": self.max_completion_length,
+            "temperature": self.temperature,
+            "top_k": self.top_k if self.top_k and self.top_k > 0 else 0,
+            "top_p": self.top_p,
+            "min_p": self.min_p or 0.0,
+            "repetition_penalty": self.repetition_penalty,
+            "seed": self.seed,
+            **{GENERATION_KWARGS[name]: value for name, value in given.items()},
+        }
+        stop = values.get("stop", ())
+        values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop or ())
+        if values["temperature"] != self.temperature:
+            raise ConfigError("generation_kwargs['temperature'] differs from temperature, which training uses",
+                              hint="set temperature alone")  # fmt: skip
+        return Sampling(**values)
+
+    def rounds(self, num_prompts: int) -> Rounds:
+        """Raises ConfigError where there are not enough prompts for a round."""
+        assert self.generation_batch_size
+        assert self.num_generations
+        assert self.steps_per_generation
+        a_round = self.generation_batch_size // self.num_generations
+        if num_prompts < a_round:
+            raise ConfigError(f"{num_prompts} prompts do not fill a round of {a_round} "
+                              f"(generation_batch_size / num_generations)",
+                              hint="give more prompts, or lower generation_batch_size")  # fmt: skip
+        return Rounds(num_prompts, a_round, self.steps_per_generation, self.num_iterations,
+                      self.gradient_accumulation_steps, self.seed if self.shuffle_dataset else None)  # fmt: skip

@@ -1,0 +1,126 @@
+"""Runs that sample their own completions: killed and resumed they are the run that was not, however a step is cut."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+
+import posttrain
+from tests.tiny_models import tiny_model
+from tests.tiny_tokenizers import chatml_tokenizer
+
+ROWS = [{"prompt": [{"role": "user", "content": f"Say {i}"}], "answer": str(i)} for i in range(7)]
+SETTINGS: dict[str, Any] = {
+    "per_device_train_batch_size": 8,
+    "num_generations": 4,
+    "max_completion_length": 8,
+    "max_steps": 6,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "bf16": False,
+    "use_cpu": True,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "save_steps": 1,
+    "max_sampling_rows": 5,
+}
+CASES: dict[str, dict[str, Any]] = {
+    "a round a step": {},
+    "a round of two steps, twice": {"steps_per_generation": 2, "num_iterations": 2, "beta": 0.1},
+    "kept batches": {"loss_type": "bnpo", "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+}
+
+
+def few_vowels(completions: list[Any], **_: Any) -> list[float]:
+    return [-sum(c in "aeiou" for c in one[0]["content"]) / 4 for one in completions]
+
+
+def make(folder: Path, adapter: bool = False, **settings: Any) -> posttrain.GRPOTrainer:
+    words = chatml_tokenizer()
+    return posttrain.GRPOTrainer(
+        model=tiny_model("llama", len(words)),
+        reward_funcs=few_vowels,
+        args=posttrain.GRPOConfig(str(folder), **{**SETTINGS, **settings}),
+        train_dataset=ROWS,
+        processing_class=words,
+        peft_config=LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1) if adapter else None,
+    )
+
+
+def weights(trainer: posttrain.GRPOTrainer) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(trainer.model.state_dict().items()):
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def samples(folder: Path) -> list[str]:
+    return (folder / "samples.jsonl").read_text().splitlines()
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "adapter"])
+@pytest.mark.parametrize("case", CASES)
+def test_resumed_it_is_the_same_run(case: str, adapter: bool, tmp_path: Path) -> None:
+    whole = make(tmp_path / "whole", adapter, **CASES[case])
+    whole.train()
+    for step in (1, 3, 5):
+        folder = tmp_path / f"resumed at {step}"
+        make(folder, adapter, **CASES[case]).train()
+        resumed = make(folder, adapter, **CASES[case])
+        resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
+        assert weights(resumed) == weights(whole)
+        assert samples(folder) == samples(tmp_path / "whole")
+        for mine, other in zip(resumed.state.log_history, whole.state.log_history, strict=False):
+            for name in ("loss", "grad_norm", "reward", "kl", "completions/mean_length", "num_tokens"):
+                assert mine.get(name) == other.get(name), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_may_be_cut_as_memory_wants_it(case: str, tmp_path: Path) -> None:
+    logs = []
+    for budget in (10_000, 40):
+        trainer = make(tmp_path / str(budget), token_budget=budget, **{**CASES[case], "save_strategy": "no"})
+        trainer.train()
+        steps = [one for one in trainer.state.log_history if "loss" in one][:2]  # later ones may sample other tokens
+        logs.append([one[name] for one in steps for name in ("loss", "grad_norm")])
+    assert logs[0] == pytest.approx(logs[1], rel=1e-4, abs=1e-6)
+
+
+def test_a_run_with_other_completions_is_another_run(tmp_path: Path) -> None:
+    make(tmp_path, max_steps=2).train()
+    with pytest.raises(posttrain.CheckpointError, match="how completions are sampled"):
+        make(tmp_path, max_steps=4, temperature=0.7).train(resume_from_checkpoint=True)
+
+
+def test_groups_without_signal_cost_nothing_and_change_nothing(tmp_path: Path) -> None:
+    """With every reward the same there is no gradient, and nothing is computed."""
+    trainer = make(tmp_path, max_steps=2, save_strategy="no")
+    trainer.rewards.functions = {"same": lambda completions, **_: [1.0] * len(completions)}
+    seen: list[int] = []
+    inner = trainer.rollouts.source.micro_batches
+    trainer.rollouts.source.micro_batches = lambda step: seen.append(len(made := inner(step))) or made  # type: ignore
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    trainer.train()
+    assert seen == [0, 0]
+    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.model.state_dict().items())
+    assert trainer.state.log_history[0]["frac_reward_zero_std"] == 1.0
+    assert trainer.state.log_history[0]["grad_norm"] == 0.0
+
+
+def test_what_is_logged_of_a_round(tmp_path: Path) -> None:
+    trainer = make(tmp_path, max_steps=1, save_strategy="no")
+    trainer.train()
+    lines = [json.loads(line) for line in samples(tmp_path)]
+    assert len(lines) == 8
+    assert {line["step"] for line in lines} == {1}
+    assert lines[0]["prompt"] in [row["prompt"] for row in ROWS]
+    assert all(line["rewards"] == {"few_vowels": few_vowels([line["completion"]])[0]} for line in lines)
+    for group in (0, 1):
+        assert sum(line["advantage"] for line in lines if line["group"] == group) == pytest.approx(0, abs=1e-6)
+    assert trainer.state.log_history[0]["sampling/logp_difference"] < 1e-5
