@@ -103,7 +103,7 @@ def _convert(example: Example, said: Said, to: str, keep: str | None, again: Row
     except DataError as error:
         raise cannot(example, to, f"it could not be read again: {error.message}", error.hint) from error
     if back != code:
-        raise _changed(example, said, again.read(row, example.origin), to)
+        raise _changed(example, said, again.parsed(row, example.origin)[1], to)
     return row, code
 
 

@@ -31,6 +31,12 @@ class Skipped:
         self._file.write(json.dumps(row) + "\n")
         self.count += 1
 
+    def take(self, other: Skipped) -> None:
+        """Those of `other` as well."""
+        for row in other:
+            self._file.write(json.dumps(row) + "\n")
+        self.count += other.count
+
     def clear(self) -> None:
         self._file.seek(0)
         self._file.truncate()

@@ -72,7 +72,7 @@ def in_tokens(
     problems: list[Finding] = []
     try:
         for source in sources:
-            for tokenized in pipeline.run_rows(_trainable(source, RowReader(settings))):
+            for tokenized in pipeline.run_rows(trainable_rows(source, RowReader(settings))):
                 counting.add(tokenized)
     except UserError as error:  # no chat template, say: it is the model's fault and not the rows'
         sentence = f"tokens were not counted: {error.message}"
@@ -196,7 +196,7 @@ def _emptied(lengths: Lengths, usable: int) -> Finding:
                    sentence + (": nothing is left" if is_all else ""), fix)  # fmt: skip
 
 
-def _trainable(source: Any, reader: RowReader) -> Rows:
+def trainable_rows(source: Any, reader: RowReader) -> Rows:
     """The usable rows of a source in the shape that supervised training reads."""
     try:
         for origin, row in read_rows(source, reject=_ignore):

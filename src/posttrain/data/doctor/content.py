@@ -64,7 +64,7 @@ class RowReader:
 
     def read(self, row: Row, origin: Origin) -> Said:
         """Raises DataError for a row that cannot be used."""
-        return self._tokens(row, origin) if is_tokenized(row) else self.parsed(row, origin)[1]
+        return self._tokens(row, origin) if is_tokenized(row) else self.trainable(row, origin)[1]
 
     def example(self, row: Row, origin: Origin) -> Example:
         """The same as training would get it. Raises DataError for a row that cannot be used."""
@@ -114,7 +114,8 @@ def check_trainable(said: Said, row: Row, origin: Origin) -> None:
     if not said.is_answered:
         hint = "add the answer, or drop the row; a prompt alone is data for GRPO, RLOO or PPO"
         raise bad_row("E-DATA-0022", origin, "the row holds no turn of the assistant to train", row=row, hint=hint)
-    for text in (said.prompt, *said.answers):
+    rest = json.dumps(json.loads(said.rest), ensure_ascii=False) if "\\ud" in said.rest else ""
+    for text in (said.prompt, *said.answers, rest):
         if text.isascii():
             continue
         try:
