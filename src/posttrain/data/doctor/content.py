@@ -82,7 +82,7 @@ class RowReader:
             row = read_columns(row, self.names, origin)
             example, described = self._example(row, origin)
             what = said(example, described)
-            what.over = passed_over(example, self.formats, OF_METHODS[what.method])
+            what.over = passed_over(example, self.formats, OF_METHODS[what.method], self.format is not None)
             what.is_unrated = what.method == "sft" and "label" in row and row["label"] is None
             return example, what
         except UserError:
