@@ -75,22 +75,37 @@ def _is_report(path: Path) -> bool:
     return beginning.startswith(b"<!doctype html") or (beginning.startswith(b"{") and b'"schema_version"' in beginning)
 
 
-def write_rows(path: Path, rows: Iterable[Row], check: Callable[[Path], None] | None = None) -> int:
+def write_rows(
+    path: Path,
+    rows: Iterable[Row],
+    check: Callable[[Path], None] | None = None,
+    why_empty: Callable[[], str] | None = None,
+) -> int:
     """Write `rows` as they come (all of them are held for CSV and Parquet, whose columns must be known); how many.
-    `check` is given the whole file before it is in place, and may refuse it."""
-    kind = path.suffix.lower()
+    `check` is given the whole file before it is in place, and may refuse it. A file without a row is none: DataError
+    (E-DATA-0031), with what `why_empty` says by then."""
     with _replacing(path, check) as temporary:
-        if kind == ".parquet":
-            return write_parquet(temporary, path, list(rows))
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            if kind == ".json":
-                return _write_array(file.write, iter(rows))
-            if kind == ".csv":
-                return _write_csv(file, path, list(rows))
-            count = 0
-            for count, row in enumerate(rows, start=1):  # noqa: B007 - the last number is the count
-                file.write(_line(row) + "\n")
-            return count
+        count = _write(temporary, path, rows)
+        if not count:
+            hint = why_empty() if why_empty is not None else None
+            message = f"{path}: not a single row is left to write"
+            raise DataError(message, hint=hint or "there is none in what was read", code="E-DATA-0031")
+        return count
+
+
+def _write(temporary: Path, path: Path, rows: Iterable[Row]) -> int:
+    kind = path.suffix.lower()
+    if kind == ".parquet":
+        return write_parquet(temporary, path, list(rows))
+    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        if kind == ".json":
+            return _write_array(file.write, iter(rows))
+        if kind == ".csv":
+            return _write_csv(file, path, list(rows))
+        count = 0
+        for count, row in enumerate(rows, start=1):  # noqa: B007 - the last number is the count
+            file.write(_line(row) + "\n")
+        return count
 
 
 def _write_csv(file: TextIO, path: Path, rows: list[Row]) -> int:

@@ -145,6 +145,33 @@ def test_stats_count_the_tokens_of_pairs_and_ratings(capsys: pytest.CaptureFixtu
     assert found["tokens"]["trained"] == len("good") + len("bad") + 2
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+@pytest.mark.parametrize("words", ["dedup in.jsonl -o out", "dedup in.jsonl --near -o out",
+                                   "convert in.jsonl --to messages -o out"])  # fmt: skip
+def test_a_file_without_a_row_is_not_written(words: str, suffix: str, capsys: pytest.CaptureFixture[str]) -> None:
+    write(Path("in.jsonl"), [EMPTY, EMPTY])
+    assert data(f"{words}.{suffix} --policy skip") == 3
+    said = capsys.readouterr()
+    assert f"E-DATA-0031 out.{suffix}: not a single row is left to write" in said.err
+    assert "every row was skipped: without --policy skip it is said why" in said.err
+    assert "✔" not in said.out
+    assert sorted(path.name for path in Path().iterdir()) == ["in.jsonl"]
+
+
+def test_a_repair_that_leaves_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    write(Path("in.jsonl"), [EMPTY, EMPTY, pair("Q?", "a", "a")])
+    assert data("fix in.jsonl") == 3
+    assert "E-DATA-0031 in.fixed.jsonl: not a single row is left to write" in capsys.readouterr().err
+    assert data("check in.jsonl --fix out.jsonl --policy skip") == 3
+    said = capsys.readouterr()
+    assert "--fix out.jsonl was not written: nothing is left" in said.err
+    assert "unusable rows left out: 2; pairs that choose what they reject left out: 1" in said.err
+    write(Path("in.jsonl"), [EMPTY, EMPTY])
+    assert data("check in.jsonl --fix out.jsonl --policy skip --json") == 3
+    assert json.loads(capsys.readouterr().out)["fix"] is None
+    assert sorted(path.name for path in Path().iterdir()) == ["in.jsonl"]
+
+
 HALF = {"prompt": "Q?", "completion": "\ud83d"}
 HALF_A_TOOL = {**row("Q?", "A"), "tools": [{"name": "f", "description": "\ud83d"}]}
 ASKED = {"messages": [{"role": "user", "content": "Hi"}]}

@@ -60,7 +60,6 @@ def convert(
 
     def converted() -> Iterator[Row]:
         nonlocal left_out
-        any_row = False
         for example, said in reading.examples():
             if keep == "desirable" and example.columns.get("label") is False:
                 left_out += 1
@@ -72,13 +71,12 @@ def convert(
                 continue
             if limit is None or len(written) < limit:
                 written.append(code)
-            any_row = True
             yield row
-        if not any_row and (reading.skipped or left_out):
-            hint = "without --policy skip it is said why" if reading.skipped else "no answer is rated good"
-            raise DataError(f"{out}: not a single row is left to write", hint=hint, code="E-DATA-0052")
 
-    count = write_rows(out, converted(), lambda file: read_again(file, out, written))
+    def why_empty() -> str:
+        return reading.why_empty() or ("no answer is rated good" if left_out else "")
+
+    count = write_rows(out, converted(), lambda file: read_again(file, out, written), why_empty)
     kept = {"left_out": left_out} if keep is not None else {}
     return {"written": count, **kept, SKIPPED: reading.skipped}
 

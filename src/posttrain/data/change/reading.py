@@ -64,6 +64,10 @@ class Reading:
     def skipped(self) -> int:
         return self.left_out.count
 
+    def why_empty(self) -> str:
+        """Of a file to which nothing is left."""
+        return "every row was skipped: without --policy skip it is said why" if self.skipped else ""
+
     def rows(self) -> Iterator[tuple[Origin, Row]]:
         self.left_out.clear()
         return read_rows(self.source, reject=self.reject)

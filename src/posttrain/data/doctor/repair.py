@@ -55,8 +55,15 @@ def repair(
     copy of its beginning is no repaired copy."""
     check_target(sources, out)
     changes: dict[str, Cases] = {}
-    written = write_rows(out, mended(sources, data, Rules(), changes, usable_with(tokenizer, data)))
+    rows = mended(sources, data, Rules(), changes, usable_with(tokenizer, data))
+    written = write_rows(out, rows, why_empty=lambda: left_out(changes))
     return {"written": written, **{rule: changes.get(rule, Cases()).count for rule in RULES}}
+
+
+def left_out(changes: dict[str, Cases]) -> str:
+    """Why nothing is left, by rules."""
+    found = [(what, changes[rule].count) for rule, what in RULES.items() if rule in changes and "left out" in what]
+    return "; ".join(f"{what}: {count}" for what, count in found) + ("; data check says more" if found else "")
 
 
 def check_target(sources: list[Any], out: Path) -> None:
