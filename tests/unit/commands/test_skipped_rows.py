@@ -190,6 +190,7 @@ def test_what_training_refuses_is_refused_by_every_verb(verb: str, capsys: pytes
     assert main(["data", "check", "in.jsonl", "--policy", "skip", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["usable"] == 6
 
+
 @pytest.mark.parametrize(
     ("words", "hint"),
     [

@@ -263,9 +263,7 @@ def test_several_answers_do_not_become_one(to: str, name: str, tmp_path: Path) -
     assert convert([CHAT], to, out, S, keep="last")["written"] == 1
     convert(str(out), "messages", tmp_path / "b.jsonl", S)
     before, (question, answer) = CHAT["messages"][:2], CHAT["messages"][2:]
-    assert lines(tmp_path / "b.jsonl") == [
-        {"messages": [before[0], {**before[1], "train": False}, question, answer]}
-    ]
+    assert lines(tmp_path / "b.jsonl") == [{"messages": [before[0], {**before[1], "train": False}, question, answer]}]
 
 
 def test_the_last_answer_has_to_be_one_that_is_trained(tmp_path: Path) -> None:

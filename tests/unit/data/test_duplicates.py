@@ -139,9 +139,7 @@ def greeted(count: int) -> list[Any]:
 
 def test_forks_stay_together(tmp_path: Path) -> None:
     """Each opening has three ways to go on, and none of them is the beginning of another."""
-    rows = [
-        turns(f"Question {n}?", f"Answer {n}.", f"And {way}?", f"So {way}.") for n in range(30) for way in "abc"
-    ]
+    rows = [turns(f"Question {n}?", f"Answer {n}.", f"And {way}?", f"So {way}.") for n in range(30) for way in "abc"]
     for part in (rows, greeted(40)):
         for seed in range(5):
             counts = split(part, 0.2, seed, tmp_path, S)

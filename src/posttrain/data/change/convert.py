@@ -76,7 +76,7 @@ def convert(
     def why_empty() -> str:
         return reading.why_empty() or ("no answer is rated good" if left_out else "")
 
-    count = write_rows(out, converted(), lambda file: read_again(file, out, written), why_empty)
+    count = write_rows(out, converted(), lambda file: read_again(file, out, written), why_empty, source)
     kept = {"left_out": left_out} if keep is not None else {}
     return {"written": count, **kept, SKIPPED: reading.skipped}
 

@@ -67,7 +67,7 @@ def dedup(
 def _write(out: Path, rows: Iterator[Row], reading: Reading) -> int:
     """A table cannot hold every row as it is, so one is read again before it is in place."""
     if out.suffix.lower() not in TABLES:
-        return write_rows(out, rows, why_empty=reading.why_empty)
+        return write_rows(out, rows, why_empty=reading.why_empty, like=reading.source)
     reader, said = RowReader(reading.settings), array("Q")
 
     def noted() -> Iterator[Row]:
@@ -75,7 +75,10 @@ def _write(out: Path, rows: Iterator[Row], reading: Reading) -> int:
             said.append(essence(*reader.parsed(row, Origin("", 0))))
             yield row
 
-    return write_rows(out, noted(), lambda file: read_again(file, out, said, reading.settings), reading.why_empty)
+    def again(file: Path) -> None:
+        read_again(file, out, said, reading.settings)
+
+    return write_rows(out, noted(), again, reading.why_empty, reading.source)
 
 
 @dataclasses.dataclass
