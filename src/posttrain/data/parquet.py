@@ -12,6 +12,7 @@ from typing import Any
 
 from posttrain.data.cells import CHAT_COLUMNS, NESTED, parsed
 from posttrain.data.codes import Reject, Row, kind
+from posttrain.data.lines import HOLE
 from posttrain.errors import DataError
 from posttrain.types import Origin
 
@@ -57,7 +58,12 @@ def read_parquet(path: Path, reject: Reject) -> Rows:
 def _unopened(path: Path, error: Exception) -> DataError:
     """A file that begins like one of Parquet is one that was damaged, or not written to its end."""
     with open(path, "rb") as file:
-        is_parquet = file.read(4) == b"PAR1"
+        beginning = file.read(len(HOLE))
+    if beginning == HOLE:
+        hint = "write it, or download it, again"
+        return DataError(f"{path}: the file begins with NUL bytes: it is damaged or not whole", hint=hint,
+                         code="E-DATA-0007")  # fmt: skip
+    is_parquet = beginning[:4] == b"PAR1"
     what = "the Parquet file is damaged or breaks off" if is_parquet else "not a Parquet file"
     hint = "write it, or download it, again" if is_parquet else "name the file by what it holds, e.g. .jsonl"
     return DataError(f"{path}: {what}: {error}", hint=hint, code="E-DATA-0007" if is_parquet else "E-DATA-0001")

@@ -190,6 +190,14 @@ def test_objects_without_keys_in_parquet(place: str, tmp_path: Path) -> None:
         assert back == row
 
 
+def test_a_parquet_file_of_nul_bytes(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    (tmp_path / "a.parquet").write_bytes(bytes(5000))
+    found = error(str(tmp_path / "a.parquet"))
+    assert "begins with NUL bytes" in found.message
+    assert "download it, again" in (found.hint or "")
+
+
 def typed(pyarrow: Any) -> Any:
     """A table with a column of every type that JSON has not, and of some that Python has not."""
     day = datetime(2024, 5, 6, 7, 8, 9, tzinfo=UTC)

@@ -19,7 +19,7 @@ from posttrain.data.columns import rename_columns
 from posttrain.data.conversation import ALIASES
 from posttrain.data.doctor.census import as_trained, trained_rows
 from posttrain.data.doctor.content import RowReader, Said
-from posttrain.data.doctor.patterns import CONTROL
+from posttrain.data.doctor.patterns import CONTROL, ESCAPE
 from posttrain.data.doctor.rules import CONVERSATIONS, RENAME, TRAINED, Rules, rename_roles, unmatched
 from posttrain.data.flags import DETAIL
 from posttrain.data.pipeline import Pipeline
@@ -182,7 +182,7 @@ def _has_ranges(value: Any) -> bool:
 
 def _without_control(value: Any) -> Any:
     if isinstance(value, str):
-        return CONTROL.sub(lambda found: BLANKS.get(found[0], ""), value)
+        return CONTROL.sub(lambda found: BLANKS.get(found[0], ""), ESCAPE.sub("", value))
     if isinstance(value, dict):
         return {key: _without_control(item) for key, item in value.items()}
     return [_without_control(item) for item in value] if isinstance(value, list | tuple) else value
