@@ -334,14 +334,20 @@ def test_what_is_trained_is_what_was_trained(
     expected = trained_text(one)
     for number, to in enumerate((there, back)):
         out = folder / f"{number}.jsonl"
-        try:
-            convert([one], to, out, S)
-        except DataError as error:
-            assert error.code in ("E-DATA-0052", "E-DATA-0022")
+        if (code := refusal(one, to, out)) is not None:
+            assert code in ("E-DATA-0052", "E-DATA-0022")
             assert to not in ("messages", "chatml", "sharegpt") or not expected
             return
         (one,) = lines(out)
         assert trained_text(one) == expected
+
+
+def refusal(one: dict[str, Any], to: str, out: Path) -> str | None:
+    try:
+        convert([one], to, out, S)
+    except DataError as error:
+        return error.code
+    return None
 
 
 def trained_text(one: dict[str, Any]) -> str:
@@ -357,3 +363,15 @@ def trained_text(one: dict[str, Any]) -> str:
         for branch in branches
         for token, is_trained in zip(branch.ids, branch.supervised, strict=True)
     )
+
+
+def test_rows_of_tokens_have_no_text(tmp_path: Path) -> None:
+    both = {"input_ids": [5, 6, 7], **row("Q?", "A")}
+    for tokens in ({"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, both):
+        error = refused([tokens], "messages", tmp_path / "a.jsonl")
+        assert error.code == "E-DATA-0052"
+        assert error.message.startswith('data[0]  "input_ids" holds token ids: a row that is tokenised has no text')
+    assert "--map input_ids=own_input_ids" in (error.hint or "")
+    named = DataSettings(column_map={"input_ids": "own_input_ids"})
+    assert convert([both], "messages", tmp_path / "a.jsonl", named)["written"] == 1
+    assert check([both], data=named).formats == {"read as messages: column `messages` with keys `role`, `content`": 1}

@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from posttrain.data.codes import Row
+from posttrain.data.codes import Row, bad_row
+from posttrain.data.columns import rename_columns
 from posttrain.data.doctor.content import RowReader, Said
 from posttrain.data.settings import DataSettings
 from posttrain.data.sources import read_rows
+from posttrain.data.tokens import is_tokenized
 from posttrain.errors import DataError
 from posttrain.types import Example, Origin
 
@@ -84,6 +86,7 @@ class Reading:
         reader = RowReader(self.settings)
         for origin, row in self.rows():
             try:
+                _check_no_tokens(row, origin, self.settings)
                 yield reader.trainable(row, origin)
             except DataError as error:
                 self.reject(error, origin)
@@ -92,6 +95,14 @@ class Reading:
         if self.settings.on_bad_row == "error":
             raise error
         self.left_out.add(error, origin)
+
+
+def _check_no_tokens(row: Row, origin: Origin, settings: DataSettings) -> None:
+    """Training reads token ids where a row has them, whatever else it has."""
+    if is_tokenized(rename_columns(row, settings.column_map, origin)):
+        what = "holds token ids: a row that is tokenised has no text to convert"
+        hint = "convert the rows that it was made of; if the text beside it is meant, --map input_ids=own_input_ids"
+        raise bad_row("E-DATA-0052", origin, what, field="input_ids", row=row, hint=hint)
 
 
 def hashed(*texts: str) -> int:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from posttrain.data.codes import REASONS, Row
+from posttrain.data.columns import rename_columns
 from posttrain.data.doctor.content import RowReader
 from posttrain.data.doctor.findings import Finding, finding, rows, share
 from posttrain.data.pipeline import Pipeline
@@ -210,9 +211,10 @@ def trainable_rows(source: Any, reader: RowReader) -> Rows:
 
 def trained_rows(row: Row, reader: RowReader, origin: Origin) -> list[Row]:
     """`row` as supervised training reads it: a row for each answer. Raises its DataError."""
-    if is_tokenized(row):
+    named = rename_columns(row, reader.names, origin)
+    if is_tokenized(named):
         reader.read(row, origin)
-        return [row]
+        return [named]
     example = reader.example(row, origin)
     return [_row(example, completion) for completion in example.completions]
 

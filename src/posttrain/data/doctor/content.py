@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from posttrain.data.codes import SKIP, UNFORESEEN, Row, bad_row, broken_promise
-from posttrain.data.columns import read_columns
+from posttrain.data.columns import read_columns, rename_columns
 from posttrain.data.conversation import SYSTEM, is_answered
 from posttrain.data.formats import all_formats, choose, detect, require
 from posttrain.data.passed_over import NOTHING, PassedOver, of_tokens, passed_over
@@ -64,7 +64,8 @@ class RowReader:
 
     def read(self, row: Row, origin: Origin) -> Said:
         """Raises DataError for a row that cannot be used."""
-        return self._tokens(row, origin) if is_tokenized(row) else self.trainable(row, origin)[1]
+        named = rename_columns(row, self.names, origin)
+        return self._tokens(named, origin) if is_tokenized(named) else self.trainable(row, origin)[1]
 
     def example(self, row: Row, origin: Origin) -> Example:
         """The same as training would get it. Raises DataError for a row that cannot be used."""
