@@ -111,7 +111,8 @@ def test_fix(clean: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_fix_where_nothing_is_left(clean: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(clean, [{"x": 1}])
     assert check("train.jsonl", "--fix", "out.jsonl") == 3
-    assert "out.jsonl 0 rows written" in capsys.readouterr().out
+    assert "--fix out.jsonl was not written: nothing is left" in capsys.readouterr().err
+    assert not Path("out.jsonl").exists()
 
 
 def test_lengths_in_tokens(clean: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,7 +56,7 @@ def add(verbs: Any, common: argparse.ArgumentParser) -> None:
 
 def _check(options: argparse.Namespace) -> int:
     from posttrain.data.doctor.check import check
-    from posttrain.data.doctor.repair import check_target, repair
+    from posttrain.data.doctor.repair import check_target
     from posttrain.data.doctor.settings import parse_settings
     from posttrain.data.writing import check_report, write_report
 
@@ -79,7 +79,7 @@ def _check(options: argparse.Namespace) -> int:
         "progress": not (options.quiet or options.json),
     }
     found = _as_typed(check(options.files, **common), options)
-    document = found.to_dict()
+    document, is_lost = found.to_dict(), False
     if not options.json:
         _print(found, options)
     if options.fix and found.is_unread:
@@ -87,24 +87,38 @@ def _check(options: argparse.Namespace) -> int:
         print(f"--fix {options.fix} was not written: the rest of a file cannot be read, and a copy would lack it\n"
               "  = mend that place first", file=sys.stderr)  # fmt: skip
     elif options.fix:
-        document["fix"] = {
-            "path": str(options.fix), **repair(options.files, options.fix, data, common["tokenizer"])
-        }  # fmt: skip
-        found = (
-            check([str(options.fix)], **{**common, "data": _without_names(data)})
-            if document["fix"]["written"]
-            else found
-        )
-        document["fixed"] = found.to_dict()
-        if not options.json:
-            _print_fix(document["fix"], found)
-    document["refused"] = bool(found.errors or (options.strict and found.warnings))
+        document["fix"], again = _fixed(options, data, common)
+        is_lost = again is None
+        if again is not None:
+            found, document["fixed"] = again, again.to_dict()
+            if not options.json:
+                _print_fix(document["fix"], found)
+    document["refused"] = bool(found.errors or (options.strict and found.warnings) or is_lost)
     if options.report:
         write_report(options.report, document)
         print(f"report in {options.report}", file=sys.stderr)
     if options.json:
         print(json.dumps(document, allow_nan=False, ensure_ascii=False))
     return 3 if document["refused"] else 0
+
+
+def _fixed(
+    options: argparse.Namespace, data: DataSettings, common: dict[str, Any]
+) -> tuple[dict[str, Any] | None, CheckReport | None]:
+    """What was repaired, and the check of the copy; neither where nothing is left to write."""
+    from posttrain.data.doctor.check import check
+    from posttrain.data.doctor.repair import repair
+    from posttrain.errors import DataError
+
+    try:
+        counts = repair(options.files, options.fix, data, common["tokenizer"])
+    except DataError as error:
+        if error.code != "E-DATA-0031":
+            raise
+        print(f"--fix {options.fix} was not written: nothing is left\n  = {error.hint}", file=sys.stderr)
+        return None, None
+    again = check([str(options.fix)], **{**common, "data": _without_names(data)})
+    return {"path": str(options.fix), **counts}, again
 
 
 def _without_names(data: DataSettings) -> DataSettings:
@@ -214,9 +228,8 @@ def _print_fix(counts: dict[str, Any], found: CheckReport) -> None:
     changed = "; ".join(f"{what}: {number(counts[rule])}" for rule, what in RULES.items() if counts[rule])
     written = f"{counts['path']} {rows(counts['written'])} written"
     print(f"✔ fixed    {written}: {changed or 'nothing had to be changed'}")
-    if counts["written"]:
-        print(f"{'!' if found.errors else '✔'} again    {_several(found.errors, 'error')}, "
-              f"{_several(found.warnings, 'warning')} in the copy")  # fmt: skip
+    print(f"{'!' if found.errors else '✔'} again    {_several(found.errors, 'error')}, "
+          f"{_several(found.warnings, 'warning')} in the copy")  # fmt: skip
 
 
 def _several(count: int, what: str) -> str:

@@ -29,6 +29,7 @@ Rows = Iterator[tuple[Origin, Row]]
 LENIENT = json.JSONDecoder(parse_int=str, parse_float=str)
 """Finds the end of what the strict one refuses."""
 SPACE = re.compile(r"[ \t\r\n]*")
+UNREADABLE = re.compile("\ufffd|\0{8}")
 
 
 def read_json_lines(path: Path, reject: Reject) -> Rows:
@@ -92,7 +93,8 @@ def _text(path: Path) -> tuple[str, Unreadable]:
             text = decode(raw, Origin(str(path), index, index + 1))
         except DataError as error:
             text = raw.decode("utf-8", "replace")
-            unreadable.append((length + max(text.find("\ufffd"), 0), error))
+            at = UNREADABLE.search(text)
+            unreadable.append((length + (at.start() if at else 0), error))
         parts.append(text)
         length += len(text)
     return "".join(parts), unreadable

@@ -18,8 +18,12 @@ MAX_LINE = 32 * 2**20
 would fill the memory."""
 
 
+HOLE = bytes(8)
+"""NUL bytes in a row, as a file has them that was not written to its end, or a sparse one; no text has so many."""
+
+
 class _TooLong(bytes):
-    """The beginning of a line that is longer than `MAX_LINE`."""
+    """The beginning of a line that is longer than `MAX_LINE`, or the hole in it."""
 
 
 def raw_lines(path: Path, limited: bool = True) -> Iterator[bytes]:
@@ -33,7 +37,7 @@ def raw_lines(path: Path, limited: bool = True) -> Iterator[bytes]:
                 hint = f"iconv -f UTF-16 -t UTF-8 {path} > fixed{path.suffix}"
                 raise DataError(f"{path}: the file is UTF-16, not UTF-8", hint=hint, code="E-DATA-0003")
             if limited and _is_cut(raw):
-                raw = _TooLong(raw[:1000])
+                raw = _too_long(raw)
                 while (more := _next(file, limit, path)) and not more.endswith(b"\n"):
                     pass
             marked = first and raw.startswith(b"\xef\xbb\xbf")
@@ -46,7 +50,11 @@ def line_at(path: Path, start: int) -> bytes:
     with open(path, "rb") as file:
         file.seek(start)
         raw = file.readline(MAX_LINE)
-    return _TooLong(raw[:1000]) if _is_cut(raw) else raw
+    return _too_long(raw) if _is_cut(raw) else raw
+
+
+def _too_long(raw: bytes) -> _TooLong:
+    return _TooLong(HOLE if HOLE in raw else raw[:1000])
 
 
 def _is_cut(raw: bytes) -> bool:
@@ -72,12 +80,23 @@ def too_long(origin: Origin, beginning: str) -> DataError:
     return DataError(message, hint="write each row on a line of its own", code="E-DATA-0009")
 
 
+def _full_of_nul(raw: bytes, origin: Origin) -> DataError:
+    """They are counted and not quoted: there may be as many as the disk has room for."""
+    if isinstance(raw, _TooLong):
+        what = f"the line is longer than {MAX_LINE // 2**20} MiB, for it is full of NUL bytes"
+    elif not raw.strip(b"\0\r\n"):
+        what = "the line is nothing but NUL bytes"
+    else:
+        what = f"the line has {raw.count(0)} NUL bytes, from byte {raw.index(HOLE) + 1} on"
+    hint = "the file was damaged or is not whole (a full disk, a crash, a download that broke off): write it again"
+    return DataError(f"{origin}  {what}", hint=hint, code="E-DATA-0003")
+
+
 def decode(raw: bytes, origin: Origin) -> str:
+    if HOLE in raw or (raw[:1] == b"\0" and not raw.strip(b"\0\r\n")):
+        raise _full_of_nul(raw, origin)
     if isinstance(raw, _TooLong):
         raise too_long(origin, raw.decode("utf-8", "replace"))
-    if raw[:1] == b"\0" and not raw.strip(b"\0\r\n"):
-        hint = "the file was damaged, by a full disk or a crash, say; write it again"
-        raise DataError(f"{origin}  the line is nothing but NUL bytes", hint=hint, code="E-DATA-0003")
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from posttrain.data.cells import CHAT_COLUMNS, NESTED, parsed
-from posttrain.data.codes import Reject, Row
+from posttrain.data.codes import Reject, Row, kind
+from posttrain.data.lines import HOLE
 from posttrain.errors import DataError
 from posttrain.types import Origin
 
@@ -57,7 +58,12 @@ def read_parquet(path: Path, reject: Reject) -> Rows:
 def _unopened(path: Path, error: Exception) -> DataError:
     """A file that begins like one of Parquet is one that was damaged, or not written to its end."""
     with open(path, "rb") as file:
-        is_parquet = file.read(4) == b"PAR1"
+        beginning = file.read(len(HOLE))
+    if beginning == HOLE:
+        hint = "write it, or download it, again"
+        return DataError(f"{path}: the file begins with NUL bytes: it is damaged or not whole", hint=hint,
+                         code="E-DATA-0007")  # fmt: skip
+    is_parquet = beginning[:4] == b"PAR1"
     what = "the Parquet file is damaged or breaks off" if is_parquet else "not a Parquet file"
     hint = "write it, or download it, again" if is_parquet else "name the file by what it holds, e.g. .jsonl"
     return DataError(f"{path}: {what}: {error}", hint=hint, code="E-DATA-0007" if is_parquet else "E-DATA-0001")
@@ -135,12 +141,39 @@ def no_table(path: Path, why: object) -> DataError:
     return DataError(f"{path}: the rows do not fit into a table: {why}", hint=hint, code="E-DATA-0051")
 
 
-def write_parquet(file: Path, name: Path, rows: list[Row]) -> int:
-    """Into `file`; in messages it is called `name`."""
+def write_parquet(file: Path, name: Path, rows: list[Row], types: Mapping[str, Any]) -> int:
+    """Into `file`; in messages it is called `name`. `types` are those that columns had where they came from."""
     pyarrow, parquet = _pyarrow(name)
-    columns = {column: _array(pyarrow, column, [row.get(column) for row in rows], name) for column in columns_of(rows)}
+    columns: dict[str, Any] = {}
+    for column in columns_of(rows):
+        values = [row.get(column) for row in rows]
+        array = _as_before(pyarrow, column, values, types[column]) if column in types else None
+        columns[column] = _array(pyarrow, column, values, name) if array is None else array
     parquet.write_table(pyarrow.table(columns), file)
     return len(rows)
+
+
+def types_of(files: Iterable[Any]) -> dict[str, Any]:
+    """Arrow's type of each column, if all `files` are of Parquet and agree on it."""
+    schemas = []
+    for file in files:
+        if not isinstance(file, str | Path) or Path(file).suffix.lower() != ".parquet":
+            return {}
+        _, parquet = _pyarrow(Path(file))
+        schemas.append(parquet.read_schema(file))
+    found = [{name: schema.field(name).type for name in schema.names} for schema in schemas]
+    return {name: was for name, was in found[0].items() if all(one.get(name) == was for one in found)}
+
+
+def _as_before(pyarrow: Any, column: str, values: list[Any], was: Any) -> Any:
+    """The values as Arrow's type `was`; None where they are no longer of it, or would not come back."""
+    try:
+        array = pyarrow.array(values, was)
+        back = array.to_pylist()
+    except (pyarrow.ArrowException, OverflowError, TypeError, ValueError):
+        return None
+    is_same = _unchanged(column, values, back) if column in NESTED else back == values
+    return array if is_same else None
 
 
 def _array(pyarrow: Any, column: str, values: list[Any], path: Path) -> Any:
@@ -157,14 +190,26 @@ def _array(pyarrow: Any, column: str, values: list[Any], path: Path) -> Any:
         why = error
     if not any(isinstance(value, list | dict) for value in values):
         raise no_table(path, f"column `{column}`: {why}")
+    if (other := next((found for value in values if (found := not_json(value))), None)) is not None:
+        raise no_table(path, f"column `{column}` holds {other}, which would become text: {why}")
     return pyarrow.array([_as_text(value) for value in values], pyarrow.string())
 
 
-def _holds_nothing(pyarrow: Any, kind: Any) -> bool:
+def not_json(value: Any) -> str | None:
+    """What is in `value` that JSON has not: bytes, a datetime, a Decimal."""
+    if isinstance(value, dict | list | tuple):
+        found = [there for item in (value.values() if isinstance(value, dict) else value) if (there := not_json(item))]
+        return "bytes" if "bytes" in found else next(iter(found), None)
+    if isinstance(value, str | int | float | None):
+        return None
+    return "bytes" if isinstance(value, bytes) else kind(value)
+
+
+def _holds_nothing(pyarrow: Any, of: Any) -> bool:
     """Whether somewhere in it is an object without keys, as `"properties": {}` of a tool without arguments."""
-    if pyarrow.types.is_struct(kind):
-        return kind.num_fields == 0 or any(_holds_nothing(pyarrow, field.type) for field in kind)
-    return bool(pyarrow.types.is_list(kind)) and _holds_nothing(pyarrow, kind.value_type)
+    if pyarrow.types.is_struct(of):
+        return of.num_fields == 0 or any(_holds_nothing(pyarrow, field.type) for field in of)
+    return bool(pyarrow.types.is_list(of)) and _holds_nothing(pyarrow, of.value_type)
 
 
 def _unchanged(column: str, values: list[Any], back: list[Any]) -> bool:

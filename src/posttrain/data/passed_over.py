@@ -7,9 +7,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from posttrain.data.codes import Row
+from posttrain.data.codes import UNFORESEEN, Row
 from posttrain.data.formats import Format
-from posttrain.types import Example
+from posttrain.errors import DataError
+from posttrain.types import Content, Example
 
 MEANT: Mapping[str, str | None] = {
     "system": None,
@@ -47,7 +48,7 @@ NO_PLACE = "which their format has no place for, so that nothing is made of it"
 @dataclass(frozen=True, slots=True)
 class PassedOver:
     """`columns` are all that nothing is made of, `meant` those of them (and keys of messages) that look meant,
-    `formats` those that the row could be read as, too."""
+    `formats` those that the row could be read as, too, with other words."""
 
     columns: tuple[str, ...] = ()
     meant: tuple[str, ...] = ()
@@ -57,14 +58,18 @@ class PassedOver:
 NOTHING = PassedOver()
 
 
-def passed_over(example: Example, known: Mapping[str, Format], kept: Collection[str] = ()) -> PassedOver:
+def passed_over(
+    example: Example, known: Mapping[str, Format], kept: Collection[str] = (), is_named: bool = False
+) -> PassedOver:
     """What nothing is made of in the row of `example`. `known` are the formats of all methods, `kept` the columns that
-    its method looks at."""
+    its method looks at. Where its format `is_named` by the user, other formats were seen and not meant."""
     in_messages = _in_messages(example)
     rest = {name: value for name, value in example.columns.items() if name not in kept and not _is_empty(value)}
     if not rest:
         return PassedOver(meant=in_messages) if in_messages else NOTHING
-    others = tuple(name for name, fmt in known.items() if fmt.matches(rest))
+    if is_named:
+        return PassedOver(tuple(rest), (*_meant(rest), *in_messages))
+    others = tuple(name for name, fmt in known.items() if fmt.matches(rest) and not _is_said(fmt, rest, example))
     return PassedOver(tuple(rest), (*_meant(rest), *_unsaid(rest, example), *in_messages), others)
 
 
@@ -102,6 +107,37 @@ def _unsaid(rest: Row, example: Example) -> tuple[str, ...]:
     return tuple(
         name for name, said in left.items() if not any(said in text for text in texts if isinstance(text, str))
     )
+
+
+def _is_said(fmt: Format, rest: Row, example: Example) -> bool:
+    """Whether `example` says all, in the same order, that `rest` says as a row of `fmt`: nothing is lost with it."""
+    try:
+        other = fmt.parse(rest, example.origin)
+    except (DataError, *UNFORESEEN):
+        return False
+    said = _talks(example)
+    return all(any(_is_part(talk, one) for one in said) for talk in _talks(other))
+
+
+def _talks(example: Example) -> list[list[tuple[str, str]]]:
+    """Of each answer, with its prompt, who says which words. White space is no word."""
+    before = _turns(example.prompt or [], "user")
+    return [[*before, *_turns(answer, "assistant")] for answer in example.completions]
+
+
+def _turns(content: Content, role: str) -> list[tuple[str, str]]:
+    messages = [{"role": role, "content": content}] if isinstance(content, str) else content
+    return [(m["role"], "".join(str(m.get("content") or "").split())) for m in messages]
+
+
+def _is_part(some: list[tuple[str, str]], all_of_them: list[tuple[str, str]]) -> bool:
+    """Whether `some` are among the others in this order, or are all of them in one text."""
+    rest = iter(all_of_them)
+    return all(turn in rest for turn in some) or _words(some) == _words(all_of_them)
+
+
+def _words(turns: list[tuple[str, str]]) -> str:
+    return "".join(words for _, words in turns)
 
 
 def _in_messages(example: Example) -> tuple[str, ...]:

@@ -174,7 +174,8 @@ class Pipeline:
         chosen = self.format or detect(row, origin, self.formats)
         require(chosen, self.settings.format, row, origin)
         example = chosen.parse(row, origin)
-        remark_on_rest(passed_over(example, self.all_formats, self.settings.columns), origin, self.report)
+        over = passed_over(example, self.all_formats, self.settings.columns, self.format is not None)
+        remark_on_rest(over, origin, self.report)
         if self.settings.method == "sft" and "label" in row and row["label"] is None:
             self.report.unrated.add(origin)
         return example, chosen.describe(row)

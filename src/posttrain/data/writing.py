@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from posttrain.data.codes import Row, excerpt
-from posttrain.data.parquet import NO_CHARACTER, columns_of, no_table, write_parquet
+from posttrain.data.parquet import NO_CHARACTER, columns_of, no_table, not_json, types_of, write_parquet
 from posttrain.data.sources import files_of
 from posttrain.errors import ConfigError, DataError
 
 KINDS = (".jsonl", ".json", ".csv", ".parquet")
 TABLES = (".csv", ".parquet")
+NO_CELL = (list, dict, bytes)
+"""What is written into a cell as JSON, or not at all."""
 
 
 def check_new_file(path: Path, force: bool = False, sources: Iterable[Any] = ()) -> None:
@@ -75,22 +77,39 @@ def _is_report(path: Path) -> bool:
     return beginning.startswith(b"<!doctype html") or (beginning.startswith(b"{") and b'"schema_version"' in beginning)
 
 
-def write_rows(path: Path, rows: Iterable[Row], check: Callable[[Path], None] | None = None) -> int:
+def write_rows(
+    path: Path,
+    rows: Iterable[Row],
+    check: Callable[[Path], None] | None = None,
+    why_empty: Callable[[], str] | None = None,
+    like: Any = None,
+) -> int:
     """Write `rows` as they come (all of them are held for CSV and Parquet, whose columns must be known); how many.
-    `check` is given the whole file before it is in place, and may refuse it."""
-    kind = path.suffix.lower()
+    `check` is given the whole file before it is in place, and may refuse it. A file without a row is none: DataError
+    (E-DATA-0031), with what `why_empty` says by then. `like` is where they come from: what is of Parquet there keeps
+    its types."""
     with _replacing(path, check) as temporary:
-        if kind == ".parquet":
-            return write_parquet(temporary, path, list(rows))
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            if kind == ".json":
-                return _write_array(file.write, iter(rows))
-            if kind == ".csv":
-                return _write_csv(file, path, list(rows))
-            count = 0
-            for count, row in enumerate(rows, start=1):  # noqa: B007 - the last number is the count
-                file.write(_line(row) + "\n")
-            return count
+        count = _write(temporary, path, rows, like)
+        if not count:
+            hint = why_empty() if why_empty is not None else None
+            message = f"{path}: not a single row is left to write"
+            raise DataError(message, hint=hint or "there is none in what was read", code="E-DATA-0031")
+        return count
+
+
+def _write(temporary: Path, path: Path, rows: Iterable[Row], like: Any) -> int:
+    kind = path.suffix.lower()
+    if kind == ".parquet":
+        return write_parquet(temporary, path, list(rows), types_of(files_of(like)))
+    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        if kind == ".json":
+            return _write_array(file.write, iter(rows))
+        if kind == ".csv":
+            return _write_csv(file, path, list(rows))
+        count = 0
+        for count, row in enumerate(rows, start=1):  # noqa: B007 - the last number is the count
+            file.write(_line(row) + "\n")
+        return count
 
 
 def _write_csv(file: TextIO, path: Path, rows: list[Row]) -> int:
@@ -100,7 +119,7 @@ def _write_csv(file: TextIO, path: Path, rows: list[Row]) -> int:
     try:
         for row in rows:
             writer.writerow(
-                {name: _line(value) if isinstance(value, list | dict) else value for name, value in row.items()}
+                {name: _line(value, name) if isinstance(value, NO_CELL) else value for name, value in row.items()}
             )
     except UnicodeEncodeError as error:
         raise no_table(path, NO_CHARACTER) from error
@@ -136,10 +155,16 @@ def _write_array(write: Callable[[str], Any], rows: Iterator[Row]) -> int:
     return count
 
 
-def _line(row: Any) -> str:
-    """Characters as they are, but for half of a surrogate pair, which no UTF-8 can hold."""
+def _line(row: Any, column: str | None = None) -> str:
+    """Characters as they are, but for half of a surrogate pair, which no UTF-8 can hold. `row` may be what stands in
+    one `column` of it."""
     try:
-        text = json.dumps(row, ensure_ascii=False, allow_nan=False, default=str)
+        text = json.dumps(row, ensure_ascii=False, allow_nan=False, default=_as_text)
+    except TypeError as error:
+        if column is None:
+            column = next(name for name, value in row.items() if not_json(value) == "bytes")
+        hint = "write .parquet, which has a type for them, or leave the column out"
+        raise DataError(f"column `{column}` holds bytes, which JSON has not", hint=hint, code="E-DATA-0051") from error
     except ValueError as error:
         message = f"a row holds NaN or an infinity, which JSON has not\n  | {excerpt(repr(row))}"
         raise DataError(message, hint="write null, or leave the field out", code="E-DATA-0005") from error
@@ -148,6 +173,13 @@ def _line(row: Any) -> str:
     except UnicodeEncodeError:
         return json.dumps(row, allow_nan=False, default=str)
     return text
+
+
+def _as_text(value: Any) -> str:
+    """Dates, times and decimals have a form in which all write them; bytes have none."""
+    if isinstance(value, bytes):
+        raise TypeError("bytes")
+    return str(value)
 
 
 @contextmanager

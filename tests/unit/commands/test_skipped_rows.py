@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 
 from posttrain.cli import main
-from tests.doctor_files import pair, plain, row, write
+from tests.doctor_files import pair, plain, rated, row, write
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import chatml_tokenizer
 
 EMPTY = {"prompt": "Q?", "completion": ""}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {}}}
+CALLING = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": [CALL]}]}
 VERBS = {
     "convert": ("convert in.jsonl --to messages -o out.jsonl", "out.report.json"),
     "dedup": ("dedup in.jsonl -o out.jsonl", "out.report.json"),
@@ -111,13 +113,82 @@ def test_stats_list_what_only_the_model_cannot_use(capsys: pytest.CaptureFixture
     tokenizer = chatml_tokenizer()
     tiny_model(vocabulary=len(tokenizer)).save_pretrained("model")
     tokenizer.save_pretrained("model")
-    asked = {"messages": [{"role": "user", "content": "Hi"}]}
-    write(Path("in.jsonl"), [*plain(3), asked, EMPTY])
+    write(Path("in.jsonl"), [*plain(3), CALLING, EMPTY])
     assert data("stats in.jsonl --policy skip --model model --json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["skipped"], found["tokens"]["skipped"]) == (1, 1)
+    assert (found["rows"], found["skipped"], found["tokens"]["skipped"]) == (3, 2, 1)
     assert sorted(one["row"] for one in found["skipped_rows"]) == ["in.jsonl:4", "in.jsonl:5"]
-    assert sum(rows for *_, rows in found["histogram"]) == 3
+    assert sum(rows for *_, rows in found["histogram"]) == sum(found["formats"].values()) == 3
+    assert data("stats in.jsonl --policy skip --model model --report r.json") == 0
+    said = capsys.readouterr().out
+    assert "in.jsonl: 3 rows, 2 skipped\n" in said
+    assert "! skipped  2 rows, listed in r.json\n" in said
+
+
+def test_stats_count_the_tokens_of_pairs_and_ratings(capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = chatml_tokenizer()
+    tiny_model(vocabulary=len(tokenizer)).save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    rows = {
+        "pairs.jsonl": [pair("Q?", "good", "very bad"), pair("R?", "a", "b")],
+        "rated.jsonl": [rated("Q?", "good", True), rated("Q?", "bad", False)],
+    }
+    for name, written in rows.items():
+        write(Path(name), written)
+        assert data(f"stats {name} --model model --json") == 0
+        found = json.loads(capsys.readouterr().out)
+        assert main(["data", "check", name, "--model", "model", "--json"]) in (0, 3)
+        checked = json.loads(capsys.readouterr().out)["lengths"]
+        assert found["tokens"]["row"]["p100"] == checked["longest"]
+        assert sum(count for *_, count in found["histogram"]) == (4 if name == "pairs.jsonl" else 2)
+        assert found["rows"] == 2
+    assert found["tokens"]["trained"] == len("good") + len("bad") + 2
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+@pytest.mark.parametrize("words", ["dedup in.jsonl -o out", "dedup in.jsonl --near -o out",
+                                   "convert in.jsonl --to messages -o out"])  # fmt: skip
+def test_a_file_without_a_row_is_not_written(words: str, suffix: str, capsys: pytest.CaptureFixture[str]) -> None:
+    write(Path("in.jsonl"), [EMPTY, EMPTY])
+    assert data(f"{words}.{suffix} --policy skip") == 3
+    said = capsys.readouterr()
+    assert f"E-DATA-0031 out.{suffix}: not a single row is left to write" in said.err
+    assert "every row was skipped: without --policy skip it is said why" in said.err
+    assert "✔" not in said.out
+    assert sorted(path.name for path in Path().iterdir()) == ["in.jsonl"]
+
+
+def test_a_repair_that_leaves_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    write(Path("in.jsonl"), [EMPTY, EMPTY, pair("Q?", "a", "a")])
+    assert data("fix in.jsonl") == 3
+    assert "E-DATA-0031 in.fixed.jsonl: not a single row is left to write" in capsys.readouterr().err
+    assert data("check in.jsonl --fix out.jsonl --policy skip") == 3
+    said = capsys.readouterr()
+    assert "--fix out.jsonl was not written: nothing is left" in said.err
+    assert "unusable rows left out: 2; pairs that choose what they reject left out: 1" in said.err
+    write(Path("in.jsonl"), [EMPTY, EMPTY])
+    assert data("check in.jsonl --fix out.jsonl --policy skip --json") == 3
+    assert json.loads(capsys.readouterr().out)["fix"] is None
+    assert sorted(path.name for path in Path().iterdir()) == ["in.jsonl"]
+
+
+HALF = {"prompt": "Q?", "completion": "\ud83d"}
+HALF_A_TOOL = {**row("Q?", "A"), "tools": [{"name": "f", "description": "\ud83d"}]}
+ASKED = {"messages": [{"role": "user", "content": "Hi"}]}
+
+
+@pytest.mark.parametrize("verb", [*VERBS, "stats"])
+def test_what_training_refuses_is_refused_by_every_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words, _ = VERBS.get(verb, ("stats in.jsonl", ""))
+    write(Path("in.jsonl"), [*plain(6), HALF, HALF_A_TOOL, ASKED])
+    assert data(words) == 3
+    assert "E-DATA-0024 in.jsonl:7" in capsys.readouterr().err
+    assert data(words + " --policy skip --report r.json") == 0
+    capsys.readouterr()
+    listed = [(one["row"], one["code"]) for one in report("r.json")["skipped_rows"]]
+    assert listed == [("in.jsonl:7", "E-DATA-0024"), ("in.jsonl:8", "E-DATA-0024"), ("in.jsonl:9", "E-DATA-0022")]
+    assert main(["data", "check", "in.jsonl", "--policy", "skip", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["usable"] == 6
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ def test_old_entries_make_room(path: Path, tmp_path: Path, monkeypatch: pytest.M
 def test_what_is_said_of_columns_is_kept_too(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(
-        '{"prompt": "One?", "completion": " 1", "system": "Be brief.", "text": "One? 1", "label": null}\n' * 3
+        '{"prompt": "One?", "completion": " 1", "system": "Be brief.", "text": "One? It is 1", "label": null}\n' * 3
     )
     first, again = (prepare(path, chatml_tokenizer(), settings(tmp_path)) for _ in range(2))
     assert_same(first, again)

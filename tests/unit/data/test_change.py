@@ -27,6 +27,8 @@ CHAT = {
         {"role": "assistant", "content": "Yes,\nplease."},
     ]
 }
+LAST = {"messages": [{**turn, "train": False} if turn["content"] == "Four." else turn for turn in CHAT["messages"]]}
+"""Of which the last answer alone is trained."""
 CALLS = {
     "messages": [
         {"role": "user", "content": "Add."},
@@ -58,19 +60,19 @@ def test_to_sharegpt_and_back(row: dict[str, Any], suffix: str, tmp_path: Path) 
 
 
 def test_to_alpaca_and_back(tmp_path: Path) -> None:
-    convert([CHAT], "alpaca", tmp_path / "a.jsonl", S)
+    convert([LAST], "alpaca", tmp_path / "a.jsonl", S)
     (row,) = lines(tmp_path / "a.jsonl")
     assert row == {"system": "Be brief.", "instruction": "Café? 🙂", "input": "", "output": "Yes,\nplease.",
                    "history": [["Two plus two?", "Four."]]}  # fmt: skip
     convert(str(tmp_path / "a.jsonl"), "messages", tmp_path / "b.jsonl", S)
-    assert lines(tmp_path / "b.jsonl")[0]["messages"] == CHAT["messages"]
+    assert lines(tmp_path / "b.jsonl")[0]["messages"] == LAST["messages"]
 
 
 def test_to_prompt_completion(tmp_path: Path) -> None:
-    rows = [CHAT, {"prompt": "a", "completion": "b"}, {"instruction": "a", "input": "b", "output": "c"}]
+    rows = [LAST, {"prompt": "a", "completion": "b"}, {"instruction": "a", "input": "b", "output": "c"}]
     convert(rows, "prompt-completion", tmp_path / "a.jsonl", S)
     chat, text, alpaca = lines(tmp_path / "a.jsonl")
-    assert chat == {"prompt": CHAT["messages"][:-1], "completion": CHAT["messages"][-1:]}
+    assert chat == {"prompt": LAST["messages"][:-1], "completion": LAST["messages"][-1:]}
     assert text == {"prompt": "a", "completion": "b"}
     assert alpaca["prompt"] == [{"role": "user", "content": "a\n\nb"}]
 
@@ -86,7 +88,8 @@ def test_what_a_format_cannot_hold(row: dict[str, Any], to: str, tmp_path: Path)
     assert caught.value.code == "E-DATA-0052"
     assert list(tmp_path.iterdir()) == []
     skip = DataSettings(on_bad_row="skip")
-    assert convert([row, CHAT], to, tmp_path / "a.jsonl", skip) == {"written": 1, "skipped": 1}
+    other = {"instruction": "a", "output": "b"}
+    assert convert([row, other], to, tmp_path / "a.jsonl", skip) == {"written": 1, "skipped": 1}
     with pytest.raises(ConfigError, match="known: messages"):
         convert([row], "xml", tmp_path / "a.jsonl", S)
 

@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from posttrain.cli import main
 from posttrain.data.change import TARGETS, convert
 from posttrain.data.doctor.check import check
 from posttrain.data.formats import rated as rated_format
+from posttrain.data.prepare import prepare
 from posttrain.data.settings import DataSettings
 from posttrain.data.sources import read_rows
 from posttrain.errors import ConfigError, DataError
 from tests.doctor_files import pair, rated, row, write
+from tests.tiny_tokenizers import chatml_tokenizer
 
 S = DataSettings()
 SKIP = DataSettings(on_bad_row="skip")
@@ -163,7 +167,9 @@ def test_tools_of_different_shapes_as_parquet(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", ["parquet", "csv"])
 def test_the_real_tool_calls_as_tables(shared_data: Path, tmp_path: Path, to: str, suffix: str) -> None:
     out = tmp_path / f"a.{suffix}"
-    assert convert(str(shared_data / "glaive_toolcall_en_demo.json"), to, out, S) == {"written": 300, "skipped": 0}
+    keep = "last" if to == "prompt-completion" else None
+    done = convert(str(shared_data / "glaive_toolcall_en_demo.json"), to, out, S, keep)
+    assert (done["written"], done["skipped"]) == (300, 0)
     assert check(str(out)).usable == 300
 
 
@@ -221,7 +227,7 @@ def test_an_id_or_a_name_that_is_lost_is_noticed(to: str, tmp_path: Path, monkey
         turns = {**TARGETS}
         whole = turns[to]
         monkeypatch.setitem(TARGETS, to, lambda example, whole=whole, lost=lost: without(whole(example), lost))
-        error = refused([called()], to, tmp_path / "a.jsonl")
+        error = refused([called()], to, tmp_path / "a.jsonl", keep="last" if to == "prompt-completion" else None)
         monkeypatch.setitem(TARGETS, to, whole)
         assert "would not be read back" in error.message
 
@@ -241,3 +247,131 @@ def test_what_a_call_has_beside_is_not_lost_unsaid(tmp_path: Path) -> None:
     convert([one], "messages", tmp_path / "a.jsonl", S)
     assert lines(tmp_path / "a.jsonl") == [one]
     assert "no place for tool calls" in refused([called()], "alpaca", tmp_path / "b.jsonl").message
+
+
+CHAT = {"messages": [*row("Q1?", "A1.")["messages"], *row("Q2?", "A2.")["messages"]]}
+GIVEN = {"prompt": CHAT["messages"][:3], "completion": CHAT["messages"][3:]}
+
+
+@pytest.mark.parametrize(("to", "name"), [("prompt-completion", "prompt-completion"), ("alpaca", "Alpaca")])
+def test_several_answers_do_not_become_one(to: str, name: str, tmp_path: Path) -> None:
+    out = tmp_path / "a.jsonl"
+    error = refused([CHAT], to, out)
+    assert error.message == f"data[0]  cannot be written as {name}: 1 earlier turn would no longer be trained"
+    assert error.hint == "write messages or sharegpt, which keep all of them; --keep last trains the last answer alone"
+    assert convert([CHAT, row("Q?", "A")], to, out, SKIP) == {"written": 1, "skipped": 1}
+    assert convert([CHAT], to, out, S, keep="last")["written"] == 1
+    convert(str(out), "messages", tmp_path / "b.jsonl", S)
+    before, (question, answer) = CHAT["messages"][:2], CHAT["messages"][2:]
+    assert lines(tmp_path / "b.jsonl") == [{"messages": [before[0], {**before[1], "train": False}, question, answer]}]
+
+
+def test_the_last_answer_has_to_be_one_that_is_trained(tmp_path: Path) -> None:
+    one = {"messages": [*CHAT["messages"][:3], {**CHAT["messages"][3], "train": False}]}
+    assert "its last answer is not to be trained" in refused([one], "alpaca", tmp_path / "a.jsonl", keep="last").message
+
+
+@pytest.mark.parametrize("to", ["messages", "sharegpt"])
+def test_what_a_prompt_holds_stays_untrained(to: str, tmp_path: Path) -> None:
+    history = {"instruction": "Q2?", "output": "A2.", "history": [["Q1?", "A1."]]}
+    convert([GIVEN, history], to, tmp_path / "a.jsonl", S)
+    convert(str(tmp_path / "a.jsonl"), "prompt-completion", tmp_path / "b.jsonl", S)
+    for one in lines(tmp_path / "a.jsonl"):
+        assert [turn.get("train") for turn in one["messages" if to == "messages" else "conversations"]] == [
+            None, False, None, None,
+        ]  # fmt: skip
+    for one in lines(tmp_path / "b.jsonl"):
+        assert [turn["content"] for turn in one["completion"]] == ["A2."]
+
+
+def test_a_prompt_and_its_completion_stay_what_they_are(tmp_path: Path) -> None:
+    early = {"prompt": CHAT["messages"][:1], "completion": CHAT["messages"][1:]}
+    convert([GIVEN, early], "prompt-completion", tmp_path / "a.jsonl", S)
+    assert lines(tmp_path / "a.jsonl") == [GIVEN, early]
+
+
+def test_a_rating_is_of_the_last_answer_alone(tmp_path: Path) -> None:
+    convert([{**CHAT, "label": True}], "messages", tmp_path / "a.jsonl", S, keep="desirable")
+    (one,) = lines(tmp_path / "a.jsonl")
+    assert [turn.get("train") for turn in one["messages"]] == [None, False, None, None]
+    convert([{**CHAT, "label": True}], "prompt-completion", tmp_path / "b.jsonl", S)
+    assert lines(tmp_path / "b.jsonl") == [{**GIVEN, "label": True}]
+
+
+FLAG = st.sampled_from([{}, {}, {"train": True}, {"train": False}])
+CONVERSATIONS = st.tuples(
+    st.booleans(),
+    st.lists(st.tuples(st.sampled_from(["Hi?", "Who?", "Where?"]), st.sampled_from(["Me.", "Here.", "No."]), FLAG),
+             min_size=1, max_size=3),
+    st.integers(0, 5),
+)  # fmt: skip
+
+
+def written_as(conversation: Any) -> dict[str, Any]:
+    """A conversation whole, cut in two, or as Alpaca."""
+    with_system, exchanges, cut = conversation
+    turns = [{"role": "system", "content": "Be brief."}] if with_system else []
+    for question, answer, flag in exchanges:
+        turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer, **flag}]
+    if cut < 2:
+        return {"messages": turns}
+    bare = [{key: turn[key] for key in ("role", "content")} for turn in turns]
+    if cut == 2:
+        *history, (question, answer, _) = exchanges
+        pairs = [[asked, said] for asked, said, _ in history]
+        return {"instruction": question, "output": answer, "history": pairs}
+    at = max(1, len(turns) - cut)
+    return {"prompt": bare[:at], "completion": bare[at:]}
+
+
+@settings(max_examples=80, deadline=None)
+@given(CONVERSATIONS, st.sampled_from([*TARGETS]), st.sampled_from([*TARGETS]))
+def test_what_is_trained_is_what_was_trained(
+    tmp_path_factory: pytest.TempPathFactory, conversation: Any, there: str, back: str
+) -> None:
+    """In whatever formats a row is written on the way, unless it is refused."""
+    folder, one = tmp_path_factory.mktemp("convert"), written_as(conversation)
+    expected = trained_text(one)
+    for number, to in enumerate((there, back)):
+        out = folder / f"{number}.jsonl"
+        if (code := refusal(one, to, out)) is not None:
+            assert code in ("E-DATA-0052", "E-DATA-0022")
+            assert to not in ("messages", "chatml", "sharegpt") or not expected
+            return
+        (one,) = lines(out)
+        assert trained_text(one) == expected
+
+
+def refusal(one: dict[str, Any], to: str, out: Path) -> str | None:
+    try:
+        convert([one], to, out, S)
+    except DataError as error:
+        return error.code
+    return None
+
+
+def trained_text(one: dict[str, Any]) -> str:
+    """Every trained character, in order, with what stands before it."""
+    tokenizer = chatml_tokenizer()
+    try:
+        made = prepare([one], tokenizer, DataSettings(assistant_only=None))
+    except DataError:  # every answer of it is left out
+        return ""
+    branches = [branch for sample in made.samples for branch in sample[0].branches]
+    return "|".join(
+        f"{tokenizer.decode([token])}{'*' if is_trained else ''}"
+        for branch in branches
+        for token, is_trained in zip(branch.ids, branch.supervised, strict=True)
+    )
+
+
+def test_rows_of_tokens_have_no_text(tmp_path: Path) -> None:
+    both = {"input_ids": [5, 6, 7], **row("Q?", "A")}
+    for tokens in ({"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, both):
+        error = refused([tokens], "messages", tmp_path / "a.jsonl")
+        assert error.code == "E-DATA-0052"
+        assert error.message.startswith('data[0]  "input_ids" holds token ids: a row that is tokenised has no text')
+    assert "--map input_ids=own_input_ids" in (error.hint or "")
+    named = DataSettings(column_map={"input_ids": "own_input_ids"})
+    assert convert([both], "messages", tmp_path / "a.jsonl", named)["written"] == 1
+    assert check([both], data=named).formats == {"read as messages: column `messages` with keys `role`, `content`": 1}

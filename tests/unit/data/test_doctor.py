@@ -76,9 +76,10 @@ CASES: dict[str, tuple[Any, int, Any]] = {
                     4, [chat("system", "user", "assistant"), row("a\r\t\rsystem", "b")]),
     "W-DATA-0131": ([{**row("Hi", "Hello"), "system_prompt": "Be kind."}, {"text": "a", "tools": [{"name": "f"}]}], 2,
                     [{**row("Hi", "Hello"), "system": "Be kind.", "tools": [{"name": "f"}], "id": 3}]),
-    "W-DATA-0132": ([{**row("Hi", "Hello"), "text": "Hi Hello"}, *plain(3)], 1, [{**row("Hi", "Hello"), "text": ""}]),
+    "W-DATA-0132": ([{**row("Hi", "Hello"), "text": "Hi: Hello"}, *plain(3)], 1, [{**row("Hi", "Hello"), "text": ""}]),
 }  # fmt: skip
-ELSEWHERE = {"W-DATA-0107", "W-DATA-0119", "W-DATA-0130", "W-DATA-0135", *(f"W-DATA-01{n}" for n in range(21, 29))}
+ELSEWHERE = {"W-DATA-0107", "W-DATA-0119", "W-DATA-0130", "W-DATA-0135", "W-DATA-0145",
+             *(f"W-DATA-01{n}" for n in range(21, 29))}  # fmt: skip
 """Tested in test_doctor_lengths.py, test_doctor_near.py, test_duplicates.py and test_doctor_models.py."""
 
 

@@ -96,6 +96,26 @@ def test_a_copy_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
+ESCAPES = {
+    "\x1b[31mred\x1b[0m": "red",
+    "\x1b[1;38;5;208mbold\x1b[m and \x1b[4munder\x1b[24m": "bold and under",
+    "\x1b[2K\x1b[1Gdone\x1b[?25h": "done",
+    "\x1b]0;a title\x07text": "text",
+    "\x1b]8;;https://a.b/\x1b\\a link\x1b]8;;\x1b\\": "a link",
+    "\x1b(Btext\x1b7\x1b8": "text",
+    "a list[31m] stays": "a list[31m] stays",
+    "\x1bHello": "Hello",
+    "\x1b]open\nHello": "]open\nHello",
+}
+
+
+def test_escape_sequences_go_whole(tmp_path: Path) -> None:
+    rows = [row(f"Log {number}?", text) for number, text in enumerate(ESCAPES)]
+    out, changed = repaired(tmp_path, rows)
+    assert [one["messages"][1]["content"] for one in out] == [*ESCAPES.values()]
+    assert changed == {"stripped_control_characters": len(ESCAPES) - 1}
+
+
 def test_words_that_a_control_character_parts_stay_apart(tmp_path: Path) -> None:
     parted = {
         "\x0b": "\n",

@@ -121,7 +121,39 @@ def test_validation_rows_whose_question_stands_in_a_conversation() -> None:
     whole = turns("Name it.", "This is it.", "And that?", "That is that.")
     found = examine([whole], [turns("Name it.", "No.")])
     assert [one.code for one in found.findings] == ["W-DATA-0106"]
-    assert codes([whole], [turns("Name it.", "This is it.", "What else?", "Nothing.")]) == []
+    assert codes([whole], [turns("Name it.", "That is it.", "What else?", "Nothing.")]) == []
+
+
+def test_validation_rows_that_begin_as_a_conversation() -> None:
+    whole = turns("Name it.", "This is it.", "And that?", "That is that.")
+    forked = turns("Name it.", "This is it.", "What else?", "Nothing.")
+    found = finding(examine([*plain(5), whole], [*plain(2, start=20), forked]), "W-DATA-0145")
+    assert (found.count, found.first) == (1, ("data[2]",))
+    assert found.sentence == "1 row begins in the validation data as a conversation that is trained on"
+
+
+def greeted(count: int) -> list[Any]:
+    said = ("Hello", "Hi, what can I do?")
+    return [turns(*said, f"{n}?", f"{n}.", f"And {way}?", f"So {way}.") for n in range(count) for way in "ab"]
+
+
+def test_forks_stay_together(tmp_path: Path) -> None:
+    """Each opening has three ways to go on, and none of them is the beginning of another."""
+    rows = [turns(f"Question {n}?", f"Answer {n}.", f"And {way}?", f"So {way}.") for n in range(30) for way in "abc"]
+    for part in (rows, greeted(40)):
+        for seed in range(5):
+            counts = split(part, 0.2, seed, tmp_path, S)
+            assert counts["groups"] == (30 if part is rows else 40)
+            train, val = (lines(tmp_path / f"{name}.jsonl") for name in ("train", "val"))
+            assert not [code for code in codes(train, val, near_rows=0) if code != "W-DATA-0119"]
+
+
+def test_a_greeting_is_what_many_rows_begin_with(tmp_path: Path) -> None:
+    """Ten rows are tied by it, whatever their share, and eleven are not, but by what they say then."""
+    assert "W-DATA-0145" in codes(greeted(1)[:1], greeted(1)[1:])
+    assert split([*greeted(5), *plain(1)], 0.2, 0, tmp_path, S)["groups"] == 2
+    assert split([*greeted(6), *plain(1)], 0.2, 0, tmp_path, S)["groups"] == 7
+    assert "W-DATA-0145" not in codes(greeted(6)[:10], greeted(6)[10:])
 
 
 def test_what_is_not_trained_gives_nothing_away() -> None:

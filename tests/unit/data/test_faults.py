@@ -60,6 +60,13 @@ RAW: dict[str, tuple[bytes, str, str]] = {
     "cut off": (b'{"prompt": "a", "comple', "E-DATA-0002", "not valid JSON"),
     "not utf-8": (b'{"prompt": "caf\xe9", "completion": "b"}', "E-DATA-0003", "byte 0xe9 is not UTF-8"),
     "NUL bytes": (b"\0" * 5000, "E-DATA-0003", "NUL bytes"),
+    "NUL bytes behind": (b'{"prompt": "a", "comple' + b"\0" * 300, "E-DATA-0003", "300 NUL bytes, from byte 24 on"),
+    "NUL bytes before": (
+        b"\0" * 300 + b'{"prompt": "a", "completion": "b"}',
+        "E-DATA-0003",
+        "300 NUL bytes, from byte 1",
+    ),
+    "too many NUL bytes": (b"\0" * 6000, "E-DATA-0003", "for it is full of NUL bytes"),
     "too long": (b'{"prompt": "' + b"a" * 6000, "E-DATA-0009", "longer than"),
     "too deep": (b'{"prompt": ' + b"[" * 4000, "E-DATA-0002", "nested too deeply"),
     "NaN": (b'{"prompt": "a", "completion": "b", "score": NaN}', "E-DATA-0005", "NaN is not JSON"),

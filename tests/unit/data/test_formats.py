@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from posttrain.cli import main
 from posttrain.data.formats import choose, detect, formats
+from posttrain.data.prepare import prepare
+from posttrain.data.settings import DataSettings
 from posttrain.data.sources import read_rows
 from posttrain.errors import ConfigError, DataError
 from posttrain.types import Example, Origin
+from tests.doctor_files import write
+from tests.tiny_tokenizers import chatml_tokenizer
 
 ORIGIN = Origin("train.jsonl", 16, 17)
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
@@ -181,6 +187,64 @@ def test_unknown_columns_are_named_with_a_way_out() -> None:
     assert "alpaca (`instruction`, `input`, `output`)" in (found.hint or "")
     with pytest.raises(DataError, match=r"text \(`body`\)"):
         parse({"text": "a"}, text_field="body")
+
+
+TURNS = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+FILES: list[tuple[dict[str, Any], str, str]] = [
+    ({"id": "1", "system_prompt": "Be brief.", "question": "Hi", "response": "Hello"},
+     "question=instruction,response=output,system_prompt=system", "Alpaca"),
+    ({"instruction": "Hi", "context": "", "response": "Hello", "category": "qa"},
+     "context=input,response=output", "Alpaca"),
+    ({"question": "Hi", "response_j": "Hello", "response_k": "Go", "qid": 1},
+     "question=prompt,response_j=chosen,response_k=rejected", "preference pairs"),
+    ({"question": "1+1?", "answer": "2"}, "question=prompt,answer=completion", "prompt-completion"),
+    ({"prompt": "1+1?", "response": "2"}, "response=completion", "prompt-completion"),
+    ({"instruction": "1+1?", "response": "2"}, "response=output", "Alpaca"),
+    ({"input": "1+1?", "output": "2"}, "input=prompt,output=completion", "prompt-completion"),
+    ({"conversation": TURNS}, "conversation=conversations", "ShareGPT"),
+    ({"dialog": [USER, ASSISTANT]}, "dialog=messages", "messages"),
+    ({"content": "abc"}, "content=text", "text"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "names", "read_as"), FILES)
+def test_the_hint_works_as_it_stands(
+    row: dict[str, Any], names: str, read_as: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(write(tmp_path / "a.jsonl", [row]))
+    assert main(["data", "check", path]) == 3
+    (pasted,) = re.findall(r"\(--map (\S+), or", capsys.readouterr().out)
+    assert pasted == names
+    assert main(["data", "check", path, "--map", pasted, "--strict", "--near", "0"]) == 0
+    assert f"read as {read_as}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("row", [{"question": 1, "answer": "2"}, {"question": "1+1?", "answer": "", "n": 1},
+                                 {"context": "a", "answer": "b"}])  # fmt: skip
+def test_no_hint_that_leads_nowhere(row: dict[str, Any]) -> None:
+    assert "--map" not in (error(row).hint or "")
+
+
+def test_pairs_that_supervised_training_would_not_read_under_their_names_either() -> None:
+    found = error(FILES[2][0])
+    assert "or dataset.columns); preference pairs: train them with DPO" in (found.hint or "")
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations", "conversation"])
+def test_an_empty_conversation_is_named(column: str) -> None:
+    for named in ({}, {"format": "sharegpt"}):
+        with pytest.raises(DataError, match=rf'"{column}" is an empty (conversation|list)') as caught:
+            prepare([{column: [], "id": 3}], chatml_tokenizer(), DataSettings(**named))
+        assert caught.value.code == "E-DATA-0011"
+
+
+def test_images_are_not_supported() -> None:
+    for named in ({}, {"format": "messages"}):
+        row = {"messages": [USER, ASSISTANT], "image": "a.png"}
+        with pytest.raises(DataError, match='"image" holds images, which are not supported') as caught:
+            prepare([row], chatml_tokenizer(), DataSettings(**named))
+        assert caught.value.code == "E-DATA-0018"
+        assert "--map image=own_image" in (caught.value.hint or "")
 
 
 def test_data_of_other_methods_is_refused() -> None:

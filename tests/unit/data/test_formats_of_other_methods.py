@@ -105,7 +105,6 @@ def test_other_labels_are_columns(row: dict[str, Any]) -> None:
         ({"conversations": [HUMAN], "chosen": GPT, "rejected": GPT}, "preference pairs: train them with DPO"),
         ({"prompt": "x", "completion": "a", "label": True}, "ratings: train them with KTO"),
         ({"messages": [USER, GOOD], "label": False}, "ratings: train them with KTO"),
-        ({"messages": [USER, GOOD], "images": ["a.png"]}, "images, which cannot be trained on"),
     ],
 )
 def test_supervised_training_refuses_them_by_name(row: dict[str, Any], said: str) -> None:

@@ -118,12 +118,15 @@ def test_renaming_honours_it() -> None:
     assert prepared.report.no_place == {}
 
 
+MORE = [USER, {"role": "assistant", "content": "Hello, and welcome."}]
 BOTH: list[tuple[dict[str, Any], str, str]] = [
-    ({"messages": [USER, GOOD], "instruction": "Hi", "output": "Hello"}, "messages", "alpaca"),
-    ({"prompt": "Hi", "completion": " Hello", "text": "Hi Hello"}, "prompt-completion", "text"),
-    ({"messages": [USER, GOOD], "text": "Hi Hello"}, "messages", "text"),
-    ({"prompt": "Hi", "completion": " Hello", "messages": [USER, GOOD]}, "prompt-completion", "messages"),
-    ({"conversations": [HUMAN, GPT], "messages": [USER, GOOD]}, "ShareGPT", "messages"),
+    ({"messages": [USER, GOOD], "instruction": "Hi", "output": "Good day"}, "messages", "alpaca"),
+    ({"prompt": "Hi", "completion": " Hello", "text": "Hi: Hello"}, "prompt-completion", "text"),
+    ({"messages": [USER, GOOD], "text": "Hi, Hello"}, "messages", "text"),
+    ({"prompt": "Hi", "completion": " Hello", "messages": MORE}, "prompt-completion", "messages"),
+    ({"conversations": [HUMAN, GPT], "messages": [SYSTEM, USER, GOOD]}, "ShareGPT", "messages"),
+    ({"conversations": [HUMAN, GPT], "messages": [USER, GOOD, USER]}, "ShareGPT", "messages"),
+    ({"conversations": [HUMAN, GPT], "messages": [GOOD, USER]}, "ShareGPT", "messages"),
     ({"input_ids": [5, 6, 7], "messages": [USER, GOOD]}, "tokens", "messages"),
 ]
 
@@ -144,7 +147,35 @@ def test_ultrafeedback_says_the_chosen_answer_twice() -> None:
     row = {"prompt": "Hi", "chosen": [USER, GOOD], "rejected": [USER, BAD], "messages": [USER, GOOD]}
     example = parse(row)
     assert (example.prompt, example.completions) == ([USER], ([GOOD], [BAD]))
-    assert "W-DATA-0132" in codes([row])
+    assert codes([row]) == []
+
+
+SAME: list[dict[str, Any]] = [
+    {"conversations": [HUMAN, GPT], "instruction": "Hi", "input": "", "output": "Hello"},
+    {"conversations": [{"from": "system", "value": "Be kind."}, HUMAN, GPT], "instruction": "Hi", "output": " Hello\n"},
+    {"messages": [USER, GOOD], "prompt": "Hi", "completion": "Hello"},
+    {"prompt": "Hi", "completion": " Hello", "text": "Hi Hello"},
+    {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD], "completion": [BAD]},
+]
+
+
+@pytest.mark.parametrize("row", SAME)
+def test_what_is_said_twice_is_no_second_format(row: dict[str, Any]) -> None:
+    assert codes([row]) == []
+    if "chosen" not in row:
+        assert "too, which is passed over" not in notes(row)
+
+
+def test_a_format_named_by_hand_was_chosen() -> None:
+    row = {"messages": [USER, GOOD], "instruction": "Name a bird.", "output": "A wren.", "system_prompt": "Be kind."}
+    report = check([row], data=DataSettings(format="messages"))
+    assert [found.code for found in report.findings] == ["W-DATA-0131"]
+    assert "(`system_prompt` 1)" in report.findings[0].sentence
+    assert report.unused == {"instruction": 1, "output": 1, "system_prompt": 1}
+    said = notes(row, format="messages")
+    assert "passed over" not in said
+    assert "`instruction`" not in said
+    assert {"W-DATA-0131", "W-DATA-0132"} == {*codes([row])}
 
 
 def test_the_check_lists_columns_that_are_not_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

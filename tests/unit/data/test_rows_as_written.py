@@ -149,7 +149,9 @@ def test_parts_that_are_none(part: Any, code: str, says: str) -> None:
 
 def test_no_images_are_none() -> None:
     assert parse({"messages": [USER, ANSWER], "images": []}).completions == ([USER, ANSWER],)
-    assert error({"messages": [USER, ANSWER], "images": ["a.png"]}).code == "E-DATA-0017"
+    found = error({"messages": [USER, ANSWER], "images": ["a.png"]})
+    assert found.code == "E-DATA-0018"
+    assert found.message.startswith('train.jsonl:17  "images" holds images, which are not supported')
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,17 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+from datetime import UTC, date, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from posttrain.data.change import convert, dedup
 from posttrain.data.doctor.check import check
 from posttrain.data.doctor.settings import DoctorSettings
+from posttrain.data.settings import DataSettings
 from posttrain.data.sources import read_rows
 from posttrain.data.writing import write_rows
 from posttrain.errors import DataError
@@ -184,3 +188,73 @@ def test_objects_without_keys_in_parquet(place: str, tmp_path: Path) -> None:
         assert back["meta"] == "{}"
     else:
         assert back == row
+
+
+def test_a_parquet_file_of_nul_bytes(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    (tmp_path / "a.parquet").write_bytes(bytes(5000))
+    found = error(str(tmp_path / "a.parquet"))
+    assert "begins with NUL bytes" in found.message
+    assert "download it, again" in (found.hint or "")
+
+
+def typed(pyarrow: Any) -> Any:
+    """A table with a column of every type that JSON has not, and of some that Python has not."""
+    day = datetime(2024, 5, 6, 7, 8, 9, tzinfo=UTC)
+    return pyarrow.table({
+        "messages": [[*row("Q?", "A")["messages"]], [*row("R?", "B")["messages"]]],
+        "key": [b"\xff\x00", None],
+        "at": pyarrow.array([day, None], pyarrow.timestamp("s", tz="UTC")),
+        "nanoseconds": pyarrow.array([1, 2], pyarrow.timestamp("ns")),
+        "day": [day.date(), None],
+        "price": pyarrow.array([Decimal("1.50"), Decimal("20.25")], pyarrow.decimal128(9, 2)),
+        "small": pyarrow.array([1, 2], pyarrow.int8()),
+        "score": pyarrow.array([0.1, 2], pyarrow.float32()),
+        "nothing": pyarrow.array([None, None], pyarrow.int32()),
+        "pairs": pyarrow.array([[("a", 1)], []], pyarrow.map_(pyarrow.string(), pyarrow.int64())),
+        "meta": [{"id": b"\x01", "at": day}, {"id": None, "at": day}],
+    })  # fmt: skip
+
+
+def test_the_types_of_parquet_are_kept(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    source, (once, other) = tmp_path / "a.parquet", (tmp_path / "b.parquet", tmp_path / "c.parquet")
+    parquet.write_table(typed(pyarrow), source)
+    table = parquet.read_table(source)
+    dedup(str(source), once, DataSettings())
+    convert(str(source), "messages", other, DataSettings())
+    assert parquet.read_table(once).equals(table)
+    assert parquet.read_table(other).select(table.drop(["nothing"]).column_names).equals(table.drop(["nothing"]))
+
+
+def test_files_that_do_not_agree_on_a_type(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "in").mkdir()
+    for number, kind in enumerate((pyarrow.int8(), pyarrow.float32())):
+        named = {"prompt": [f"{number}?"], "completion": ["A"], "n": pyarrow.array([number], kind)}
+        parquet.write_table(pyarrow.table(named), tmp_path / "in" / f"{number}.parquet")
+    dedup(str(tmp_path / "in"), tmp_path / "a.parquet", DataSettings())
+    assert [one["n"] for one in parquet.read_table(tmp_path / "a.parquet").to_pylist()] == [0, 1.0]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])
+@pytest.mark.parametrize("value", [b"\xff", {"id": [b"\x01"]}])
+def test_bytes_do_not_become_text(value: Any, suffix: str, tmp_path: Path) -> None:
+    rows = [{**row("Q?", "A"), "day": date(2024, 5, 6)}, {**row("R?", "B"), "key": value}]
+    with pytest.raises(DataError, match="column `key` holds bytes, which JSON has not") as caught:
+        dedup(rows, tmp_path / f"a.{suffix}", DataSettings())
+    assert caught.value.code == "E-DATA-0051"
+    assert ".parquet, which has a type for them" in (caught.value.hint or "")
+    assert list(tmp_path.iterdir()) == []
+    dedup(rows[:1], tmp_path / f"a.{suffix}", DataSettings())
+    ((_, back),) = read_rows(tmp_path / f"a.{suffix}")
+    assert back["day"] == "2024-05-06"
+
+
+def test_what_arrow_cannot_hold_is_no_text_where_json_has_not_got_it(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    rows = [{**row("Q?", "A"), "meta": {"a": date(2024, 5, 6)}}, {**row("R?", "B"), "meta": [1]}]
+    with pytest.raises(DataError, match="column `meta` holds a date, which would become text"):
+        dedup(rows, tmp_path / "a.parquet", DataSettings())

@@ -17,16 +17,20 @@ from posttrain.data.change.essence import essence
 from posttrain.data.change.reading import SKIPPED, Reading, Skipped
 from posttrain.data.change.targets import TARGETS, cannot
 from posttrain.data.codes import Row
+from posttrain.data.conversation import is_answered
 from posttrain.data.doctor.content import RowReader, Said
+from posttrain.data.flags import DETAIL
+from posttrain.data.ratings import ratings_of
 from posttrain.data.settings import DataSettings
 from posttrain.data.sources import read_rows
 from posttrain.data.writing import TABLES, write_rows
 from posttrain.errors import ConfigError, DataError
 from posttrain.types import Example
 
-KEEP = ("desirable", "all", "chosen")
+KEEP = ("desirable", "all", "chosen", "last")
 """What is to become of another method's rows in plain supervised ones: of ratings the answers rated good, or all of
-them alike; of pairs the chosen answer."""
+them alike; of pairs the chosen answer. And of conversations the last answer, with the earlier ones untrained."""
+FLAGS = ("train", DETAIL)
 SAMPLE = 1000
 """Rows of a file of JSON that are read again from the file; of tables, whose cells have no types of their own, all."""
 
@@ -56,7 +60,6 @@ def convert(
 
     def converted() -> Iterator[Row]:
         nonlocal left_out
-        any_row = False
         for example, said in reading.examples():
             if keep == "desirable" and example.columns.get("label") is False:
                 left_out += 1
@@ -68,13 +71,12 @@ def convert(
                 continue
             if limit is None or len(written) < limit:
                 written.append(code)
-            any_row = True
             yield row
-        if not any_row and (reading.skipped or left_out):
-            hint = "without --policy skip it is said why" if reading.skipped else "no answer is rated good"
-            raise DataError(f"{out}: not a single row is left to write", hint=hint, code="E-DATA-0052")
 
-    count = write_rows(out, converted(), lambda file: read_again(file, out, written))
+    def why_empty() -> str:
+        return reading.why_empty() or ("no answer is rated good" if left_out else "")
+
+    count = write_rows(out, converted(), lambda file: read_again(file, out, written), why_empty, source)
     kept = {"left_out": left_out} if keep is not None else {}
     return {"written": count, **kept, SKIPPED: reading.skipped}
 
@@ -99,22 +101,37 @@ def _convert(example: Example, said: Said, to: str, keep: str | None, again: Row
     except DataError as error:
         raise cannot(example, to, f"it could not be read again: {error.message}", error.hint) from error
     if back != code:
-        raise _changed(example, said, again.read(row, example.origin), to)
+        raise _changed(example, said, again.parsed(row, example.origin)[1], to)
     return row, code
 
 
 def _kept(example: Example, said: Said, keep: str | None) -> tuple[Example, Said]:
     """What `keep` asks for, as a supervised example."""
-    if keep is None:
-        return example, said
-    if keep == "chosen":
-        is_pair = said.method == "preference"
+    if keep == "last" and said.method == "sft":
+        return _last_answer(example), said
+    if keep == "chosen" and said.method == "preference":
         example = dataclasses.replace(example, completions=example.completions[:1])
-        return example, dataclasses.replace(said, method="sft") if is_pair else said
+        return example, dataclasses.replace(said, method="sft")
+    if keep not in ("desirable", "all"):
+        return example, said
+    if said.method == "rated":  # which is of the last answer, whatever stands before
+        (example,) = ratings_of(example)
+        said = dataclasses.replace(said, method="sft", label=None)
     columns = {name: value for name, value in example.columns.items() if name != "label" or not isinstance(value, bool)}
-    is_rated = said.method == "rated"
-    example = dataclasses.replace(example, columns=columns)
-    return example, dataclasses.replace(said, method="sft", label=None) if is_rated else said
+    return dataclasses.replace(example, columns=columns), said
+
+
+def _last_answer(example: Example) -> Example:
+    """Of a conversation nothing but its last answer trained."""
+    (turns,) = example.completions
+    if not isinstance(turns, list):
+        return example
+    last = max((i for i, message in enumerate(turns) if message["role"] == "assistant"), default=0)
+    if not is_answered(turns[last:]):
+        raise cannot(example, "--keep last", "its last answer is not to be trained", "leave --keep out")
+    before = [{key: value for key, value in message.items() if key not in FLAGS} for message in turns[:last]]
+    untrained = [{**message, "train": False} if message["role"] == "assistant" else message for message in before]
+    return dataclasses.replace(example, completions=([*untrained, *turns[last:]],))
 
 
 def _changed(example: Example, said: Said, back: Said, to: str) -> DataError:

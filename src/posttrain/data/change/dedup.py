@@ -44,7 +44,7 @@ def dedup(
     """
     distinct = _Distinct(Reading(source, settings, skipped), by_prompt)
     if near is None:
-        written = _write(out, (row for _, row, _ in distinct.rows()), settings)
+        written = _write(out, (row for _, row, _ in distinct.rows()), distinct.reading)
         return {"written": written, "dropped": distinct.dropped, SKIPPED: distinct.reading.skipped}
     kept_for = _nearest(distinct, near)
     named: dict[int, list[str]] = {
@@ -59,23 +59,26 @@ def dedup(
             if first == number:
                 yield row
 
-    written = _write(out, kept(), settings)
+    written = _write(out, kept(), distinct.reading)
     counts = {"written": written, "dropped": distinct.dropped, "near": len(kept_for) - written}
     return {**counts, SKIPPED: distinct.reading.skipped, "groups": list(named.values())[:NUM_GROUPS]}
 
 
-def _write(out: Path, rows: Iterator[Row], settings: DataSettings) -> int:
+def _write(out: Path, rows: Iterator[Row], reading: Reading) -> int:
     """A table cannot hold every row as it is, so one is read again before it is in place."""
     if out.suffix.lower() not in TABLES:
-        return write_rows(out, rows)
-    reader, said = RowReader(settings), array("Q")
+        return write_rows(out, rows, why_empty=reading.why_empty, like=reading.source)
+    reader, said = RowReader(reading.settings), array("Q")
 
     def noted() -> Iterator[Row]:
         for row in rows:
             said.append(essence(*reader.parsed(row, Origin("", 0))))
             yield row
 
-    return write_rows(out, noted(), lambda file: read_again(file, out, said, settings))
+    def again(file: Path) -> None:
+        read_again(file, out, said, reading.settings)
+
+    return write_rows(out, noted(), again, reading.why_empty, reading.source)
 
 
 @dataclasses.dataclass

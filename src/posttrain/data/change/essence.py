@@ -21,15 +21,22 @@ def essence(example: Example, said: Said) -> int:
     if example.prompt is None and isinstance(example.completions[0], str):
         conversations: list[Any] = [example.completions[0]]
     else:
-        before = _turns(example.prompt or [], "user")
+        before = _turns(example.prompt or [], "user", is_given=True)
         conversations = [before + _turns(answer, "assistant") for answer in example.completions]
+    if said.method != "sft":  # the last turn is compared, or rated, whatever flags say
+        for turn in (turn for turns in conversations for turn in turns if isinstance(turn, dict)):
+            turn.pop("train", None)
     tools = [tool.get("function", tool) if isinstance(tool, dict) else tool for tool in example.tools or []]
     parts = [said.method, said.label, conversations, tools, dict(example.template_kwargs)]
     return hashed(json.dumps(parts, sort_keys=True, default=str))
 
 
-def _turns(content: Content, role: str) -> list[dict[str, Any]]:
-    return [_turn(message) for message in as_messages(content, role)]
+def _turns(content: Content, role: str, is_given: bool = False) -> list[dict[str, Any]]:
+    """Each with whether it is trained: by its flag, else the assistant's, but for those of a prompt (`is_given`)."""
+    return [
+        {**_turn(message), "train": bool(message.get("train", message["role"] == "assistant" and not is_given))}
+        for message in as_messages(content, role)
+    ]
 
 
 def _turn(message: Message) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from posttrain.data.doctor.repair import mended, usable_with
+from posttrain.data.doctor.repair import left_out, mended, usable_with
 from posttrain.data.doctor.rules import RENAME, REPAIRS, parse_rules
 from posttrain.data.report import Cases
 from posttrain.data.settings import DataSettings
@@ -37,7 +37,8 @@ def fix(source: Any, out: Path, data: DataSettings, rules: Iterable[str] = ()) -
     """
     asked = parse_rules(rules)
     changes: dict[str, Cases] = {}
-    written = write_rows(out, mended([source], data, asked, changes, usable_with(None, data)))
+    rows = mended([source], data, asked, changes, usable_with(None, data))
+    written = write_rows(out, rows, why_empty=lambda: left_out(changes))
     names = [name for name in REPAIRS if asked.has(name)]
     names += [f"{RENAME}:{old}={new}" for old, new in asked.roles.items()]
     if data.column_map:

@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from posttrain.data.codes import Row
+from posttrain.data.codes import Row, bad_row
+from posttrain.data.columns import rename_columns
 from posttrain.data.doctor.content import RowReader, Said
 from posttrain.data.settings import DataSettings
 from posttrain.data.sources import read_rows
+from posttrain.data.tokens import is_tokenized
 from posttrain.errors import DataError
 from posttrain.types import Example, Origin
 
@@ -30,6 +32,12 @@ class Skipped:
         row = {"row": str(origin), "code": error.code, "message": error.message, "hint": error.hint}
         self._file.write(json.dumps(row) + "\n")
         self.count += 1
+
+    def take(self, other: Skipped) -> None:
+        """Those of `other` as well."""
+        for row in other:
+            self._file.write(json.dumps(row) + "\n")
+        self.count += other.count
 
     def clear(self) -> None:
         self._file.seek(0)
@@ -58,6 +66,10 @@ class Reading:
     def skipped(self) -> int:
         return self.left_out.count
 
+    def why_empty(self) -> str:
+        """Of a file to which nothing is left."""
+        return "every row was skipped: without --policy skip it is said why" if self.skipped else ""
+
     def rows(self) -> Iterator[tuple[Origin, Row]]:
         self.left_out.clear()
         return read_rows(self.source, reject=self.reject)
@@ -74,6 +86,7 @@ class Reading:
         reader = RowReader(self.settings)
         for origin, row in self.rows():
             try:
+                _check_no_tokens(row, origin, self.settings)
                 yield reader.trainable(row, origin)
             except DataError as error:
                 self.reject(error, origin)
@@ -82,6 +95,14 @@ class Reading:
         if self.settings.on_bad_row == "error":
             raise error
         self.left_out.add(error, origin)
+
+
+def _check_no_tokens(row: Row, origin: Origin, settings: DataSettings) -> None:
+    """Training reads token ids where a row has them, whatever else it has."""
+    if is_tokenized(rename_columns(row, settings.column_map, origin)):
+        what = "holds token ids: a row that is tokenised has no text to convert"
+        hint = "convert the rows that it was made of; if the text beside it is meant, --map input_ids=own_input_ids"
+        raise bad_row("E-DATA-0052", origin, what, field="input_ids", row=row, hint=hint)
 
 
 def hashed(*texts: str) -> int:

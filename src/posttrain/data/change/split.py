@@ -13,6 +13,7 @@ import numpy as np
 
 from posttrain.data.change.reading import SKIPPED, Reading, Skipped, hashed
 from posttrain.data.codes import Row
+from posttrain.data.doctor.compare import is_greeting
 from posttrain.data.doctor.content import Said, earlier_answers
 from posttrain.data.settings import DataSettings
 from posttrain.data.writing import write_rows
@@ -30,9 +31,10 @@ def split(
 ) -> dict[str, int]:
     """Rows as they are into `train.jsonl` and `val.jsonl` of `folder`, about `share` of them into the second: whole
     groups, so that rows with the same prompt (or the same value in column `by_group`) are never on both sides, in
-    whatever format they are; nor are a conversation and one that goes on from its prompt.
+    whatever format they are; nor are a conversation and one that goes on from its prompt, nor two that begin with the
+    same exchange and part then.
 
-    The rows are read three times; in memory lie 24 bytes of each, and 8 of each of the assistant's earlier turns."""
+    The rows are read three times; in memory lie 24 bytes of each, and 16 of each of the assistant's earlier turns."""
     if not 0 < share < 1:
         raise ConfigError(f"--val {share} is no share", hint="a number between 0 and 1, e.g. 0.1")
     reading = Reading(source, settings, skipped)
@@ -63,26 +65,31 @@ def _value(row: Row, by_group: str, settings: DataSettings) -> int:
 
 
 def _by_prompt(reading: Reading) -> np.ndarray:
-    """A group for each row: the first thing asked in it, of all that is asked, that some row asks last. Of two rows of
-    which one is the beginning of the other that is the same."""
-    asked, last = array("Q"), array("Q")
+    """A group for each row: the first of its prefixes that ties it to others. A prompt does that some row asks last,
+    and an exchange does, with all before it, that is no greeting. Rows that share such a prefix share all before it, so
+    that it is the first for each of them."""
+    prefixes, last = array("Q"), array("Q")
     for _, _, said in reading.said():
-        asked.extend(_asked(said))
-        last.append(len(asked) - 1)
+        prefixes.extend(_prefixes(said))
+        last.append(len(prefixes) - 1)
     if not last:
         return np.arange(0)
-    keys, ends = np.frombuffer(asked, dtype=np.uint64), np.frombuffer(last, dtype=np.uint64).astype(np.int64)
+    keys, ends = np.frombuffer(prefixes, dtype=np.uint64), np.frombuffer(last, dtype=np.uint64).astype(np.int64)
     begins = np.concatenate([[0], ends[:-1] + 1])
-    prompts = np.flatnonzero(np.isin(keys, keys[ends]))
-    return keys[prompts[np.searchsorted(prompts, begins)]]
+    is_exchange = (np.arange(len(keys)) - np.repeat(begins, ends + 1 - begins)) % 2 == 1
+    ties = ~is_exchange & np.isin(keys, keys[ends])
+    ties[is_exchange] = ~is_greeting(keys[is_exchange], len(ends))
+    tying = np.flatnonzero(ties)
+    return keys[tying[np.searchsorted(tying, begins)]]
 
 
-def _asked(said: Said) -> Iterator[int]:
-    """What stands before each of the assistant's turns, in order, as a number; the row's prompt comes last. White space
-    is folded: two prompts that differ in nothing else are nearly the same question, and on one side they do no harm."""
+def _prefixes(said: Said) -> Iterator[int]:
+    """What stands before each of the assistant's turns, and up to the end of each but the last, in order, as numbers:
+    a prompt, an exchange, a prompt, ...; the row's prompt comes last. White space is folded: two prompts that differ in
+    nothing else are nearly the same question, and on one side they do no harm."""
     prompt = said.prompt or "".join(said.answers)
     before, done = blake2b(digest_size=8), 0
-    for end in (*(start for start, _ in earlier_answers(said.prompt)), len(prompt)):
+    for end in (*(edge for turn in earlier_answers(said.prompt) for edge in turn), len(prompt)):
         before.update(" ".join(prompt[done:end].split()).encode("utf-8", "surrogatepass") + b"\0")
         yield int.from_bytes(before.digest(), "big")
         done = end

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 
 from posttrain.data.change.reading import SKIPPED, Reading, Skipped
-from posttrain.data.doctor.content import PART, TURN
+from posttrain.data.doctor.content import PART, TURN, RowReader
 from posttrain.data.settings import DataSettings
 from posttrain.errors import DataError
 from posttrain.types import Origin
@@ -21,45 +22,68 @@ PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 
 def stats(source: Any, settings: DataSettings, tokenizer: Any = None, skipped: Skipped | None = None) -> dict[str, Any]:
     """Rows by format, turns, and lengths of prompts, answers and whole rows: in characters, and with a tokenizer in
-    tokens as training makes them. `skipped` takes the rows that were skipped: with a tokenizer, by training."""
+    tokens as training makes them, of each answer of a pair. `skipped` takes the rows that were skipped, which are
+    counted nowhere else; with a tokenizer also those that are right in themselves, but not with this model."""
     reading = Reading(source, settings, skipped)
-    formats: Counter[str] = Counter()
+    result, lengths, methods = _of_rows(reading)
+    if tokenizer is None:
+        return {**result, "histogram": _histogram(lengths)}
+    of_model = Skipped()
+    tokens, counts, lost = _in_tokens(reading, tokenizer, "sft" not in methods, of_model)
+    if lost:
+        result, *_ = _of_rows(reading, lost)
+        reading.left_out.take(of_model)
+    tokens[SKIPPED] = of_model.count
+    return {**result, SKIPPED: reading.skipped, "tokens": tokens, "histogram": _histogram(counts)}
+
+
+def _of_rows(reading: Reading, without: Collection[Origin] = ()) -> tuple[dict[str, Any], list[int], set[str]]:
+    """What can be said without a model; the lengths of rows, and the methods that they are for."""
+    formats, methods = Counter[str](), set[str]()
     turns: Counter[int] = Counter()
     lengths: dict[str, list[int]] = {"prompt": [], "answer": [], "row": []}
-    for *_, said in reading.said():
+    for origin, _, said in reading.said():
+        if origin in without:
+            continue
         formats[said.format] += 1
+        methods.add(said.method)
         turns[said.prompt.count(TURN) + 1] += 1
         lengths["prompt"].append(_characters(said.prompt))
         lengths["answer"] += [_characters(answer) for answer in said.answers]
         lengths["row"].append(said.length)
-    result: dict[str, Any] = {
+    result = {
         "rows": sum(formats.values()),
         SKIPPED: reading.skipped,
         "formats": dict(formats),
         "turns": {str(count): rows for count, rows in sorted(turns.items())},
         "characters": {name: _percentiles(values) for name, values in lengths.items()},
     }
-    if tokenizer is not None:
-        result["tokens"], lengths["tokens"] = _in_tokens(reading, tokenizer)
-    result["histogram"] = _histogram(lengths.get("tokens") or lengths["row"])
-    return result
+    return result, lengths["row"], methods
 
 
-def _in_tokens(reading: Reading, tokenizer: Any) -> tuple[dict[str, Any], list[int]]:
-    """Also how many rows are left out that are right in themselves, but not with this model."""
+def _in_tokens(
+    reading: Reading, tokenizer: Any, whole_answers: bool, skipped: Skipped
+) -> tuple[dict[str, Any], list[int], set[Origin]]:
+    """Also the rows that are left out with this model; of a pair both answers are, where one cannot be used."""
+    from posttrain.data.doctor.census import as_trained, trainable_rows
     from posttrain.data.pipeline import Pipeline
     from posttrain.data.report import DataReport
 
+    lost: set[Origin] = set()
+
     class Noting(DataReport):
         def skip(self, error: DataError, origin: Origin) -> None:
-            super().skip(error, origin)
-            reading.left_out.add(error, origin)
+            if origin not in lost:
+                lost.add(origin)
+                skipped.add(error, origin)
 
-    alone, report = reading.skipped, Noting("data")
-    reading.left_out.clear()
-    counts = [tokens.num_tokens for tokens in Pipeline(tokenizer, reading.settings, report).run(reading.source, "data")]
-    about = {"row": _percentiles(counts), "total": sum(counts), "trained": report.supervised}
-    return {**about, SKIPPED: reading.skipped - alone}, counts
+    settings = reading.settings
+    pipeline = Pipeline(tokenizer, as_trained(settings, settings.on_bad_row), Noting("data"), whole_answers)
+    rows = trainable_rows(reading.source, RowReader(settings))
+    made = [(one.origin, one.num_tokens, one.num_supervised) for one in pipeline.run_rows(rows)]
+    counts = [(tokens, supervised) for origin, tokens, supervised in made if origin not in lost]
+    tokens, supervised = [list(values) for values in zip(*counts, strict=True)] or ([], [])
+    return {"row": _percentiles(tokens), "total": sum(tokens), "trained": sum(supervised)}, tokens, lost
 
 
 def _characters(canonical: str) -> int:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 
 from posttrain.data.codes import Row, bad_row
+from posttrain.data.conversation import is_answered
 from posttrain.data.doctor.content import as_messages
 from posttrain.errors import DataError
 from posttrain.types import Example, Message
@@ -20,7 +21,29 @@ def _messages(example: Example, to: str) -> list[Message]:
     (completion,) = example.completions
     if isinstance(completion, str) and example.prompt is None:
         raise cannot(example, to, "plain text has no turns")
-    return [*as_messages(example.prompt or [], "user"), *as_messages(completion, "assistant")]
+    return [*_given(example), *as_messages(completion, "assistant")]
+
+
+def _given(example: Example) -> list[Message]:
+    """The prompt as part of a conversation, in which nothing else says that its answers are not trained. (Of ratings
+    the last answer alone is.)"""
+    messages = as_messages(example.prompt or [], "user")
+    if _is_rated(example):
+        return messages
+    return [{**m, "train": False} if m["role"] == "assistant" and "train" not in m else m for m in messages]
+
+
+def _is_rated(example: Example) -> bool:
+    return isinstance(example.columns.get("label"), bool)
+
+
+def _check_one_answer(example: Example, before: list[Message], to: str) -> None:
+    """Before the last answer nothing may be trained that would not be from then on."""
+    trained = 0 if _is_rated(example) else sum(is_answered([message]) for message in before)
+    if trained:
+        why = f"{trained} earlier turn{'s' if trained > 1 else ''} would no longer be trained"
+        hint = "write messages or sharegpt, which keep all of them; --keep last trains the last answer alone"
+        raise cannot(example, to, why, hint)
 
 
 def _to_messages(example: Example) -> Row:
@@ -28,13 +51,15 @@ def _to_messages(example: Example) -> Row:
 
 
 def _to_prompt_completion(example: Example) -> Row:
-    """Text stays text; a conversation is cut before its last assistant turn."""
-    if isinstance(example.prompt, str) and isinstance(example.completions[0], str):
-        return {"prompt": example.prompt, "completion": example.completions[0]}
+    """Prompt and completion stay what they are; a conversation is cut before its last assistant turn."""
+    (completion,) = example.completions
+    if example.prompt is not None and isinstance(example.prompt, str) == isinstance(completion, str):
+        return {"prompt": example.prompt, "completion": completion}
     messages = _messages(example, "prompt-completion")
     last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
     if last == 0:
         raise cannot(example, "prompt-completion", "nothing stands before an answer of the assistant")
+    _check_one_answer(example, messages[:last], "prompt-completion")
     return {"prompt": messages[:last], "completion": messages[last:]}
 
 
@@ -68,8 +93,9 @@ def _function(call: Row) -> Row:
 
 
 def _to_alpaca(example: Example) -> Row:
-    """`instruction` and `output`; earlier pairs become `history`, a system message `system`."""
-    messages = _messages(example, "Alpaca")
+    """`instruction` and `output`; earlier pairs, none of them trained, become `history`, a system message `system`."""
+    *before, answer = _messages(example, "Alpaca")
+    messages = [*({key: m[key] for key in m if key != "train" or m[key]} for m in before), answer]
     plain = all(set(m) <= {"role", "content"} and isinstance(m.get("content"), str) for m in messages)
     if not plain:
         raise cannot(example, "Alpaca", "it has no place for tool calls, flags or thoughts")
@@ -80,6 +106,7 @@ def _to_alpaca(example: Example) -> Row:
     roles = [message["role"] for message in messages]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
         raise cannot(example, "Alpaca", "it wants the user and the assistant in turns")
+    _check_one_answer(example, before, "Alpaca")
     texts = [message["content"] for message in messages]
     pairs = [[question, answer] for question, answer in zip(texts[::2], texts[1::2], strict=True)]
     row |= {"instruction": pairs[-1][0], "input": "", "output": pairs[-1][1]}

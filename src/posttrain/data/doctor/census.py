@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from posttrain.data.codes import REASONS, Row
+from posttrain.data.columns import rename_columns
 from posttrain.data.doctor.content import RowReader
 from posttrain.data.doctor.findings import Finding, finding, rows, share
 from posttrain.data.pipeline import Pipeline
@@ -72,7 +73,7 @@ def in_tokens(
     problems: list[Finding] = []
     try:
         for source in sources:
-            for tokenized in pipeline.run_rows(_trainable(source, RowReader(settings))):
+            for tokenized in pipeline.run_rows(trainable_rows(source, RowReader(settings))):
                 counting.add(tokenized)
     except UserError as error:  # no chat template, say: it is the model's fault and not the rows'
         sentence = f"tokens were not counted: {error.message}"
@@ -196,7 +197,7 @@ def _emptied(lengths: Lengths, usable: int) -> Finding:
                    sentence + (": nothing is left" if is_all else ""), fix)  # fmt: skip
 
 
-def _trainable(source: Any, reader: RowReader) -> Rows:
+def trainable_rows(source: Any, reader: RowReader) -> Rows:
     """The usable rows of a source in the shape that supervised training reads."""
     try:
         for origin, row in read_rows(source, reject=_ignore):
@@ -210,9 +211,10 @@ def _trainable(source: Any, reader: RowReader) -> Rows:
 
 def trained_rows(row: Row, reader: RowReader, origin: Origin) -> list[Row]:
     """`row` as supervised training reads it: a row for each answer. Raises its DataError."""
-    if is_tokenized(row):
+    named = rename_columns(row, reader.names, origin)
+    if is_tokenized(named):
         reader.read(row, origin)
-        return [row]
+        return [named]
     example = reader.example(row, origin)
     return [_row(example, completion) for completion in example.completions]
 

@@ -12,6 +12,8 @@ from posttrain.data.doctor.tally import NO_LABEL, Tally
 from posttrain.data.report import number
 
 NUM_FIRST = 5
+GREETED_ROWS, GREETED_SHARE = 10, 0.05
+"""What more rows begin with, in number and as a share, is a greeting."""
 ODD = np.uint64(0xC2B2AE3D27D4EB4F), np.uint64(0x165667B19E3779F9)
 """Odd constants, so that hashes in another order make another sum."""
 
@@ -47,6 +49,18 @@ def across(train: Tally, validation: Tally) -> Iterator[Finding]:
     if continued.any():
         sentence = f"{rows(int(continued.sum()))} of the validation data in continuation of a row that is trained on"
         yield _about("W-DATA-0135", validation, continued, sentence)
+    known = turns[1][~is_greeting(np.concatenate([turns[1], told]), train.used + validation.used)[: len(turns[1])]]
+    forked = np.isin(np.arange(validation.used), row[np.isin(told, known)]) & ~(same | leaked | continued)
+    if forked.any():
+        sentence = f"{rows(int(forked.sum()), 'begin')} in the validation data as a conversation that is trained on"
+        yield _about("W-DATA-0145", validation, forked, sentence)
+
+
+def is_greeting(exchanges: np.ndarray, num_rows: int) -> np.ndarray:
+    """Of each exchange (with all before it) whether so many of the rows begin with it that it ties none of them
+    together: what comes after decides."""
+    _, inverse, counts = np.unique(exchanges, return_inverse=True, return_counts=True)
+    return np.asarray((counts > max(GREETED_ROWS, GREETED_SHARE * num_rows))[inverse.reshape(-1)])
 
 
 def _exchanges(tally: Tally) -> np.ndarray:

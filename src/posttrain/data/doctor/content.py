@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from posttrain.data.codes import SKIP, UNFORESEEN, Row, bad_row, broken_promise
-from posttrain.data.columns import read_columns
+from posttrain.data.columns import read_columns, rename_columns
 from posttrain.data.conversation import SYSTEM, is_answered
 from posttrain.data.formats import all_formats, choose, detect, require
 from posttrain.data.passed_over import NOTHING, PassedOver, of_tokens, passed_over
@@ -64,7 +64,8 @@ class RowReader:
 
     def read(self, row: Row, origin: Origin) -> Said:
         """Raises DataError for a row that cannot be used."""
-        return self._tokens(row, origin) if is_tokenized(row) else self.parsed(row, origin)[1]
+        named = rename_columns(row, self.names, origin)
+        return self._tokens(named, origin) if is_tokenized(named) else self.trainable(row, origin)[1]
 
     def example(self, row: Row, origin: Origin) -> Example:
         """The same as training would get it. Raises DataError for a row that cannot be used."""
@@ -82,7 +83,7 @@ class RowReader:
             row = read_columns(row, self.names, origin)
             example, described = self._example(row, origin)
             what = said(example, described)
-            what.over = passed_over(example, self.formats, OF_METHODS[what.method])
+            what.over = passed_over(example, self.formats, OF_METHODS[what.method], self.format is not None)
             what.is_unrated = what.method == "sft" and "label" in row and row["label"] is None
             return example, what
         except UserError:
@@ -114,7 +115,8 @@ def check_trainable(said: Said, row: Row, origin: Origin) -> None:
     if not said.is_answered:
         hint = "add the answer, or drop the row; a prompt alone is data for GRPO, RLOO or PPO"
         raise bad_row("E-DATA-0022", origin, "the row holds no turn of the assistant to train", row=row, hint=hint)
-    for text in (said.prompt, *said.answers):
+    rest = json.dumps(json.loads(said.rest), ensure_ascii=False) if "\\ud" in said.rest else ""
+    for text in (said.prompt, *said.answers, rest):
         if text.isascii():
             continue
         try:

@@ -72,4 +72,7 @@ KINDS: dict[str, Kind] = {
     "W-DATA-0135": Kind(
         "warning", "validation rows that go on from trained ones", "split anew with posttrain data split"
     ),
+    "W-DATA-0145": Kind(
+        "warning", "validation rows that begin as trained ones", "split anew with posttrain data split"
+    ),
 }

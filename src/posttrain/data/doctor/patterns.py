@@ -11,6 +11,13 @@ from collections.abc import Iterator
 
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\ufeff\ufffe\uffff]")
 """No text needs them: C0 and C1 controls but tab and line ends, zero-width space, byte order mark."""
+ESCAPE = re.compile(
+    "\x1b(?:"
+    "\\[[0-?]*[ -/]*[@-~]"  # CSI: colours, the cursor
+    "|[]PX^_][^\x07\x1b\n]*(?:\x07|\x1b\\\\)"  # OSC and such: titles, the address of a link
+    "|[()*+][0-9A-Za-z]|[78=>c])"
+)
+"""What terminals take for orders (ECMA-48), whole: without its first character the rest would stand in the text."""
 BIDI = re.compile("[\u202a-\u202e\u2066-\u2069]")
 """Embeddings, overrides and isolates: they can make text read otherwise than it is stored (CVE-2021-42574)."""
 

@@ -19,7 +19,7 @@ from posttrain.data.columns import rename_columns
 from posttrain.data.conversation import ALIASES
 from posttrain.data.doctor.census import as_trained, trained_rows
 from posttrain.data.doctor.content import RowReader, Said
-from posttrain.data.doctor.patterns import CONTROL
+from posttrain.data.doctor.patterns import CONTROL, ESCAPE
 from posttrain.data.doctor.rules import CONVERSATIONS, RENAME, TRAINED, Rules, rename_roles, unmatched
 from posttrain.data.flags import DETAIL
 from posttrain.data.pipeline import Pipeline
@@ -55,8 +55,15 @@ def repair(
     copy of its beginning is no repaired copy."""
     check_target(sources, out)
     changes: dict[str, Cases] = {}
-    written = write_rows(out, mended(sources, data, Rules(), changes, usable_with(tokenizer, data)))
+    rows = mended(sources, data, Rules(), changes, usable_with(tokenizer, data))
+    written = write_rows(out, rows, why_empty=lambda: left_out(changes))
     return {"written": written, **{rule: changes.get(rule, Cases()).count for rule in RULES}}
+
+
+def left_out(changes: dict[str, Cases]) -> str:
+    """Why nothing is left, by rules."""
+    found = [(what, changes[rule].count) for rule, what in RULES.items() if rule in changes and "left out" in what]
+    return "; ".join(f"{what}: {count}" for what, count in found) + ("; data check says more" if found else "")
 
 
 def check_target(sources: list[Any], out: Path) -> None:
@@ -175,7 +182,7 @@ def _has_ranges(value: Any) -> bool:
 
 def _without_control(value: Any) -> Any:
     if isinstance(value, str):
-        return CONTROL.sub(lambda found: BLANKS.get(found[0], ""), value)
+        return CONTROL.sub(lambda found: BLANKS.get(found[0], ""), ESCAPE.sub("", value))
     if isinstance(value, dict):
         return {key: _without_control(item) for key, item in value.items()}
     return [_without_control(item) for item in value] if isinstance(value, list | tuple) else value

@@ -20,7 +20,6 @@ from posttrain.data.doctor.content import (
     TURN,
     RowReader,
     Said,
-    check_trainable,
     earlier_answers,
     has_odd_systems,
 )
@@ -147,7 +146,7 @@ class Counting:
         if not self.tally._continues(origin.source):
             self.tally.files.append((origin.source, self.tally.used))
         try:
-            said = self._read(row, self.bare)
+            said = self.reader.read(row, self.bare)
         except DataError as error:
             self._bad(self._located(row, origin) if self._is_shown() else error, origin)
         else:
@@ -165,14 +164,9 @@ class Counting:
             error = DataError(message, hint="write such a value as text", code="E-DATA-0002")
         self.tally.unread.append(Bad(error.code, str(origin), error.message, error.hint))
 
-    def _read(self, row: Row, origin: Origin) -> Said:
-        said = self.reader.read(row, origin)
-        check_trainable(said, row, origin)
-        return said
-
     def _located(self, row: Row, origin: Origin) -> DataError:
         try:
-            self._read(row, origin)
+            self.reader.read(row, origin)
         except DataError as error:
             return error
         raise AssertionError("a row that fails must fail again")

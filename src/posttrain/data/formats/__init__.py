@@ -10,8 +10,9 @@ from __future__ import annotations
 import difflib
 from typing import Protocol
 
-from posttrain.data.codes import Row, bad_row
+from posttrain.data.codes import SKIP, UNFORESEEN, Row, bad_row, excerpt
 from posttrain.data.formats import alpaca, messages, preference, prompt_completion, rated, sharegpt
+from posttrain.data.formats.renaming import likely_names
 from posttrain.data.formats.text import TextFormat
 from posttrain.errors import ConfigError, DataError
 from posttrain.types import Example, Origin
@@ -42,17 +43,7 @@ REFUSED = {
 }
 """What is said of another method's rows, and the way out."""
 IMAGES = ("image", "images")
-LIKELY = {
-    "question": "prompt",
-    "query": "prompt",
-    "input": "prompt",
-    "answer": "completion",
-    "response": "completion",
-    "output": "completion",
-    "conversation": "messages",
-    "dialog": "messages",
-    "content": "text",
-}
+CONVERSATIONS = ("messages", "conversations", "conversation")
 
 
 def formats(text_field: str = "text") -> dict[str, Format]:
@@ -93,9 +84,7 @@ def detect(row: Row, origin: Origin, known: dict[str, Format]) -> Format:
             if name == "rated":
                 rated.check_label(row, origin)
             raise _another_method(name, row, origin, known)
-    if columns := {column for column in IMAGES if row.get(column)}:
-        what = f"has columns {_names(columns)}: images, which cannot be trained on for now"
-        raise bad_row("E-DATA-0017", origin, what, row=row)
+    _check_no_images(row, origin)
     found = next((fmt for fmt in known.values() if fmt.matches(row)), None)
     if found is None:
         if "rated" in known and "label" in row and any(fmt.matches(row) for fmt in rated.ANSWERS):
@@ -104,10 +93,29 @@ def detect(row: Row, origin: Origin, known: dict[str, Format]) -> Format:
     return found
 
 
+def _check_no_images(row: Row, origin: Origin) -> None:
+    """Without its images a row would be trained as something that its author did not write."""
+    for column in IMAGES:
+        if row.get(column):
+            what = "holds images, which are not supported: only text can be trained on for now"
+            hint = f"drop such rows; a column of another meaning wants another name: --map {column}=own_{column}"
+            raise bad_row("E-DATA-0018", origin, what, field=column, row=excerpt(sorted(row)), hint=hint)
+
+
+def _check_not_empty(row: Row, origin: Origin) -> None:
+    """An empty conversation is told by no shape."""
+    for column in CONVERSATIONS:
+        if row.get(column) == []:
+            hint = f"fill it or drop the row ({SKIP} drops and counts such rows)"
+            raise bad_row("E-DATA-0011", origin, "is an empty conversation", field=column, row=row, hint=hint)
+
+
 def require(found: Format, name: str, row: Row, origin: Origin) -> None:
     """Raises DataError where `row` is not of the format that was asked for by `name`."""
     if found.matches(row):
+        _check_no_images(row, origin)
         return
+    _check_not_empty(row, origin)
     if found is OTHER_METHODS["rated"]:
         rated.check_label(row, origin)
     if found is OTHER_METHODS["preference"]:
@@ -126,17 +134,29 @@ def _another_method(name: str, row: Row, origin: Origin, known: dict[str, Format
 
 
 def _unknown(row: Row, origin: Origin, known: dict[str, Format]) -> DataError:
+    _check_not_empty(row, origin)
     columns = [column for column, value in row.items() if value is not None]
     nulls = sorted(set(row) - set(columns))
-    renames = [f"{column} → {LIKELY[column]}" for column in columns if column in LIKELY]
     hint = "known formats: " + "; ".join(f"{name} ({fmt.SHAPE})" for name, fmt in known.items())
     if columns == ["prompt"] and not nulls:
         hint = "a prompt alone is data for GRPO, RLOO or PPO; supervised training wants a completion beside it"
-    elif renames:
-        names = ",".join(f"{column}={LIKELY[column]}" for column in columns if column in LIKELY)
-        hint = f"rename {', '.join(renames)} (--map {names}, or dataset.columns), or pass a formatting_func; {hint}"
+    elif names := likely_names(row, lambda renamed: _reads(renamed, origin)):
+        renames = ", ".join(f"{old} → {new}" for old, new in names.items())
+        pasted = ",".join(f"{old}={new}" for old, new in names.items())
+        of_pairs = "" if "preference" in known or "chosen" not in names.values() else f"; {REFUSED['preference'][0]}"
+        hint = f"rename {renames} (--map {pasted}, or dataset.columns){of_pairs}, or pass a formatting_func; {hint}"
     what = f"columns {_names(columns)} are of no known format" + (f" (null: {_names(nulls)})" if nulls else "")
     return bad_row("E-DATA-0010", origin, what, row=row, hint=hint)
+
+
+def _reads(row: Row, origin: Origin) -> bool:
+    """Whether any method reads it."""
+    known = {**OTHER_METHODS, **FORMATS}
+    found = next((fmt for fmt in known.values() if fmt.matches(row)), None)
+    try:
+        return found is not None and bool(found.parse(row, origin).completions)
+    except (DataError, *UNFORESEEN):
+        return False
 
 
 def _names(columns: list[str] | set[str]) -> str:
