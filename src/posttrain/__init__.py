@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from posttrain.trainers.kto import KTOConfig, KTOTrainer
     from posttrain.trainers.orpo import ORPOConfig, ORPOTrainer
     from posttrain.trainers.reward import RewardConfig, RewardTrainer
+    from posttrain.trainers.rloo import RLOOConfig, RLOOTrainer
     from posttrain.trainers.sft import SFTTrainer
 
 __version__ = "0.1.0"
@@ -41,6 +42,8 @@ _HOMES = {
     "KTOConfig": "posttrain.trainers.kto",
     "ORPOTrainer": "posttrain.trainers.orpo",
     "ORPOConfig": "posttrain.trainers.orpo",
+    "RLOOTrainer": "posttrain.trainers.rloo",
+    "RLOOConfig": "posttrain.trainers.rloo",
     "RewardTrainer": "posttrain.trainers.reward",
     "RewardConfig": "posttrain.trainers.reward",
     "SFTConfig": "posttrain.trainers.config",
@@ -68,6 +71,8 @@ __all__ = [
     "NonFiniteError",
     "ORPOConfig",
     "ORPOTrainer",
+    "RLOOConfig",
+    "RLOOTrainer",
     "RewardConfig",
     "RewardTrainer",
     "SFTConfig",

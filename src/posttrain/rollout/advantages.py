@@ -10,7 +10,7 @@ Shape suffixes: `G` groups (prompts), `K` completions of each, `F` reward functi
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -25,11 +25,13 @@ AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
 @dataclass(frozen=True)
 class Advantages:
     """`value_N` of each completion; `reward_N` what it is made of (NaN where nothing was said); `without_signal` the
-    share of completions whose rewards do not differ from those that they are compared with."""
+    share of completions whose rewards do not differ from those that they are compared with; `metrics` sums and counts
+    of what was found on the way."""
 
     value_N: np.ndarray
     reward_N: np.ndarray
     without_signal: float
+    metrics: dict[str, tuple[float, int]] = field(default_factory=dict)
 
 
 def weighted_sum(rewards_NF: np.ndarray, weights_F: np.ndarray) -> np.ndarray:

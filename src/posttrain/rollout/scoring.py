@@ -46,7 +46,7 @@ class Verdict:
             made["reward"] = (float(total_N.sum()), len(total_N))
             made["reward_std"] = (_deviation(total_N), 1)
         made["frac_reward_zero_std"] = (worth.without_signal, 1)
-        return made | {name: (float(sum(values)), len(values)) for name, values in self.noted.items()}
+        return made | worth.metrics | {name: (float(sum(values)), len(values)) for name, values in self.noted.items()}
 
 
 def _deviation(values: np.ndarray) -> float:

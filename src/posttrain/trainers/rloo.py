@@ -1,0 +1,101 @@
+"""`RLOOTrainer` and `RLOOConfig`: TRL 1.16's arguments, posttrain's engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import numpy as np
+from transformers import TrainingArguments
+
+from posttrain.errors import ConfigError
+from posttrain.objectives.rloo import LeaveOneOutLoss
+from posttrain.rollout.advantages import Advantages, leave_one_out, weighted_sum
+from posttrain.rollout.generation import Rollout
+from posttrain.rollout.source import Learning
+from posttrain.trainers.config import accepts_old_spellings
+from posttrain.trainers.online import OnlineTrainer
+from posttrain.trainers.online_config import OnlineConfig
+from posttrain.trainers.opening import read_config
+
+
+@accepts_old_spellings
+@dataclass
+class RLOOConfig(OnlineConfig):
+    """Settings of REINFORCE leave-one-out. Raises ConfigError for one that is not honoured, naming it."""
+
+    num_generations: int | None = field(default=2, metadata={"help": "Completions of each prompt, which are compared."})
+    beta: float = field(default=0.05, metadata={"help": "Weight of the KL divergence that rewards are reduced by."})
+    normalize_advantages: bool = field(
+        default=False, metadata={"help": "Bring a round's advantages to mean 0 and deviation 1."}
+    )
+    reward_clip_range: tuple[float, float] | None = field(
+        default=None, metadata={"help": "Least and greatest reward; what lies beyond is brought there."}
+    )
+
+    def _check_choices(self) -> None:
+        super()._check_choices()
+        clip = self.reward_clip_range
+        if clip is not None and (len(clip) != 2 or not clip[0] < clip[1]):
+            raise ConfigError(f"reward_clip_range={clip!r} must be two numbers, the lower one first")
+        self.objective()
+
+    def objective(self) -> LeaveOneOutLoss:
+        assert self.epsilon_high is not None
+        return LeaveOneOutLoss(self.epsilon, self.epsilon_high, self.beta)
+
+
+class RLOOTrainer(OnlineTrainer):
+    """REINFORCE with the mean reward of a completion's siblings as its baseline; the arguments are `GRPOTrainer`'s."""
+
+    args: RLOOConfig
+    logps_first: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: TrainingArguments | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        reward_processing_classes: Any = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        rollout_func: Any = None,
+        **older: Any,
+    ):
+        processing_class = older.pop("tokenizer", None) or processing_class
+        self.args = read_config(RLOOConfig, model, args, older, "RLOOTrainer")
+        self._open(model, processing_class, peft_config, quantization_config)
+        self._start(
+            reward_funcs, reward_processing_classes, train_dataset, eval_dataset, callbacks, optimizers, rollout_func
+        )
+
+    def objective(self) -> LeaveOneOutLoss:
+        return self.args.objective()
+
+    def learning(self) -> Learning:
+        return Learning(skips_truncated=self.args.mask_truncated_completions)
+
+    def advantages(self, rewards_NF: np.ndarray, rollouts: Sequence[Rollout], group_size: int) -> Advantages:
+        args = self.args
+        reward_N = weighted_sum(rewards_NF, np.array(self.rewards.weights, dtype=np.float64))
+        judged_N = reward_N if args.reward_clip_range is None else np.clip(reward_N, *args.reward_clip_range)
+        metrics = {}
+        if args.beta:
+            kl_N = np.array([_divergence(one) for one in rollouts])
+            judged_N = judged_N - args.beta * kl_N
+            metrics["kl"] = (float(kl_N.sum()), sum(one.num_rows for one in rollouts))
+        found = leave_one_out(judged_N, group_size, normalize=args.normalize_advantages)
+        return replace(found, reward_N=reward_N, metrics=metrics)
+
+
+def _divergence(one: Rollout) -> float:
+    """log policy / reference of a completion: an estimate of the KL divergence without bias, that may be negative."""
+    if one.old_logp_R is None or one.ref_logp_R is None:  # nothing of it is trained
+        return 0.0
+    return float((one.old_logp_R.astype(np.float64) - one.ref_logp_R).sum())
