@@ -65,6 +65,10 @@ class Memory:
             kept = key_1KTE[0, :, own].mT.contiguous(), value_1KTE[0, :, own].contiguous()
             self._prompts[layer, number] = kept
 
+    def prompt(self, layer: Any, number: int) -> tuple[torch.Tensor, ...]:
+        """What layer `layer` keeps of prompt `number`: keys `(K, E, P)` and values `(K, P, E)`."""
+        return self._prompts[layer, number]
+
     def forget(self, number: int) -> None:
         """Prompt `number`, from which no row goes on any more."""
         del self.lengths[number]

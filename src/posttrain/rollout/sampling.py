@@ -70,6 +70,11 @@ def choose(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The next token of each row, and its log-probability in fp32. `said` are the tokens of each row so far, for the
     repetition penalty (arXiv 1909.05858, equation 8)."""
+    if sampling.temperature and not sampling.narrows and sampling.repetition_penalty == 1.0:
+        scaled_BV = logits_BV if sampling.temperature == 1.0 else logits_BV.float() / sampling.temperature
+        p_BV = scaled_BV.softmax(-1, dtype=torch.float32)
+        token_B = draw(p_BV, number_B)
+        return token_B, p_BV.gather(1, token_B[:, None])[:, 0].log()
     z_BV = logits_BV.float() / (sampling.temperature or 1.0)
     lse_B1 = z_BV.logsumexp(-1, keepdim=True)
     kept_BV = z_BV
@@ -80,8 +85,7 @@ def choose(
     else:
         if sampling.narrows:
             kept_BV = narrowed(kept_BV, sampling)
-        p_BV = (kept_BV - lse_B1).exp() if kept_BV is z_BV else kept_BV.softmax(-1)
-        token_B = draw(p_BV, number_B)
+        token_B = draw(kept_BV.softmax(-1), number_B)
     return token_B, (z_BV.gather(1, token_B[:, None]) - lse_B1)[:, 0]
 
 

@@ -23,6 +23,8 @@ import torch
 from posttrain.errors import Stopped
 from posttrain.models.decoding import Memory
 from posttrain.models.forward import Policy
+from posttrain.models.head import HeadShape
+from posttrain.models.lean_decoding import LeanRows, LeanWeights, SharedRows, forward, lean_weights
 from posttrain.rollout.engines import Completion, Request
 from posttrain.rollout.sampling import Sampling, choose
 
@@ -57,8 +59,13 @@ class LocalEngine:
     ):
         self.policy, self.end_ids, self.decode, self.max_rows = policy, frozenset(end_ids), decode, max_rows
 
+        self._lean: LeanWeights | None = None
+        self._is_tried = False
+
     def update_weights(self) -> None:
-        """Nothing to do: they are the same tensors."""
+        """They are the same tensors; those that are laid out for decoding are laid out anew."""
+        if self._lean is not None:
+            self._lean.take(self.max_rows)
 
     def health(self) -> str | None:
         return None
@@ -66,14 +73,21 @@ class LocalEngine:
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, stopped: Callable[[], bool] = lambda: False
     ) -> list[list[Completion]]:
-        flight = _Flight(self, requests, sampling)
         with _sampling(self.policy):
+            flight = _Flight(self, requests, sampling)
             while flight.is_flying:
                 if stopped():
                     raise Stopped
                 flight.admit()
                 flight.step()
         return flight.done
+
+    def lean(self) -> LeanWeights | None:
+        """Weights for lean decoding, if the model is of a kind that can be decoded so."""
+        if not self._is_tried:
+            self._lean, self._is_tried = lean_weights(self.policy), True
+            self.update_weights()
+        return self._lean
 
 
 class _Flight:
@@ -84,6 +98,13 @@ class _Flight:
         self.memory = Memory(room=sampling.max_tokens)
         self.waiting: deque[tuple[int, int]] = deque(
             (number, place) for number, request in enumerate(requests) for place in range(request.count)
+        )
+        lean, room = engine.lean(), min(engine.max_rows, len(self.waiting))
+        longest = max(len(request.prompt_ids) for request in requests) + sampling.max_tokens
+        reaches = lean is not None and (lean.reach is None or longest <= lean.reach)
+        self.lean = lean if reaches else None
+        self.places: LeanRows | SharedRows = (
+            SharedRows(engine.policy, self.memory) if self.lean is None else LeanRows(self.lean, self.memory, room)
         )
         self.rows: list[_Row] = []
         self.first: dict[int, torch.Tensor] = {}
@@ -118,8 +139,9 @@ class _Flight:
         return self.sampling.numbers(self.requests[number].key, place).tolist()
 
     def _enter(self, rows: list[_Row]) -> None:
+        self.places.make_room(len(rows))
         for number in dict.fromkeys(row.request for row in rows):
-            self.memory.admit(number, sum(row.request == number for row in rows))
+            self.places.admit(number, sum(row.request == number for row in rows))
         self.rows += rows
 
     def _read(self, numbers: list[int]) -> None:
@@ -132,9 +154,9 @@ class _Flight:
                 part.append(numbers.pop(0))
             prompts = [self.requests[number].prompt_ids for number in part]
             lengths = [len(prompt) for prompt in prompts]
-            ids_T = torch.tensor([token for prompt in prompts for token in prompt])
+            ids = [token for prompt in prompts for token in prompt]
             positions_T = torch.cat([torch.arange(length) for length in lengths])
-            hidden_TD = self._hidden(ids_T, positions_T, self.memory.reading(lengths, part))
+            hidden_TD = forward(self.engine.policy, ids, positions_T, self.memory.reading(lengths, part))
             last = torch.tensor(lengths).cumsum(0) - 1
             for number, logits_V in zip(part, self._logits(hidden_TD[last.to(hidden_TD.device)]), strict=True):
                 self.first[number] = logits_V
@@ -145,13 +167,11 @@ class _Flight:
         """One token more of every row; those that end leave."""
         if not self.rows:
             return
-        ids_B = torch.tensor([row.ids[-1] for row in self.rows])
-        hidden_BD = self._hidden(ids_B, self.memory.positions(), self.memory)
-        self.memory.advance()
+        hidden_BD = self.places.step([row.ids[-1] for row in self.rows])
         self._say(self.rows, self._logits(hidden_BD))
         staying = [place for place, row in enumerate(self.rows) if not self._land(row)]
         if len(staying) < len(self.rows):
-            self.memory.keep(staying)
+            self.places.keep(staying)
             self.rows = [self.rows[place] for place in staying]
             self._forget()
 
@@ -193,23 +213,14 @@ class _Flight:
 
     # --- the model ----------------------------------------------------------------------------------------------------
 
-    def _hidden(self, ids_T: torch.Tensor, positions_T: torch.Tensor, layout: Any) -> torch.Tensor:
-        policy = self.engine.policy
-        device = policy.device
-        output = policy.base.base_model(
-            input_ids=ids_T[None].to(device),
-            position_ids=positions_T[None].to(device),
-            attention_mask=torch.empty(1, 1, 0, 0, device=device),  # one of four dimensions is handed through as it is
-            layout=layout,
-            use_cache=False,
-        )
-        return output.last_hidden_state[0]
-
     def _logits(self, hidden_BD: torch.Tensor) -> torch.Tensor:
-        """`(B, V)` in fp32, before the temperature."""
+        """`(B, V)`, before the temperature."""
         head = self.engine.policy.base.get_output_embeddings()
-        logits_BV = torch.nn.functional.linear(hidden_BD, head.weight).float()
-        replace(self.engine.policy.shape, temperature=1.0).apply_(logits_BV, getattr(head, "bias", None))
+        logits_BV = torch.nn.functional.linear(hidden_BD, head.weight) if self.lean is None else self.lean.head(hidden_BD)
+        shape, bias = replace(self.engine.policy.shape, temperature=1.0), getattr(head, "bias", None)
+        if shape != HeadShape() or (self.lean is None and bias is not None):
+            logits_BV = logits_BV.float()
+            shape.apply_(logits_BV, bias if self.lean is None else None)
         return logits_BV
 
 
