@@ -63,6 +63,7 @@ REASONS: dict[str, str] = {
     "E-DATA-0052": "not to be written in that format",
     "E-DATA-0053": "not to be split",
     "E-DATA-0054": "not read back as written",
+    "E-DATA-0150": "tool call of another than the assistant",
 }
 
 SKIP = "on_bad_row=skip"

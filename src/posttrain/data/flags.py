@@ -9,11 +9,12 @@ keys that look like a flag misspelt, or are another library's name for one (`tri
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from posttrain.data.codes import Row, bad_row, kind
+from posttrain.data.codes import Row, bad_row, excerpt, kind
 from posttrain.data.rendering import REASONING
 from posttrain.types import Message, Origin
 
@@ -23,9 +24,13 @@ OFFSETS = ("begin_offset", "end_offset")
 RANGE = 'a range is {"begin_offset": 0, "end_offset": 8, "train": false}, both ends inclusive'
 USUAL = {*KEYS, DETAIL, *OFFSETS, *REASONING, "role", "content", "name", "tool_calls", "tool_call_id", "type", "text"}
 """Keys of messages, parts and ranges that are no flags misspelt."""
-FOREIGN = {"loss", "loss_mask", "loss_weight", "loss_scale", "mask", "masked", "no_loss", "train_loss", "trainable",
-           "trained", "is_trained", "train_on", "train_on_turn", "supervise", "supervised", "learn"}  # fmt: skip
+FOREIGN = {"ignore", "ignored", "loss", "loss_mask", "loss_weight", "loss_scale", "mask", "masked", "no_loss",
+           "train_loss", "trainable", "trained", "is_trained", "train_on", "train_on_turn", "supervise", "supervised",
+           "learn"}  # fmt: skip
 """What others call such a flag, in some cases the other way round."""
+PIECES = {"train", "training", "trained", "trainable", "loss", "mask", "masked", "supervise", "supervised"}
+"""Words in the names of flags (`is_train`, `no_train`, `compute_loss`), of keys that say yes or no."""
+YES_OR_NO = ("true", "false", "yes", "no", "0", "1")
 WORDS = "true trains the turn, false leaves it out"
 SIMILAR = 0.85
 """One letter too many or too few in a short word: `trains`, but not `height`."""
@@ -63,7 +68,11 @@ def normalise(message: Message, field: str, row: Row, origin: Origin) -> Message
 def _flag(message: Mapping[str, Any], field: str, row: Row, origin: Origin) -> bool | None:
     """What the first of the keys says; None where there is none. A key that seems to be meant as one is refused."""
     for key in message:
-        if key not in USUAL and message[key] is not None and (meant := _meant_as(str(key))):
+        if (
+            key not in USUAL
+            and message[key] is not None
+            and (meant := _meant_as(str(key), _says_yes_or_no(message[key])))
+        ):
             what = "is no key that posttrain knows, and seems to say whether to train"
             hint = f'did you mean "{meant}"? {WORDS}; rename the key if it says something else'
             raise bad_row("E-DATA-0042", origin, what, field=f"{field}.{key}", seen=message[key], row=row, hint=hint)
@@ -75,10 +84,10 @@ def _flag(message: Mapping[str, Any], field: str, row: Row, origin: Origin) -> b
 
 
 @lru_cache(maxsize=1000)
-def _meant_as(key: str) -> str | None:
+def _meant_as(key: str, is_yes_or_no: bool) -> str | None:
     """The flag that `key` is a slip of, or another library's name for; None for a key of its own."""
-    spelt = key.strip().lower().replace("-", "_")
-    if spelt in FOREIGN:
+    spelt = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key.strip()).lower().replace("-", "_")
+    if spelt in FOREIGN or (is_yes_or_no and PIECES.intersection(spelt.split("_"))):
         return "train"
     for flag in (*KEYS, DETAIL):
         if sorted(spelt) == sorted(flag) or difflib.SequenceMatcher(None, spelt, flag).ratio() >= SIMILAR:
@@ -86,12 +95,17 @@ def _meant_as(key: str) -> str | None:
     return None
 
 
+def _says_yes_or_no(value: object) -> bool:
+    return value in (0, 1) if isinstance(value, int | float) else str(value).strip().lower() in YES_OR_NO
+
+
 def _boolean(value: object, field: str, row: Row, origin: Origin) -> bool:
     if value in (0, 1) and isinstance(value, bool | int | float):
         return bool(value)
-    shown = value if isinstance(value, int | float) else kind(value)
+    shown = f"text ({excerpt(value, width=40)!r})" if isinstance(value, str) else kind(value)
+    what = f"is {value}" if isinstance(value, int | float) else f"is {shown} and says neither true nor false"
     hint = "write true or false (1 or 0); a token cannot be trained by half"
-    raise bad_row("E-DATA-0042", origin, f"is {shown}", field=field, seen=value, row=row, hint=hint)
+    raise bad_row("E-DATA-0042", origin, what, field=field, seen=value, row=row, hint=hint)
 
 
 def _details(message: Message, field: str, row: Row, origin: Origin) -> list[tuple[int, Any]]:

@@ -22,7 +22,7 @@ from posttrain.data.pairs import join, limit_pair, split
 from posttrain.data.passed_over import of_tokens, passed_over
 from posttrain.data.places import half_a_character
 from posttrain.data.ratings import ratings_of
-from posttrain.data.remarks import remark_on_bos, remark_on_rest, remark_on_text
+from posttrain.data.remarks import remark_on_bos, remark_on_plain, remark_on_rest, remark_on_text
 from posttrain.data.render import Rendered, Supervision, render
 from posttrain.data.report import DataReport
 from posttrain.data.settings import DataSettings
@@ -158,6 +158,8 @@ class Pipeline:
         for one in rendered:
             if self.chat is not None and one.is_chat:
                 remark_on_text(one, self.chat, self.missing, self.report)
+            else:
+                remark_on_plain(one, self.tokenizer, self.report)
         return rendered
 
     def _open_chat(self) -> Chat:

@@ -27,6 +27,9 @@ REMARKS = {
     "arguments_quoted": "hold calls whose arguments are JSON in a text, which the chat template writes as JSON once "
     "more, so that the model learns to write them in quotes: give `arguments` as objects",
     "special_in_text": "hold special tokens in what others than the assistant say: they are encoded as these tokens",
+    "stops_in_answers": "hold, in what the assistant says, tokens that end or begin a turn ({stops}): the model learns "
+    "to stop there, or to go on as another. Take them out of the text: the template writes them itself",
+    "marks_in_text": "hold what the chat template writes around turns, as text: a model may take it for another turn",
     "odd_systems": "hold several system turns, or one that does not come first (W-DATA-0129): the chat template writes "
     "them where they stand, as few models have seen it",
     "without_bos": "begin without the token that the tokenizer puts before plain text: the chat template writes none",
@@ -57,7 +60,9 @@ class DataReport:
     token. `given_otherwise` are rows in which the model is given another text, in use, than stands before a turn of its
     own; `thought_lost` and `tools_left_out`, whose thoughts or tools the template leaves out; `arguments_quoted`, with
     arguments of calls that are JSON in a text and that the template writes as JSON once more; `special_in_text`, whose
-    user or tool text holds special tokens; `odd_systems`, with a system turn that is not the first message;
+    user or tool text holds special tokens; `stops_in_answers`, in which the assistant says a token that ends or begins
+    turns (`stops` counts the rows with each); `marks_in_text`, which hold other marks of the template's;
+    `odd_systems`, with a system turn that is not the first message;
     `without_bos`, that begin without the token which the tokenizer puts before plain text. `written_as_text` counts the
     rows that hold each marker of a named template that is no token of the
     tokenizer. `no_place` are the rows with each column that looks meant and that their format has no place for,
@@ -83,6 +88,9 @@ class DataReport:
     tools_left_out: Cases = field(default_factory=Cases)
     arguments_quoted: Cases = field(default_factory=Cases)
     special_in_text: Cases = field(default_factory=Cases)
+    stops_in_answers: Cases = field(default_factory=Cases)
+    stops: Counter[str] = field(default_factory=Counter)
+    marks_in_text: Cases = field(default_factory=Cases)
     odd_systems: Cases = field(default_factory=Cases)
     without_bos: Cases = field(default_factory=Cases)
     written_as_text: Counter[str] = field(default_factory=Counter)
@@ -139,8 +147,12 @@ class DataReport:
         if self.written_as_text:
             tokens = ", ".join(self.written_as_text)
             notes.append(f"the chat template writes {tokens}, which the tokenizer has not as tokens: they stay text")
-        cases = {what: getattr(self, name) for name, what in REMARKS.items()}
+        cases = {self.remark(name): getattr(self, name) for name in REMARKS}
         return [*notes, *self._passed_over(), *(_about(case, what) for what, case in cases.items() if case.count)]
+
+    def remark(self, name: str) -> str:
+        """What is said of the cases called `name`."""
+        return REMARKS[name].format(stops=", ".join(self.stops))
 
     def _passed_over(self) -> Iterator[str]:
         """What rows hold and nothing is made of."""

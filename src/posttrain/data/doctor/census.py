@@ -15,7 +15,7 @@ from posttrain.data.codes import REASONS, Row
 from posttrain.data.doctor.content import RowReader
 from posttrain.data.doctor.findings import Finding, finding, rows, share
 from posttrain.data.pipeline import Pipeline
-from posttrain.data.report import REMARKS, Cases, DataReport, number
+from posttrain.data.report import Cases, DataReport, number
 from posttrain.data.settings import DataSettings
 from posttrain.data.sources import Rows, read_rows
 from posttrain.data.tokens import is_tokenized
@@ -150,6 +150,8 @@ REMARKED = {
     "special_in_text": "W-DATA-0126",
     "without_bos": "W-DATA-0127",
     "arguments_quoted": "W-DATA-0130",
+    "stops_in_answers": "W-DATA-0150",
+    "marks_in_text": "W-DATA-0151",
 }
 
 
@@ -159,7 +161,7 @@ def _remarks(report: DataReport) -> Iterator[Finding]:
         cases: Cases = getattr(report, name)
         if cases.count:
             sequences = f"{number(cases.count)} sequence{'' if cases.count == 1 else 's'}"
-            yield finding(code, cases.count, cases.first, f"{sequences}: these {REMARKS[name]}")
+            yield finding(code, cases.count, cases.first, f"{sequences}: these {report.remark(name)}")
     if report.written_as_text:
         tokens = ", ".join(report.written_as_text)
         sentence = f"the chat template writes {tokens}, which the tokenizer has not as tokens: they stay text"

@@ -69,6 +69,8 @@ KINDS: dict[str, Kind] = {
     "W-DATA-0132": Kind(
         "warning", "several formats in one row", "--format NAME says which is meant; fine if it is the one read"
     ),
+    "W-DATA-0150": Kind("warning", "tokens of turns in an answer", "take them out of the text; " + SEE),
+    "W-DATA-0151": Kind("info", "marks of turns in the text", "take them out where they are not meant; " + SEE),
     "W-DATA-0135": Kind(
         "warning", "validation rows that go on from trained ones", "split anew with posttrain data split"
     ),
