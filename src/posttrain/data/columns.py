@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from posttrain.data.cells import ALWAYS, AS_TEXT, parsed
+from posttrain.data.cells import ALWAYS, AS_TEXT, SPOKEN, parsed, with_messages, written_messages
 from posttrain.data.codes import Row, bad_row
 from posttrain.errors import ConfigError
 from posttrain.types import Origin
@@ -34,9 +34,19 @@ def rename_columns(row: Row, names: Mapping[str, str], origin: Origin) -> Row:
 def read_columns(row: Row, names: Mapping[str, str], origin: Origin) -> Row:
     """`row` as formats look at it: with its columns renamed, and with what only lists or objects can be meant by in
     place of the JSON in a text that some write (readers of tables have done so for columns of these names)."""
-    row = rename_columns(row, names, origin)
+    row = with_messages(rename_columns(row, names, origin))
     written = [name for name in AS_TEXT if isinstance(row.get(name), str)]
     return {**row, **{name: _parsed(name, row, origin) for name in written}} if written else row
+
+
+def read_from_json(row: Row, read: Row) -> bool:
+    """Whether messages of `row` are JSON in a text, which was `read` as these messages."""
+    return any(isinstance(row.get(name), str) and isinstance(read.get(name), list) for name in (*ALWAYS, *SPOKEN))
+
+
+def json_left_as_text(read: Row) -> bool:
+    """Whether a text that could be messages is read as text, for what stands beside it is."""
+    return any(written_messages(read.get(name)) is not None for name in SPOKEN)
 
 
 def _parsed(name: str, row: Row, origin: Origin) -> Any:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.data.chat import Chat
 from posttrain.data.codes import REASONS, SKIP, UNFORESEEN, Row, bad_row, broken_promise, excerpt, kind
-from posttrain.data.columns import read_columns, rename_columns
+from posttrain.data.columns import json_left_as_text, read_columns, read_from_json, rename_columns
 from posttrain.data.encode import Encoded, Encoder
 from posttrain.data.formats import all_formats, choose, detect, formats_of, require
 from posttrain.data.mixing import Mixture, check_used
@@ -42,7 +42,8 @@ Item = tuple[tuple[Rendered, ...] | Tokenized, str]
 
 class Pipeline:
     """Rows in, tokens out, the report on the side. Rows go through in chunks, for the tokenizer is fast on many texts
-    at once. `whole_answers`: rows are answers of pairs or ratings, one by one, for whoever looks at those."""
+    at once. `whole_answers`: rows are answers of pairs or ratings, one by one, for whoever looks at those.
+    `is_read`: their columns were read already (columns.py)."""
 
     def __init__(
         self,
@@ -50,7 +51,9 @@ class Pipeline:
         settings: DataSettings,
         report: DataReport,
         whole_answers: bool = False,
+        is_read: bool = False,
     ):
+        self.is_read = is_read
         self.tokenizer, self.settings, self.report = tokenizer, settings, report
         whole_answers = whole_answers or settings.method != "sft"
         self.supervision = Supervision(settings.completion_only, settings.assistant_only, whole_answers)
@@ -172,7 +175,7 @@ class Pipeline:
     def _parse(self, row: Row, origin: Origin) -> tuple[Example, str]:
         if self.settings.formatting_func is not None:
             return _formatted(self.settings.formatting_func, row, origin), "read by formatting_func, as text"
-        row = read_columns(row, {}, origin)
+        row = row if self.is_read else self._columns(row, origin)
         chosen = self.format or detect(row, origin, self.formats)
         require(chosen, self.settings.format, row, origin)
         example = chosen.parse(row, origin)
@@ -180,6 +183,14 @@ class Pipeline:
         if self.settings.method == "sft" and "label" in row and row["label"] is None:
             self.report.unrated.add(origin)
         return example, chosen.describe(row)
+
+    def _columns(self, row: Row, origin: Origin) -> Row:
+        read = read_columns(row, {}, origin)
+        if read_from_json(row, read):
+            self.report.from_json.add(origin)
+        if json_left_as_text(read):
+            self.report.json_as_text.add(origin)
+        return read
 
     def _accept(self, done: Encoded, item: Rendered | Tokenized) -> Tokenized | None:
         """What of it is used: limited to `max_length`, or nothing if there is nothing to train."""

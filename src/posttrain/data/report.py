@@ -29,6 +29,9 @@ REMARKS = {
     "special_in_text": "hold special tokens in what others than the assistant say: they are encoded as these tokens",
     "stops_in_answers": "hold, in what the assistant says, tokens that end or begin a turn ({stops}): the model learns "
     "to stop there, or to go on as another. Take them out of the text: the template writes them itself",
+    "from_json": "hold messages as JSON in a text, which is read as the messages that it stands for",
+    "json_as_text": "hold messages as JSON in a text beside a text that is none, so that all of it is read as text: "
+    "write prompt and answers all as messages, if they are meant",
     "marks_in_text": "hold what the chat template writes around turns, as text: a model may take it for another turn",
     "odd_systems": "hold several system turns, or one that does not come first (W-DATA-0129): the chat template writes "
     "them where they stand, as few models have seen it",
@@ -61,7 +64,8 @@ class DataReport:
     own; `thought_lost` and `tools_left_out`, whose thoughts or tools the template leaves out; `arguments_quoted`, with
     arguments of calls that are JSON in a text and that the template writes as JSON once more; `special_in_text`, whose
     user or tool text holds special tokens; `stops_in_answers`, in which the assistant says a token that ends or begins
-    turns (`stops` counts the rows with each); `marks_in_text`, which hold other marks of the template's;
+    turns (`stops` counts the rows with each); `marks_in_text`, which hold other marks of the template's; `from_json`
+    and `json_as_text`, whose messages are JSON in a text, read as messages and as text;
     `odd_systems`, with a system turn that is not the first message;
     `without_bos`, that begin without the token which the tokenizer puts before plain text. `written_as_text` counts the
     rows that hold each marker of a named template that is no token of the
@@ -91,6 +95,8 @@ class DataReport:
     stops_in_answers: Cases = field(default_factory=Cases)
     stops: Counter[str] = field(default_factory=Counter)
     marks_in_text: Cases = field(default_factory=Cases)
+    from_json: Cases = field(default_factory=Cases)
+    json_as_text: Cases = field(default_factory=Cases)
     odd_systems: Cases = field(default_factory=Cases)
     without_bos: Cases = field(default_factory=Cases)
     written_as_text: Counter[str] = field(default_factory=Counter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from posttrain.data.formats import all_formats, detect
 from posttrain.data.prepare import prepare
 from posttrain.data.settings import DataSettings
 from posttrain.data.sources import read_rows
+from posttrain.data.view import view_rows
 from posttrain.errors import DataError
 from posttrain.types import Example, Origin
-from tests.doctor_files import codes
+from tests.doctor_files import codes, finding
 from tests.tiny_tokenizers import chatml_tokenizer, plain_tokenizer
 
 ORIGIN = Origin("train.jsonl", 16, 17)
@@ -270,7 +272,70 @@ def test_json_in_a_text_that_is_none(tmp_path: Path) -> None:
     call = {"messages": [USER, {**ANSWER, "tool_calls": "[{"}]}
     assert '"messages[1].tool_calls" is not valid JSON' in error(call).message
     assert parse({"text": "Hi", "conversations": "[USER]: Hi"}).completions == ("Hi",)
-    assert parse({"prompt": json.dumps([USER]), "completion": "Hello"}).prompt == json.dumps([USER])  # as TRL reads it
+
+
+PROMPT, SAID, OTHER = (json.dumps([one]) for one in (USER, ANSWER, {**ANSWER, "content": "Go"}))
+AS_MESSAGES: list[dict[str, Any]] = [
+    {"prompt": PROMPT, "completion": SAID},
+    {"prompt": PROMPT, "chosen": SAID, "rejected": OTHER},
+    {"prompt": "Hi", "chosen": SAID, "rejected": OTHER},
+    {"chosen": json.dumps([USER, ANSWER]), "rejected": json.dumps([USER, {**ANSWER, "content": "Go"}])},
+]
+LEFT_AS_TEXT: list[dict[str, Any]] = [
+    {"prompt": PROMPT, "completion": "Hello"},
+    {"prompt": "Hi", "completion": SAID},
+    {"prompt": PROMPT, "chosen": SAID, "rejected": "Go"},
+    {"prompt": "Hi", "chosen": "Hello", "rejected": OTHER},
+]
+
+
+def columns_as(kind: str, row: dict[str, Any], folder: Path) -> Any:
+    if kind == "list":
+        return [row]
+    path = folder / f"a.{kind}"
+    if kind == "csv":
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([row.keys(), row.values()])
+    elif kind == "parquet":
+        pytest.importorskip("pyarrow.parquet").write_table(
+            pytest.importorskip("pyarrow").Table.from_pylist([row]), path
+        )
+    else:
+        path.write_text(json.dumps(row if kind == "jsonl" else [row]))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["list", "jsonl", "json", "csv", "parquet"])
+@pytest.mark.parametrize("row", [*AS_MESSAGES, *LEFT_AS_TEXT])
+def test_one_rule_for_messages_as_json_in_a_text(row: dict[str, Any], kind: str, tmp_path: Path) -> None:
+    is_read, source = row in AS_MESSAGES, columns_as(kind, row, tmp_path)
+    method = "sft" if "completion" in row else "preference"
+    example = parse(next(dict(one) for _, one in read_rows(source)))
+    assert [isinstance(part, list) for part in example.completions] == [is_read] * len(example.completions)
+    report = check(source)
+    code, severity = ("W-DATA-0152", "info") if is_read else ("W-DATA-0153", "warning")
+    assert [(one.code, one.severity, one.count) for one in report.findings] == [(code, severity, 1)]
+    made = prepare(source, chatml_tokenizer(), DataSettings(method=method)).report
+    assert (made.from_json.count, made.json_as_text.count, made.conversational) == (is_read, not is_read, is_read)
+    assert ("read as the messages that it stands for" in "".join(made.notes())) is is_read
+    lengths = check(source, tokenizer=chatml_tokenizer()).lengths
+    assert (lengths.unusable, lengths.supervised > 0) == (0, True)
+    (view,) = view_rows(source, [0], chatml_tokenizer())
+    assert view.error is None
+
+
+def test_rows_of_both_ways_are_counted() -> None:
+    rows = [{"prompt": [USER], "completion": [ANSWER]}, AS_MESSAGES[0], {"messages": json.dumps([USER, ANSWER])}]
+    report = prepare(rows, chatml_tokenizer(), DataSettings()).report
+    assert any(note.startswith("2 rows (first: train[1]) hold messages as JSON in a text") for note in report.notes())
+    assert finding(check(rows), "W-DATA-0152").sentence.startswith("2 rows hold messages as JSON in a text (67 %)")
+
+
+@pytest.mark.parametrize("answer", ['[{"from": "Paris", "to": "Rome"}]', '[{"role": "x"}]', "[]", "[{", '[{"a": 1}]'])
+def test_other_json_is_text(answer: str) -> None:
+    row = {"prompt": answer, "completion": answer}
+    assert parse(row).completions == (answer,)
+    assert codes([row]) == []
 
 
 def test_renamed_columns_of_a_table_are_read_too(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def in_tokens(
     `whole_answers`: they are pairs or ratings."""
     counting = _Counting(settings)
     report = _RowReport("data")
-    pipeline = Pipeline(tokenizer, as_trained(settings, "skip"), report, whole_answers)
+    pipeline = Pipeline(tokenizer, as_trained(settings, "skip"), report, whole_answers, is_read=True)
     problems: list[Finding] = []
     try:
         for source in sources:

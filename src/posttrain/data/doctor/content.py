@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from posttrain.data.codes import SKIP, UNFORESEEN, Row, bad_row, broken_promise
-from posttrain.data.columns import read_columns
+from posttrain.data.columns import json_left_as_text, read_columns, read_from_json, rename_columns
 from posttrain.data.conversation import SYSTEM, is_answered
 from posttrain.data.formats import all_formats, choose, detect, require
 from posttrain.data.passed_over import NOTHING, PassedOver, of_tokens, passed_over
@@ -37,7 +37,8 @@ class Said:
     """`prompt` and `answers` in canonical form, for comparing; `asked` (the last user turn) and `spoken` (the last turn
     of each answer) as written; `length` counts the characters of all texts. `rest` is what else makes a row another
     row: tools and template arguments, never a column of the user's own. `is_answered`: the assistant says something
-    that may be trained. `over` is what nothing is made of; `is_unrated`: there is a `label`, and it is null."""
+    that may be trained. `over` is what nothing is made of; `is_unrated`: there is a `label`, and it is null.
+    `from_json`: messages stood as JSON in a text; `json_as_text`: they stand there still."""
 
     format: str
     method: str
@@ -51,6 +52,8 @@ class Said:
     is_answered: bool = True
     over: PassedOver = NOTHING
     is_unrated: bool = False
+    from_json: bool = False
+    json_as_text: bool = False
 
 
 class RowReader:
@@ -79,11 +82,13 @@ class RowReader:
     def parsed(self, row: Row, origin: Origin) -> tuple[Example, Said]:
         """Both of a row that is not tokens."""
         try:
-            row = read_columns(row, self.names, origin)
+            given = rename_columns(row, self.names, origin)
+            row = read_columns(given, {}, origin)
             example, described = self._example(row, origin)
             what = said(example, described)
             what.over = passed_over(example, self.formats, OF_METHODS[what.method])
             what.is_unrated = what.method == "sft" and "label" in row and row["label"] is None
+            what.from_json, what.json_as_text = read_from_json(given, row), json_left_as_text(row)
             return example, what
         except UserError:
             raise

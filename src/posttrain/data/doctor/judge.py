@@ -22,6 +22,8 @@ MARKS = {
     "W-DATA-0116": ("seem", "to answer in another language than the question's ({kinds}), by frequent words"),
     "W-DATA-0131": ("have", "what their format has no place for, so that nothing is made of it ({kinds})"),
     "W-DATA-0132": ("hold", "another format beside the one that is read ({kinds})"),
+    "W-DATA-0152": ("hold", "messages as JSON in a text ({share}), read as the messages that it stands for"),
+    "W-DATA-0153": ("hold", "messages as JSON in a text beside a text that is none: all of it is trained as text"),
     "W-DATA-0129": ("have", "several system turns, or one that does not come first: few templates know what to do"),
 }
 

@@ -71,6 +71,12 @@ KINDS: dict[str, Kind] = {
     ),
     "W-DATA-0150": Kind("warning", "tokens of turns in an answer", "take them out of the text; " + SEE),
     "W-DATA-0151": Kind("info", "marks of turns in the text", "take them out where they are not meant; " + SEE),
+    "W-DATA-0152": Kind("info", "messages as JSON in a text", "fine if all rows have it; lists need no quotes"),
+    "W-DATA-0153": Kind(
+        "warning",
+        "JSON trained as text",
+        "write prompt and answers all as messages; fine if the model is to write JSON",
+    ),
     "W-DATA-0135": Kind(
         "warning", "validation rows that go on from trained ones", "split anew with posttrain data split"
     ),

@@ -257,6 +257,9 @@ class Counting:
             tally.mark("W-DATA-0131", origin, [(f"`{name}`", f"({way_out(name)})") for name in over.meant])
         if over.formats:
             tally.mark("W-DATA-0132", origin, [(name, "passed over") for name in over.formats])
+        for code, is_so in (("W-DATA-0152", said.from_json), ("W-DATA-0153", said.json_as_text)):
+            if is_so:
+                tally.mark(code, origin)
         if said.is_unrated:
             tally.unrated.add(origin)
 
