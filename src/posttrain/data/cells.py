@@ -17,7 +17,7 @@ NESTED = (*CHAT_COLUMNS, "history", "chat_template_kwargs")
 ALWAYS = ("messages", "conversations")
 """A text has no meaning in these."""
 AS_TEXT = (*ALWAYS, "history", "chat_template_kwargs")
-"""Columns whose text, in files of any kind, is looked at as JSON by itself; for those of `SPOKEN` see `with_messages`."""
+"""Columns whose text, in files of any kind, is looked at as JSON by itself; those of `SPOKEN`: `with_messages`."""
 MESSAGES = re.compile(r"\s*\[\s*\{")
 KEYS = (("role", "content"), ("role", "tool_calls"), ("from", "value"))
 """What a message has."""
