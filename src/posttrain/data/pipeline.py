@@ -206,6 +206,9 @@ class Pipeline:
                 return None
         if done.boundary_moved:
             report.boundary_moved.add(whole.origin)
+        if done.num_cut:
+            report.flags_cut.add(whole.origin)
+            report.tokens_cut += done.num_cut
         if self.settings.packing:  # packing cuts
             return whole
         limited = _limit(whole, self.settings)
@@ -235,6 +238,9 @@ class Pipeline:
             return None
         if any(one.boundary_moved for one in done):
             report.boundary_moved.add(origin)
+        if num_cut := sum(one.num_cut for one in done):
+            report.flags_cut.add(origin)
+            report.tokens_cut += num_cut
         settings = self.settings
         limited = limit_pair(whole, settings.max_length, settings.truncation_mode, settings.max_prompt_length)
         if limited is None:

@@ -29,6 +29,8 @@ REMARKS = {
     "special_in_text": "hold special tokens in what others than the assistant say: they are encoded as these tokens",
     "stops_in_answers": "hold, in what the assistant says, tokens that end or begin a turn ({stops}): the model learns "
     "to stop there, or to go on as another. Take them out of the text: the template writes them itself",
+    "flags_cut": "have train flags whose edge lies within a token: {cut} tokens are left out, for a token is trained "
+    "only if all its characters are. Let a range hold whole words, each with the space before it",
     "from_json": "hold messages as JSON in a text, which is read as the messages that it stands for",
     "json_as_text": "hold messages as JSON in a text beside a text that is none, so that all of it is read as text: "
     "write prompt and answers all as messages, if they are meant",
@@ -56,19 +58,19 @@ class Cases:
 @dataclass
 class DataReport:
     """`tokens` and `supervised` are of what is used; the `lost` ones were cut off by `max_length`, which includes
-    those of rows of which nothing was left to train. `untrained` rows are
-    in a pack (as in TRL) though all that was to be trained of them was cut off; `endless` conversations end without a
-    token to stop at; `left_out` says why of every row that is not used (of the first 10,000); `boundary_moved` are rows
-    whose prompt alone has other tokens than in front of its completion, or in which a turn begins or ends within a
-    token. `given_otherwise` are rows in which the model is given another text, in use, than stands before a turn of its
-    own; `thought_lost` and `tools_left_out`, whose thoughts or tools the template leaves out; `arguments_quoted`, with
-    arguments of calls that are JSON in a text and that the template writes as JSON once more; `special_in_text`, whose
-    user or tool text holds special tokens; `stops_in_answers`, in which the assistant says a token that ends or begins
-    turns (`stops` counts the rows with each); `marks_in_text`, which hold other marks of the template's; `from_json`
-    and `json_as_text`, whose messages are JSON in a text, read as messages and as text;
-    `odd_systems`, with a system turn that is not the first message;
-    `without_bos`, that begin without the token which the tokenizer puts before plain text. `written_as_text` counts the
-    rows that hold each marker of a named template that is no token of the
+    those of rows of which nothing was left to train. `untrained` rows are in a pack (as in TRL) though all that was
+    to be trained of them was cut off; `endless` conversations end without a token to stop at; `left_out` says why
+    of every row that is not used (of the first 10,000); `boundary_moved` are rows whose prompt alone has other
+    tokens than in front of its completion, or in which a turn begins or ends within a token. `flags_cut` are rows
+    in which the edge of a flag lies within a token, which is left out (`tokens_cut` in all). `given_otherwise` are
+    rows in which the model is given another text, in use, than stands before a turn of its own; `thought_lost` and
+    `tools_left_out`, whose thoughts or tools the template leaves out; `arguments_quoted`, with arguments of calls
+    that are JSON in a text and that the template writes as JSON once more; `special_in_text`, whose user or tool
+    text holds special tokens; `stops_in_answers`, in which the assistant says a token that ends or begins turns
+    (`stops` counts the rows with each); `marks_in_text`, which hold other marks of the template's; `from_json` and
+    `json_as_text`, whose messages are JSON in a text, read as messages and as text; `odd_systems`, with a system
+    turn that is not the first message; `without_bos`, that begin without the token which the tokenizer puts before
+    plain text. `written_as_text` counts the rows that hold each marker of a named template that is no token of the
     tokenizer. `no_place` are the rows with each column that looks meant and that their format has no place for,
     `other_formats` those that each other format could be read from as well; `unrated` have a `label` that is null."""
 
@@ -95,6 +97,8 @@ class DataReport:
     stops_in_answers: Cases = field(default_factory=Cases)
     stops: Counter[str] = field(default_factory=Counter)
     marks_in_text: Cases = field(default_factory=Cases)
+    flags_cut: Cases = field(default_factory=Cases)
+    tokens_cut: int = 0
     from_json: Cases = field(default_factory=Cases)
     json_as_text: Cases = field(default_factory=Cases)
     odd_systems: Cases = field(default_factory=Cases)
@@ -158,7 +162,7 @@ class DataReport:
 
     def remark(self, name: str) -> str:
         """What is said of the cases called `name`."""
-        return REMARKS[name].format(stops=", ".join(self.stops))
+        return REMARKS[name].format(stops=", ".join(self.stops), cut=number(self.tokens_cut))
 
     def _passed_over(self) -> Iterator[str]:
         """What rows hold and nothing is made of."""

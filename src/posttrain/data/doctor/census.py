@@ -152,6 +152,7 @@ REMARKED = {
     "arguments_quoted": "W-DATA-0130",
     "stops_in_answers": "W-DATA-0150",
     "marks_in_text": "W-DATA-0151",
+    "flags_cut": "W-DATA-0154",
 }
 
 

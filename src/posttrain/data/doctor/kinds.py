@@ -77,6 +77,9 @@ KINDS: dict[str, Kind] = {
         "JSON trained as text",
         "write prompt and answers all as messages; fine if the model is to write JSON",
     ),
+    "W-DATA-0154": Kind(
+        "warning", "tokens cut by a train flag", "let ranges hold whole words, each with the space before it; " + SEE
+    ),
     "W-DATA-0135": Kind(
         "warning", "validation rows that go on from trained ones", "split anew with posttrain data split"
     ),
