@@ -65,6 +65,7 @@ REASONS: dict[str, str] = {
     "E-DATA-0054": "not read back as written",
     "E-DATA-0150": "tool call of another than the assistant",
     "E-DATA-0151": "several splits in one folder",
+    "E-DATA-0152": "one message of a conversation",
 }
 
 SKIP = "on_bad_row=skip"

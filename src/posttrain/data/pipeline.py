@@ -22,7 +22,7 @@ from posttrain.data.pairs import join, limit_pair, split
 from posttrain.data.passed_over import of_tokens, passed_over
 from posttrain.data.places import half_a_character
 from posttrain.data.ratings import ratings_of
-from posttrain.data.remarks import remark_on_bos, remark_on_plain, remark_on_rest, remark_on_text
+from posttrain.data.remarks import remark_on_bos, remark_on_plain, remark_on_rest, remark_on_text, remark_on_transcript
 from posttrain.data.render import Rendered, Supervision, render
 from posttrain.data.report import DataReport
 from posttrain.data.settings import DataSettings
@@ -180,6 +180,7 @@ class Pipeline:
         require(chosen, self.settings.format, row, origin)
         example = chosen.parse(row, origin)
         remark_on_rest(passed_over(example, self.all_formats, self.settings.columns), origin, self.report)
+        remark_on_transcript(example, self.report)
         if self.settings.method == "sft" and "label" in row and row["label"] is None:
             self.report.unrated.add(origin)
         return example, chosen.describe(row)

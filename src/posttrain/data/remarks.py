@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from posttrain.data.chat import Chat
 from posttrain.data.codes import bad_row
 from posttrain.data.flags import has_flags
+from posttrain.data.formats.transcripts import has_others_trained, is_transcript
 from posttrain.data.layout import has_odd_systems
 from posttrain.data.marks import holds_mark, stops_within, tokens_in_answers
 from posttrain.data.passed_over import PassedOver
@@ -57,6 +58,12 @@ def remark_on_plain(rendered: Rendered, tokenizer: PreTrainedTokenizerBase, repo
     if rendered.example.prompt is not None and stops_within(str(rendered.example.completions[0]), str(eos or "")):
         report.stops_in_answers.add(rendered.example.origin)
         report.stops[str(eos)] += 1
+
+
+def remark_on_transcript(example: Example, report: DataReport) -> None:
+    """Count a conversation that is written into one text."""
+    if is_transcript(example):
+        (report.others_trained if has_others_trained(example) else report.transcripts).add(example.origin)
 
 
 def remark_on_rest(over: PassedOver, origin: Origin, report: DataReport) -> None:

@@ -31,6 +31,10 @@ REMARKS = {
     "to stop there, or to go on as another. Take them out of the text: the template writes them itself",
     "flags_cut": "have train flags whose edge lies within a token: {cut} tokens are left out, for a token is trained "
     "only if all its characters are. Let a range hold whole words, each with the space before it",
+    "others_trained": "are conversations in one text (Human: ... Assistant: ...), read as text, in which what others say "
+    "is trained as well: make `messages` of them",
+    "transcripts": "are conversations in one text (Human: ... Assistant: ...), read as text that no chat template writes"
+    ": make `messages` of them, if the model is to chat",
     "from_json": "hold messages as JSON in a text, which is read as the messages that it stands for",
     "json_as_text": "hold messages as JSON in a text beside a text that is none, so that all of it is read as text: "
     "write prompt and answers all as messages, if they are meant",
@@ -72,7 +76,8 @@ class DataReport:
     turn that is not the first message; `without_bos`, that begin without the token which the tokenizer puts before
     plain text. `written_as_text` counts the rows that hold each marker of a named template that is no token of the
     tokenizer. `no_place` are the rows with each column that looks meant and that their format has no place for,
-    `other_formats` those that each other format could be read from as well; `unrated` have a `label` that is null."""
+    `others_trained` and `transcripts` are conversations in one text, `other_formats` those that each other format
+    could be read from as well; `unrated` have a `label` that is null."""
 
     source: str
     rows: int = 0
@@ -99,6 +104,8 @@ class DataReport:
     marks_in_text: Cases = field(default_factory=Cases)
     flags_cut: Cases = field(default_factory=Cases)
     tokens_cut: int = 0
+    others_trained: Cases = field(default_factory=Cases)
+    transcripts: Cases = field(default_factory=Cases)
     from_json: Cases = field(default_factory=Cases)
     json_as_text: Cases = field(default_factory=Cases)
     odd_systems: Cases = field(default_factory=Cases)

@@ -15,6 +15,7 @@ from posttrain.data.codes import SKIP, UNFORESEEN, Row, bad_row, broken_promise
 from posttrain.data.columns import json_left_as_text, read_columns, read_from_json, rename_columns
 from posttrain.data.conversation import SYSTEM, is_answered
 from posttrain.data.formats import all_formats, choose, detect, require
+from posttrain.data.formats.transcripts import has_others_trained, is_transcript
 from posttrain.data.passed_over import NOTHING, PassedOver, of_tokens, passed_over
 from posttrain.data.places import half_a_character
 from posttrain.data.render import Supervision
@@ -38,7 +39,8 @@ class Said:
     of each answer) as written; `length` counts the characters of all texts. `rest` is what else makes a row another
     row: tools and template arguments, never a column of the user's own. `is_answered`: the assistant says something
     that may be trained. `over` is what nothing is made of; `is_unrated`: there is a `label`, and it is null.
-    `from_json`: messages stood as JSON in a text; `json_as_text`: they stand there still."""
+    `from_json`: messages stood as JSON in a text; `json_as_text`: they stand there still. `transcript`: it is a
+    conversation in one text, in which what others say is `trained` or `given`."""
 
     format: str
     method: str
@@ -54,6 +56,7 @@ class Said:
     is_unrated: bool = False
     from_json: bool = False
     json_as_text: bool = False
+    transcript: str | None = None
 
 
 class RowReader:
@@ -89,6 +92,8 @@ class RowReader:
             what.over = passed_over(example, self.formats, OF_METHODS[what.method])
             what.is_unrated = what.method == "sft" and "label" in row and row["label"] is None
             what.from_json, what.json_as_text = read_from_json(given, row), json_left_as_text(row)
+            if is_transcript(example):
+                what.transcript = "trained" if has_others_trained(example) else "given"
             return example, what
         except UserError:
             raise

@@ -80,6 +80,8 @@ KINDS: dict[str, Kind] = {
     "W-DATA-0154": Kind(
         "warning", "tokens cut by a train flag", "let ranges hold whole words, each with the space before it; " + SEE
     ),
+    "W-DATA-0155": Kind("warning", "others' words trained in a text", "make `messages` of them"),
+    "W-DATA-0156": Kind("info", "conversations in one text", "make `messages` of them, if the model is to chat"),
     "W-DATA-0135": Kind(
         "warning", "validation rows that go on from trained ones", "split anew with posttrain data split"
     ),

@@ -257,7 +257,13 @@ class Counting:
             tally.mark("W-DATA-0131", origin, [(f"`{name}`", f"({way_out(name)})") for name in over.meant])
         if over.formats:
             tally.mark("W-DATA-0132", origin, [(name, "passed over") for name in over.formats])
-        for code, is_so in (("W-DATA-0152", said.from_json), ("W-DATA-0153", said.json_as_text)):
+        cases = {
+            "W-DATA-0152": said.from_json,
+            "W-DATA-0153": said.json_as_text,
+            "W-DATA-0155": said.transcript == "trained",
+            "W-DATA-0156": said.transcript == "given",
+        }
+        for code, is_so in cases.items():
             if is_so:
                 tally.mark(code, origin)
         if said.is_unrated:
