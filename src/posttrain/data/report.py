@@ -31,10 +31,10 @@ REMARKS = {
     "to stop there, or to go on as another. Take them out of the text: the template writes them itself",
     "flags_cut": "have train flags whose edge lies within a token: {cut} tokens are left out, for a token is trained "
     "only if all its characters are. Let a range hold whole words, each with the space before it",
-    "others_trained": "are conversations in one text (Human: ... Assistant: ...), read as text, in which what others say "
-    "is trained as well: make `messages` of them",
-    "transcripts": "are conversations in one text (Human: ... Assistant: ...), read as text that no chat template writes"
-    ": make `messages` of them, if the model is to chat",
+    "others_trained": "are conversations in one text (Human: ... Assistant: ...), read as text, in which what others "
+    "say is trained as well: make `messages` of them",
+    "transcripts": "are conversations in one text (Human: ... Assistant: ...), read as text that no chat template "
+    "writes: make `messages` of them, if the model is to chat",
     "from_json": "hold messages as JSON in a text, which is read as the messages that it stands for",
     "json_as_text": "hold messages as JSON in a text beside a text that is none, so that all of it is read as text: "
     "write prompt and answers all as messages, if they are meant",
