@@ -13,6 +13,8 @@ from posttrain.types import Origin
 
 JSON = re.compile(r'\s*(\[\s*)?\{\s*"')
 """Text that is meant as an object, or as a list of them, whether or not it is whole."""
+PYTHON = re.compile(r"\s*\[\s*\{\s*'(role|content|from|value)'\s*:")
+"""A list of messages as Python prints it, which tables get that were written carelessly."""
 BOOLEANS = {"true": True, "false": False}
 """How tables spell a label."""
 
@@ -45,8 +47,10 @@ def read_from_json(row: Row, read: Row) -> bool:
 
 
 def json_left_as_text(read: Row) -> bool:
-    """Whether a text that could be messages is read as text, for what stands beside it is."""
-    return any(written_messages(read.get(name)) is not None for name in SPOKEN)
+    """Whether a text that could be messages is read as text: what stands beside it is, or it is written as Python
+    writes them (`[{'role': ...`)."""
+    texts = [read[name] for name in (*SPOKEN, "text") if isinstance(read.get(name), str)]
+    return any(PYTHON.match(text) or written_messages(text) is not None for text in texts)
 
 
 def _parsed(name: str, row: Row, origin: Origin) -> Any:

@@ -49,6 +49,9 @@ def normalise(message: Message, field: str, row: Row, origin: Origin) -> Message
     """`message` with its flags, however they are written, as `train` and `train_detail`. Content in parts becomes one
     text, for few templates of language models know parts. Raises E-DATA-0042 for what is no flag, or where two
     disagree."""
+    _check_places(message, field, row, origin, OFFSETS)
+    for i, call in enumerate(message.get("tool_calls") or []):
+        _check_places(call, f"{field}.tool_calls[{i}]", row, origin, (*KEYS, DETAIL))
     flag = _flag(message, field, row, origin)
     ranges = [(where := f"{field}.{DETAIL}[{i}]", _range(item, where, row, origin))
               for i, item in _details(message, field, row, origin)]  # fmt: skip
@@ -63,6 +66,13 @@ def normalise(message: Message, field: str, row: Row, origin: Origin) -> Message
         _check_ranges(ranges, clean.get("content"), row, origin)
         clean[DETAIL] = [item for _, item in ranges]
     return clean
+
+
+def _check_places(message: Mapping[str, Any], field: str, row: Row, origin: Origin, keys: tuple[str, ...]) -> None:
+    """Raises E-DATA-0042 for `keys` in a part of a message where nothing would be made of them."""
+    if (key := next((key for key in keys if message.get(key) is not None), None)) is not None:
+        what, hint = "stands where it says nothing", f"give it to the message, as `train` or `{DETAIL}`; {RANGE}"
+        raise bad_row("E-DATA-0042", origin, what, field=f"{field}.{key}", seen=message[key], row=row, hint=hint)
 
 
 def _flag(message: Mapping[str, Any], field: str, row: Row, origin: Origin) -> bool | None:
@@ -163,6 +173,7 @@ def _joined(parts: list[Any], field: str, row: Row, origin: Origin) -> tuple[str
     """The text of all parts, and the ranges of those that have a flag, each with its field."""
     text, ranges = "", []
     for i, part in enumerate(parts):
+        _check_places(part, f"{field}[{i}]", row, origin, (DETAIL, *OFFSETS))
         flag = _flag(part, f"{field}[{i}]", row, origin)
         if flag is not None and part["text"]:
             ranges.append((f"{field}[{i}]", [len(text), len(text) + len(part["text"]), flag]))

@@ -3,13 +3,15 @@ what looks meant is named: columns that other formats know, and whole formats be
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from posttrain.data.codes import Row
+from posttrain.data.folders import SPLITS
 from posttrain.data.formats import Format
-from posttrain.types import Example
+from posttrain.types import Example, Message
 
 MEANT: Mapping[str, str | None] = {
     "system": None,
@@ -40,7 +42,15 @@ MEANT: Mapping[str, str | None] = {
 """Columns that seem to say something to the model or about the loss, and the name under which they are read, if any."""
 SAID = ("prompt", "completion", "instruction", "input", "output", "question", "answer", "response")
 """Columns that other rows are made of. Often they say once more what a conversation says; else they look meant."""
-IN_A_MESSAGE = ("tools", "functions")
+IN_A_MESSAGE = ("tools", "functions", "documents", "context", "refusal", "image", "images", "audio", "video", "videos",
+                "file", "files", "attachments")  # fmt: skip
+WORDS_OF_A_MESSAGE = ("text", "value", "contents", "message")
+"""Keys under which others write what a message says: they look meant where `content` says something else."""
+TURNS = ("messages", "conversations", "conversation", "dialog", "dialogue")
+SPLIT = ("split", "subset", "partition")
+"""Columns that say which part of the data a row is of."""
+OF_TOKENS = re.compile(r"(?!special_tokens_mask).*(mask|masks|weights)")
+"""Columns of a row of tokens that seem to say which of them are trained."""
 NO_PLACE = "which their format has no place for, so that nothing is made of it"
 
 
@@ -65,17 +75,24 @@ def passed_over(example: Example, known: Mapping[str, Format], kept: Collection[
     if not rest:
         return PassedOver(meant=in_messages) if in_messages else NOTHING
     others = tuple(name for name, fmt in known.items() if fmt.matches(rest))
-    return PassedOver(tuple(rest), (*_meant(rest), *_unsaid(rest, example), *in_messages), others)
+    turns = () if others else tuple(name for name in TURNS if isinstance(rest.get(name), list))
+    meant = (*_meant(rest), *_unsaid(rest, example), *turns, *in_messages)
+    return PassedOver(tuple(rest), meant, others)
 
 
 def of_tokens(row: Row, used: Collection[str], known: Mapping[str, Format]) -> PassedOver:
     """The same of a row that comes as token ids, of which `used` are the columns."""
     rest = {name: value for name, value in row.items() if name not in used and not _is_empty(value)}
-    return PassedOver(tuple(rest), _meant(rest), tuple(name for name, fmt in known.items() if fmt.matches(rest)))
+    masks = tuple(name for name in rest if name not in MEANT and OF_TOKENS.fullmatch(name.lower()))
+    return PassedOver(
+        tuple(rest), (*_meant(rest), *masks), tuple(name for name, fmt in known.items() if fmt.matches(rest))
+    )
 
 
 def way_out(name: str) -> str:
     """What to do about a column that looks meant."""
+    if name.partition(":")[0] in SPLIT and ":" in name:
+        return "take these rows out, and validate on them; rename the column if it says something else"
     if name == "completion_mask":
         return "completion_only_loss=True heeds it where there are no `labels`; a `loss_mask` is heeded always"
     if name == "assistant_masks":
@@ -89,7 +106,12 @@ def way_out(name: str) -> str:
 
 
 def _meant(rest: Row) -> tuple[str, ...]:
-    return tuple(name for name in rest if name.strip().lower() in MEANT)
+    held_out = (f"{name}: {rest[name].strip()}" for name in SPLIT if _is_held_out(rest.get(name)))
+    return (*(name for name in rest if name.strip().lower() in MEANT), *held_out)
+
+
+def _is_held_out(split: Any) -> bool:
+    return isinstance(split, str) and SPLITS.get(split.strip().lower(), "train") != "train"
 
 
 def _unsaid(rest: Row, example: Example) -> tuple[str, ...]:
@@ -105,10 +127,17 @@ def _unsaid(rest: Row, example: Example) -> tuple[str, ...]:
 
 
 def _in_messages(example: Example) -> tuple[str, ...]:
-    """Tools that stand in a message, where few templates look for them."""
+    """Tools, pictures or other words that stand in a message, where few templates look for them."""
     parts = (part for part in (example.prompt, *example.completions) if isinstance(part, list))
-    found = {key for part in parts for message in part if len(message) > 2 for key in IN_A_MESSAGE if message.get(key)}
+    messages = [message for part in parts for message in part if len(message) > 2]
+    found = {key for message in messages for key in IN_A_MESSAGE if message.get(key)}
+    found |= {key for message in messages for key in WORDS_OF_A_MESSAGE if _says_else(message, key)}
     return tuple(f"messages[].{key}" for key in sorted(found))
+
+
+def _says_else(message: Message, key: str) -> bool:
+    said = message.get(key)
+    return isinstance(said, str) and bool(said.strip()) and said.strip() not in (message.get("content") or "")
 
 
 def _is_empty(value: Any) -> bool:

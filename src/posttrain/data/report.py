@@ -36,8 +36,8 @@ REMARKS = {
     "transcripts": "are conversations in one text (Human: ... Assistant: ...), read as text that no chat template "
     "writes: make `messages` of them, if the model is to chat",
     "from_json": "hold messages as JSON in a text, which is read as the messages that it stands for",
-    "json_as_text": "hold messages as JSON in a text beside a text that is none, so that all of it is read as text: "
-    "write prompt and answers all as messages, if they are meant",
+    "json_as_text": "hold messages written into a text (JSON beside a text that is none, or as Python prints a list), "
+    "which is trained as the text that it is: write prompt and answers all as messages, if they are meant",
     "marks_in_text": "hold what the chat template writes around turns, as text: a model may take it for another turn",
     "odd_systems": "hold several system turns, or one that does not come first (W-DATA-0129): the chat template writes "
     "them where they stand, as few models have seen it",

@@ -437,3 +437,75 @@ def test_what_was_called_in_the_old_way_is_answered_in_the_new_one() -> None:
     ]
     roles = [message["role"] for message in parse({"messages": turns}).completions[0] if isinstance(message, dict)]
     assert roles == ["user", "assistant", "tool", "assistant"]
+
+
+# --- what stands beside what is read --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("content", "Other words"), ("role", "assistant"), ("role", "function_call")]
+)
+def test_sharegpt_that_says_two_things(key: str, value: str) -> None:
+    turns = [{"from": "human", "value": "Hi", key: value}, {"from": "gpt", "value": "Hello"}]
+    found = error({"conversations": turns})
+    assert found.code == "E-DATA-0011"
+    beside = {"content": "value", "role": "from"}[key]
+    assert f'"conversations[0].{key}" stands beside `{beside}`, which says something else' in found.message
+    same = {"from": "human", "value": "Hi", "role": "user", "content": "Hi"}
+    assert parse({"conversations": [same, {**turns[1], "content": None}]}).completions == ([USER, ANSWER],)
+
+
+@pytest.mark.parametrize("key", ["images", "context", "refusal", "documents", "text", "value"])
+def test_words_beside_the_content(key: str) -> None:
+    rows = [{"messages": [USER, {**ANSWER, key: ["a.png"] if key == "images" else "More words"}]}]
+    about = finding(check(rows), "W-DATA-0131")
+    assert f"`messages[].{key}`" in about.sentence
+    assert f"have `messages[].{key}`" in "".join(prepare(rows, chatml_tokenizer(), DataSettings()).report.notes())
+    assert codes([{"messages": [USER, {**ANSWER, key: "Hello" if key in ("text", "value") else ""}]}]) == []
+
+
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        ({"text": "Hi", "split": "validation"}, "split: validation"),
+        ({"messages": [USER, ANSWER], "split": " Test"}, "split: Test"),
+        ({"text": "Hi", "conversations": ["Hi", "Hello"]}, "conversations"),
+        ({"text": "Hi", "dialog": ["Hi", "Hello"]}, "dialog"),
+        ({"input_ids": [5, 6, 7], "prompt_mask": [1, 1, 0]}, "prompt_mask"),
+        ({"input_ids": [5, 6, 7], "loss_weights": [0, 0, 1]}, "loss_weights"),
+    ],
+)
+def test_columns_that_look_meant(row: dict[str, Any], name: str) -> None:
+    assert f"(`{name}` 1)" in finding(check([row]), "W-DATA-0131").sentence
+    assert f"have `{name}`" in "".join(prepare([row], chatml_tokenizer(), DataSettings()).report.notes())
+
+
+def test_columns_of_the_users_own() -> None:
+    for row in ({"text": "Hi", "split": "train"}, {"text": "Hi", "split": 3}, {"text": "Hi", "dialog": "x"},
+                {"input_ids": [5, 6, 7], "special_tokens_mask": [0, 0, 0]}):  # fmt: skip
+        assert codes([row]) == []
+
+
+@pytest.mark.parametrize("column", ["text", "prompt", "completion", "chosen"])
+def test_messages_as_python_prints_them(column: str) -> None:
+    row = {"prompt": "Hi", "completion": "Hello"} if column in ("prompt", "completion") else {"text": "Hi"}
+    row = {"prompt": "Hi", "chosen": "Hello", "rejected": "Go"} if column == "chosen" else row
+    assert codes([row]) == []
+    assert codes([{**row, column: str([USER, ANSWER])}]) == ["W-DATA-0153"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "field"),
+    [
+        ({"begin_offset": 0, "end_offset": 2, "train": False}, "begin_offset"),
+        ({"content": [{"type": "text", "text": "Hello", "train_detail": [[0, 1, False]]}]}, "content[0].train_detail"),
+        ({"content": [{"type": "text", "text": "Hello", "end_offset": 3}]}, "content[0].end_offset"),
+        ({"tool_calls": [{**CALLED, "train": False}]}, "tool_calls[0].train"),
+        ({"tool_calls": [{**CALLED, "weight": 0}]}, "tool_calls[0].weight"),
+    ],
+)
+def test_flags_where_they_say_nothing(answer: dict[str, Any], field: str) -> None:
+    found = error({"messages": [USER, {**ANSWER, **answer}]})
+    assert found.code == "E-DATA-0042"
+    assert f'"messages[1].{field}" stands where it says nothing' in found.message
+    assert "give it to the message" in (found.hint or "")

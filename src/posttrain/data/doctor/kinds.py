@@ -74,7 +74,7 @@ KINDS: dict[str, Kind] = {
     "W-DATA-0152": Kind("info", "messages as JSON in a text", "fine if all rows have it; lists need no quotes"),
     "W-DATA-0153": Kind(
         "warning",
-        "JSON trained as text",
+        "messages trained as text",
         "write prompt and answers all as messages; fine if the model is to write JSON",
     ),
     "W-DATA-0154": Kind(
