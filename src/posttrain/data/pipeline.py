@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.data.chat import Chat
 from posttrain.data.codes import REASONS, SKIP, UNFORESEEN, Row, bad_row, broken_promise, excerpt, kind
-from posttrain.data.columns import json_left_as_text, read_columns, read_from_json, rename_columns
+from posttrain.data.columns import read_columns, rename_columns
 from posttrain.data.encode import Encoded, Encoder
 from posttrain.data.formats import all_formats, choose, detect, formats_of, require
 from posttrain.data.mixing import Mixture, check_used
+from posttrain.data.oddities import oddities
 from posttrain.data.pairs import join, limit_pair, split
 from posttrain.data.passed_over import of_tokens, passed_over
 from posttrain.data.places import half_a_character
 from posttrain.data.ratings import ratings_of
-from posttrain.data.remarks import remark_on_bos, remark_on_plain, remark_on_rest, remark_on_text, remark_on_transcript
+from posttrain.data.remarks import remark_on_bos, remark_on_oddities, remark_on_plain, remark_on_rest, remark_on_text
 from posttrain.data.render import Rendered, Supervision, render
 from posttrain.data.report import DataReport
 from posttrain.data.settings import DataSettings
@@ -175,23 +176,15 @@ class Pipeline:
     def _parse(self, row: Row, origin: Origin) -> tuple[Example, str]:
         if self.settings.formatting_func is not None:
             return _formatted(self.settings.formatting_func, row, origin), "read by formatting_func, as text"
-        row = row if self.is_read else self._columns(row, origin)
+        given, row = row, row if self.is_read else read_columns(row, {}, origin)
         chosen = self.format or detect(row, origin, self.formats)
         require(chosen, self.settings.format, row, origin)
         example = chosen.parse(row, origin)
         remark_on_rest(passed_over(example, self.all_formats, self.settings.columns), origin, self.report)
-        remark_on_transcript(example, self.report)
+        remark_on_oddities(oddities(example, given, row), origin, self.report)
         if self.settings.method == "sft" and "label" in row and row["label"] is None:
             self.report.unrated.add(origin)
         return example, chosen.describe(row)
-
-    def _columns(self, row: Row, origin: Origin) -> Row:
-        read = read_columns(row, {}, origin)
-        if read_from_json(row, read):
-            self.report.from_json.add(origin)
-        if json_left_as_text(read):
-            self.report.json_as_text.add(origin)
-        return read
 
     def _accept(self, done: Encoded, item: Rendered | Tokenized) -> Tokenized | None:
         """What of it is used: limited to `max_length`, or nothing if there is nothing to train."""

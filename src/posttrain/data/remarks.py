@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from posttrain.data.chat import Chat
 from posttrain.data.codes import bad_row
 from posttrain.data.flags import has_flags
-from posttrain.data.formats.transcripts import has_others_trained, is_transcript
 from posttrain.data.layout import has_odd_systems
 from posttrain.data.marks import holds_mark, stops_within, tokens_in_answers
 from posttrain.data.passed_over import PassedOver
@@ -42,9 +41,11 @@ def remark_on_text(rendered: Rendered, chat: Chat, missing: tuple[str, ...], rep
         "odd_systems": has_odd_systems(talk),
         "special_in_text": _holds_special(rendered.example, chat),
         "stops_in_answers": bool(stops := tokens_in_answers(_trained(rendered, talk), chat.marks)),
+        "unknown_arguments": bool(unknown := _unknown_arguments(rendered.example, chat)),
         "marks_in_text": holds_mark(talk, chat.marks),
     }
     report.stops.update(stops)
+    report.unknown.update(unknown)
     for name, is_one in cases.items():
         if is_one:
             getattr(report, name).add(origin)
@@ -60,10 +61,9 @@ def remark_on_plain(rendered: Rendered, tokenizer: PreTrainedTokenizerBase, repo
         report.stops[str(eos)] += 1
 
 
-def remark_on_transcript(example: Example, report: DataReport) -> None:
-    """Count a conversation that is written into one text."""
-    if is_transcript(example):
-        (report.others_trained if has_others_trained(example) else report.transcripts).add(example.origin)
+def remark_on_oddities(names: Iterable[str], origin: Origin, report: DataReport) -> None:
+    for name in names:
+        getattr(report, name).add(origin)
 
 
 def remark_on_rest(over: PassedOver, origin: Origin, report: DataReport) -> None:
@@ -109,6 +109,12 @@ def _leaves_tools_out(rendered: Rendered, chat: Chat) -> bool:
     """Names and descriptions also stand in calls and texts, so whether they are written is for the template to show."""
     talk = [message for part in _talks(rendered.example) for message in part]
     return bool(rendered.example.tools) and not chat.shows_tools(talk, rendered.example)
+
+
+def _unknown_arguments(example: Example, chat: Chat) -> list[str]:
+    """Template arguments whose names stand nowhere in the template."""
+    template = chat.text(example) if example.template_kwargs else ""
+    return [name for name in example.template_kwargs if not re.search(rf"\b{re.escape(name)}\b", template)]
 
 
 def _quotes_arguments(rendered: Rendered, chat: Chat) -> bool:

@@ -35,6 +35,11 @@ REMARKS = {
     "say is trained as well: make `messages` of them",
     "transcripts": "are conversations in one text (Human: ... Assistant: ...), read as text that no chat template "
     "writes: make `messages` of them, if the model is to chat",
+    "prompt_repeated": "have an answer that begins with its whole prompt, which then stands there twice: leave it out "
+    "of the answer",
+    "silent_turns": "hold turns of a user or the system that say nothing: leave such turns out, or drop the rows",
+    "unknown_arguments": "have `chat_template_kwargs` that the chat template does not know ({unknown}): see how it "
+    "spells them",
     "from_json": "hold messages as JSON in a text, which is read as the messages that it stands for",
     "json_as_text": "hold messages written into a text (JSON beside a text that is none, or as Python prints a list), "
     "which is trained as the text that it is: write prompt and answers all as messages, if they are meant",
@@ -76,8 +81,10 @@ class DataReport:
     turn that is not the first message; `without_bos`, that begin without the token which the tokenizer puts before
     plain text. `written_as_text` counts the rows that hold each marker of a named template that is no token of the
     tokenizer. `no_place` are the rows with each column that looks meant and that their format has no place for,
-    `others_trained` and `transcripts` are conversations in one text, `other_formats` those that each other format
-    could be read from as well; `unrated` have a `label` that is null."""
+    `others_trained` and `transcripts` are conversations in one text, `prompt_repeated` rows whose answer begins
+    with the prompt, `silent_turns` those with an empty turn of a user or the system, `unknown_arguments` those
+    whose `chat_template_kwargs` the template does not know (`unknown` counts each), `other_formats` those that each
+    other format could be read from as well; `unrated` have a `label` that is null."""
 
     source: str
     rows: int = 0
@@ -106,6 +113,10 @@ class DataReport:
     tokens_cut: int = 0
     others_trained: Cases = field(default_factory=Cases)
     transcripts: Cases = field(default_factory=Cases)
+    prompt_repeated: Cases = field(default_factory=Cases)
+    silent_turns: Cases = field(default_factory=Cases)
+    unknown_arguments: Cases = field(default_factory=Cases)
+    unknown: Counter[str] = field(default_factory=Counter)
     from_json: Cases = field(default_factory=Cases)
     json_as_text: Cases = field(default_factory=Cases)
     odd_systems: Cases = field(default_factory=Cases)
@@ -169,7 +180,8 @@ class DataReport:
 
     def remark(self, name: str) -> str:
         """What is said of the cases called `name`."""
-        return REMARKS[name].format(stops=", ".join(self.stops), cut=number(self.tokens_cut))
+        named = {"stops": ", ".join(self.stops), "unknown": ", ".join(self.unknown), "cut": number(self.tokens_cut)}
+        return REMARKS[name].format(**named)
 
     def _passed_over(self) -> Iterator[str]:
         """What rows hold and nothing is made of."""

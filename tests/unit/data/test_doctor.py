@@ -26,6 +26,7 @@ ENGLISH = "This is not the way that you would take with the car, and it is not w
 LONG = "The quick brown fox jumps over the lazy dog while seven wizards brew a potion of jade and amber by the river. "
 KEY = "AKIA" + "ABCDEFGHIJKLMNOP"
 
+QUESTION = "What is the capital of France?"
 TALK = "\n\nHuman: Is it so?\n\nAssistant:"
 PAIRS = [
     pair(f"Question {i}?", f"A good answer {i}." + " More of it." * (i % 2), f"A bad answer {i}, too.")
@@ -86,6 +87,14 @@ CASES: dict[str, tuple[Any, int, Any]] = {
     "W-DATA-0156": ([{"chosen": TALK + " Yes.", "rejected": TALK + " No."}, {"prompt": TALK, "completion": " Yes."}], 2,
                     [{"prompt": "Question: Why?\nAnswer:", "completion": " So."}, row("Human: Hi", "Assistant: Hi"),
                      {"text": "He said: Assistant: no. The human: yes."}]),
+    "W-DATA-0157": ([pair(QUESTION, QUESTION + " Yes.", QUESTION + " No."), pair("R?" * 20, "a", "R?" * 20 + " b"),
+                     {"prompt": chat("system", "user")["messages"], "rejected": chat("assistant")["messages"],
+                      "chosen": chat("system", "user", "assistant")["messages"]}], 3,
+                    [pair(QUESTION, "Yes.", "No."), pair("Hi", "Hi there", "Hi"), pair("", "a", "b"), {
+                        "chosen": chat("user", "assistant")["messages"],
+                        "rejected": chat("user", "assistant", "assistant")["messages"]}]),
+    "W-DATA-0158": ([row(" ", "Hello"), {"messages": [{"role": "system", "content": ""}, *row("a", "b")["messages"]]}],
+                    2, [chat("system", "user", "assistant"), {"prompt": "", "completion": "Hello"}]),
     "W-DATA-0132": ([{**row("Hi", "Hello"), "text": "Hi Hello"}, *plain(3)], 1, [{**row("Hi", "Hello"), "text": ""}]),
 }  # fmt: skip
 ELSEWHERE = {
@@ -96,6 +105,7 @@ ELSEWHERE = {
     "W-DATA-0150",
     "W-DATA-0151",
     "W-DATA-0154",
+    "W-DATA-0159",
     *(f"W-DATA-01{n}" for n in range(21, 29)),
 }
 """Tested in test_doctor_lengths.py, test_doctor_near.py, test_duplicates.py, test_marks.py, test_flags.py and

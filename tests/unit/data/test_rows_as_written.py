@@ -333,8 +333,9 @@ def test_rows_of_both_ways_are_counted() -> None:
 
 @pytest.mark.parametrize("answer", ['[{"from": "Paris", "to": "Rome"}]', '[{"role": "x"}]', "[]", "[{", '[{"a": 1}]'])
 def test_other_json_is_text(answer: str) -> None:
-    row = {"prompt": answer, "completion": answer}
+    row = {"prompt": f" {answer}", "completion": answer}
     assert parse(row).completions == (answer,)
+    row = {"prompt": "Flights?", "completion": answer}
     assert codes([row]) == []
 
 

@@ -153,6 +153,7 @@ REMARKED = {
     "stops_in_answers": "W-DATA-0150",
     "marks_in_text": "W-DATA-0151",
     "flags_cut": "W-DATA-0154",
+    "unknown_arguments": "W-DATA-0159",
 }
 
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from posttrain.data.codes import SKIP, UNFORESEEN, Row, bad_row, broken_promise
-from posttrain.data.columns import json_left_as_text, read_columns, read_from_json, rename_columns
+from posttrain.data.columns import read_columns, rename_columns
 from posttrain.data.conversation import SYSTEM, is_answered
 from posttrain.data.formats import all_formats, choose, detect, require
-from posttrain.data.formats.transcripts import has_others_trained, is_transcript
+from posttrain.data.oddities import oddities
 from posttrain.data.passed_over import NOTHING, PassedOver, of_tokens, passed_over
 from posttrain.data.places import half_a_character
 from posttrain.data.render import Supervision
@@ -38,9 +38,8 @@ class Said:
     """`prompt` and `answers` in canonical form, for comparing; `asked` (the last user turn) and `spoken` (the last turn
     of each answer) as written; `length` counts the characters of all texts. `rest` is what else makes a row another
     row: tools and template arguments, never a column of the user's own. `is_answered`: the assistant says something
-    that may be trained. `over` is what nothing is made of; `is_unrated`: there is a `label`, and it is null.
-    `from_json`: messages stood as JSON in a text; `json_as_text`: they stand there still. `transcript`: it is a
-    conversation in one text, in which what others say is `trained` or `given`."""
+    that may be trained. `over` is what nothing is made of; `is_unrated`: there is a `label`, and it is null. `odd`
+    names what was perhaps not meant as it is read (oddities.py)."""
 
     format: str
     method: str
@@ -54,9 +53,7 @@ class Said:
     is_answered: bool = True
     over: PassedOver = NOTHING
     is_unrated: bool = False
-    from_json: bool = False
-    json_as_text: bool = False
-    transcript: str | None = None
+    odd: tuple[str, ...] = ()
 
 
 class RowReader:
@@ -91,9 +88,7 @@ class RowReader:
             what = said(example, described)
             what.over = passed_over(example, self.formats, OF_METHODS[what.method])
             what.is_unrated = what.method == "sft" and "label" in row and row["label"] is None
-            what.from_json, what.json_as_text = read_from_json(given, row), json_left_as_text(row)
-            if is_transcript(example):
-                what.transcript = "trained" if has_others_trained(example) else "given"
+            what.odd = tuple(oddities(example, given, row))
             return example, what
         except UserError:
             raise
