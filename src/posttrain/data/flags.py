@@ -93,6 +93,11 @@ def _flag(message: Mapping[str, Any], field: str, row: Row, origin: Origin) -> b
     return next(iter(said.values()), None)
 
 
+def is_like_a_flag(key: str, value: object) -> bool:
+    """Whether a column seems to say whether its row, or a part of it, is to be trained."""
+    return _says_yes_or_no(value) and _meant_as(key, True) is not None
+
+
 @lru_cache(maxsize=1000)
 def _meant_as(key: str, is_yes_or_no: bool) -> str | None:
     """The flag that `key` is a slip of, or another library's name for; None for a key of its own."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from posttrain.data.codes import Row
+from posttrain.data.flags import is_like_a_flag
 from posttrain.data.folders import SPLITS
 from posttrain.data.formats import Format
 from posttrain.types import Example, Message
@@ -40,13 +41,16 @@ MEANT: Mapping[str, str | None] = {
     "seq_lengths": None,
 }
 """Columns that seem to say something to the model or about the loss, and the name under which they are read, if any."""
-SAID = ("prompt", "completion", "instruction", "input", "output", "question", "answer", "response")
+SAID = ("prompt", "completion", "instruction", "input", "output", "question", "answer", "response",
+        "query", "problem", "solution", "user", "assistant")  # fmt: skip
 """Columns that other rows are made of. Often they say once more what a conversation says; else they look meant."""
 IN_A_MESSAGE = ("tools", "functions", "documents", "context", "refusal", "image", "images", "audio", "video", "videos",
                 "file", "files", "attachments")  # fmt: skip
 WORDS_OF_A_MESSAGE = ("text", "value", "contents", "message")
 """Keys under which others write what a message says: they look meant where `content` says something else."""
 TURNS = ("messages", "conversations", "conversation", "dialog", "dialogue")
+SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
+"""Columns that rate both answers of a pair."""
 SPLIT = ("split", "subset", "partition")
 """Columns that say which part of the data a row is of."""
 OF_TOKENS = re.compile(r"(?!special_tokens_mask).*(mask|masks|weights)")
@@ -93,6 +97,8 @@ def way_out(name: str) -> str:
     """What to do about a column that looks meant."""
     if name.partition(":")[0] in SPLIT and ":" in name:
         return "take these rows out, and validate on them; rename the column if it says something else"
+    if " below " in name:
+        return "swap or drop such pairs, if the scores are right"
     if name == "completion_mask":
         return "completion_only_loss=True heeds it where there are no `labels`; a `loss_mask` is heeded always"
     if name == "assistant_masks":
@@ -107,7 +113,15 @@ def way_out(name: str) -> str:
 
 def _meant(rest: Row) -> tuple[str, ...]:
     held_out = (f"{name}: {rest[name].strip()}" for name in SPLIT if _is_held_out(rest.get(name)))
-    return (*(name for name in rest if name.strip().lower() in MEANT), *held_out)
+    named = (name for name in rest if name.strip().lower() in MEANT or is_like_a_flag(name, rest[name]))
+    worse = (
+        f"{chosen} below {rejected}" for chosen, rejected in SCORES if _is_below(rest.get(chosen), rest.get(rejected))
+    )
+    return (*named, *held_out, *worse)
+
+
+def _is_below(chosen: Any, rejected: Any) -> bool:
+    return isinstance(chosen, int | float) and isinstance(rejected, int | float) and chosen < rejected
 
 
 def _is_held_out(split: Any) -> bool:

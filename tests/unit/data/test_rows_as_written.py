@@ -16,6 +16,7 @@ from posttrain.data.prepare import prepare
 from posttrain.data.settings import DataSettings
 from posttrain.data.sources import read_rows
 from posttrain.data.view import view_rows
+from posttrain.data.view.pairs import any_view
 from posttrain.errors import DataError
 from posttrain.types import Example, Origin
 from tests.doctor_files import codes, finding
@@ -468,6 +469,9 @@ def test_words_beside_the_content(key: str) -> None:
 @pytest.mark.parametrize(
     ("row", "name"),
     [
+        ({"text": "Hi", "train_on_input": True}, "train_on_input"),
+        ({"instruction": "Hi", "output": "Hello", "is_train": 0}, "is_train"),
+        ({"text": "Hi", "query": "Why?"}, "query"),
         ({"text": "Hi", "split": "validation"}, "split: validation"),
         ({"messages": [USER, ANSWER], "split": " Test"}, "split: Test"),
         ({"text": "Hi", "conversations": ["Hi", "Hello"]}, "conversations"),
@@ -482,7 +486,8 @@ def test_columns_that_look_meant(row: dict[str, Any], name: str) -> None:
 
 
 def test_columns_of_the_users_own() -> None:
-    for row in ({"text": "Hi", "split": "train"}, {"text": "Hi", "split": 3}, {"text": "Hi", "dialog": "x"},
+    for row in ({"text": "Hi", "loss": 2.3}, {"text": "Hi", "train_loss": 0.5}, {"text": "Hi", "query": "Hi"},
+                {"text": "Hi", "split": "train"}, {"text": "Hi", "split": 3}, {"text": "Hi", "dialog": "x"},
                 {"input_ids": [5, 6, 7], "special_tokens_mask": [0, 0, 0]}):  # fmt: skip
         assert codes([row]) == []
 
@@ -510,3 +515,22 @@ def test_flags_where_they_say_nothing(answer: dict[str, Any], field: str) -> Non
     assert found.code == "E-DATA-0042"
     assert f'"messages[1].{field}" stands where it says nothing' in found.message
     assert "give it to the message" in (found.hint or "")
+
+
+def test_pairs_whose_scores_say_the_opposite() -> None:
+    row = {"prompt": "Hi", "chosen": "a", "rejected": "b", "score_chosen": 1.0, "score_rejected": 9}
+    about = finding(check([row, {**row, "prompt": "Ho", "score_chosen": 9.0}]), "W-DATA-0131")
+    assert (about.count, "(`score_chosen below score_rejected` 1)" in about.sentence) == (1, True)
+    assert "swap or drop such pairs" in about.details["shown"][0]
+
+
+def test_a_conversation_is_rated_by_its_last_turn() -> None:
+    again, tokenizer = {"role": "assistant", "content": "Two"}, chatml_tokenizer()
+    row = {"messages": [USER, ANSWER, USER, again], "label": True}
+    branch = prepare([row], tokenizer, DataSettings(method="rated")).samples[0][0].branches[0]
+    view: Any = any_view(row, tokenizer)
+    assert "".join(piece.text for piece in view.pieces if piece.trained) == "Two<|im_end|>\n"
+    assert check([row], tokenizer=tokenizer).lengths.supervised == int(branch.supervised.sum())
+    for broken in ({**row, "messages": [USER, ANSWER, USER]}, {**row, "messages": [ANSWER]}):
+        assert codes([broken]) == ["E-DATA-0022"]
+        assert any_view(broken, tokenizer).error.code == "E-DATA-0022"  # type: ignore[union-attr]

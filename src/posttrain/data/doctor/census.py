@@ -15,6 +15,7 @@ from posttrain.data.codes import REASONS, Row
 from posttrain.data.doctor.content import RowReader
 from posttrain.data.doctor.findings import Finding, finding, rows, share
 from posttrain.data.pipeline import Pipeline
+from posttrain.data.ratings import ratings_of
 from posttrain.data.report import Cases, DataReport, number
 from posttrain.data.settings import DataSettings
 from posttrain.data.sources import Rows, read_rows
@@ -217,7 +218,9 @@ def trained_rows(row: Row, reader: RowReader, origin: Origin) -> list[Row]:
     if is_tokenized(row):
         reader.read(row, origin)
         return [row]
-    example = reader.example(row, origin)
+    example, said = reader.trainable(row, origin)
+    if said.method == "rated":
+        (example,) = ratings_of(example)
     return [_row(example, completion) for completion in example.completions]
 
 

@@ -18,6 +18,7 @@ from posttrain.data.formats import all_formats, choose, detect, require
 from posttrain.data.oddities import oddities
 from posttrain.data.passed_over import NOTHING, PassedOver, of_tokens, passed_over
 from posttrain.data.places import half_a_character
+from posttrain.data.ratings import ratings_of
 from posttrain.data.render import Supervision
 from posttrain.data.settings import DataSettings
 from posttrain.data.tokens import COLUMNS, from_tokens, is_tokenized, not_heeded
@@ -86,6 +87,8 @@ class RowReader:
             row = read_columns(given, {}, origin)
             example, described = self._example(row, origin)
             what = said(example, described)
+            if what.method == "rated":
+                ratings_of(example)  # raises where there is no answer to rate
             what.over = passed_over(example, self.formats, OF_METHODS[what.method])
             what.is_unrated = what.method == "sft" and "label" in row and row["label"] is None
             what.odd = tuple(oddities(example, given, row))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from posttrain.data.codes import UNFORESEEN, Row, broken_promise
 from posttrain.data.columns import read_columns
 from posttrain.data.formats import Format, all_formats, choose, detect, preference, rated, require
+from posttrain.data.ratings import ratings_of
 from posttrain.data.settings import DataSettings
 from posttrain.data.tokens import is_tokenized
 from posttrain.data.view import PairView, RowView, View, token_view
@@ -40,6 +41,8 @@ def any_view(
             return token_view(given, tokenizer, settings, train_on, origin)
         require(found, settings.format, row, origin)
         example = _parsed(found, row, origin)
+        if found is rated:  # by its last turn
+            (example,) = ratings_of(example)
     except DataError as error:
         return RowView(str(origin), error=error)
     settings = replace(
