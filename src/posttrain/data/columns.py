@@ -50,7 +50,8 @@ def json_left_as_text(read: Row) -> bool:
     """Whether a text that could be messages is read as text: what stands beside it is, or it is written as Python
     writes them (`[{'role': ...`)."""
     texts = [read[name] for name in (*SPOKEN, "text") if isinstance(read.get(name), str)]
-    return any(PYTHON.match(text) or written_messages(text) is not None for text in texts)
+    listed = [text for text in texts if text.lstrip().startswith("[")]
+    return any(PYTHON.match(text) or written_messages(text) is not None for text in listed)
 
 
 def _parsed(name: str, row: Row, origin: Origin) -> Any:

@@ -49,9 +49,10 @@ def normalise(message: Message, field: str, row: Row, origin: Origin) -> Message
     """`message` with its flags, however they are written, as `train` and `train_detail`. Content in parts becomes one
     text, for few templates of language models know parts. Raises E-DATA-0042 for what is no flag, or where two
     disagree."""
-    _check_places(message, field, row, origin, OFFSETS)
-    for i, call in enumerate(message.get("tool_calls") or []):
-        _check_places(call, f"{field}.tool_calls[{i}]", row, origin, (*KEYS, DETAIL))
+    if len(message) > 2:  # more than a role and what it says
+        _check_places(message, field, row, origin, OFFSETS)
+        for i, call in enumerate(message.get("tool_calls") or []):
+            _check_places(call, f"{field}.tool_calls[{i}]", row, origin, (*KEYS, DETAIL))
     flag = _flag(message, field, row, origin)
     ranges = [(where := f"{field}.{DETAIL}[{i}]", _range(item, where, row, origin))
               for i, item in _details(message, field, row, origin)]  # fmt: skip

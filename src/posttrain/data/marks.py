@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from posttrain.data.flags import DETAIL
-from posttrain.data.rendering import REASONING, BrokenTemplateError, LimitError, RenderError
+from posttrain.data.rendering import REASONING, RenderError
 from posttrain.types import Example, Message, Origin
 
 if TYPE_CHECKING:
@@ -51,8 +51,6 @@ def _between(chat: Chat) -> list[str]:
     """What stands behind each of the turns of `TALK` and before the next; nothing where the template refuses it."""
     try:
         full = chat.render(TALK, Example(None, (TALK,), Origin("", 0)))
-    except (LimitError, BrokenTemplateError):
-        raise
     except (RenderError, TypeError, ValueError, LookupError):  # said of the conversations themselves
         return []
     return re.split("|".join(message["content"] for message in TALK), full)[1:]

@@ -20,6 +20,7 @@ CODES = {
     "prompt_repeated": "W-DATA-0157",
     "silent_turns": "W-DATA-0158",
 }
+ASKING = (*SYSTEM, "user")
 MIN_REPEATED = 20
 """Characters of a prompt from which on it is no chance that an answer begins with them."""
 
@@ -49,7 +50,7 @@ def _repeats(prompt: Content, answer: Content) -> bool:
 
 
 def _is_silent(message: Message) -> bool:
-    return message["role"] in (*SYSTEM, "user") and not says_something(message)
+    return message["role"] in ASKING and not says_something(message)
 
 
 def _turns(part: Content | None) -> list[Message]:

@@ -115,3 +115,10 @@ def test_every_template_has_its_marks(name: str) -> None:
         assert marks.tokens.search(f"Yes{end}no")
     assert not marks.tokens.search("<think></think><tool_call>")
     assert marks.texts is None or not marks.texts.search("The user asks the assistant: what is the model? system\n\n")
+
+
+def test_a_template_that_refuses_other_conversations_has_the_tokenizers_own_marks() -> None:
+    template = "{% if messages | length > 2 %}{{ raise_exception('No.') }}{% endif %}" + str(TOKENIZER.chat_template)
+    tokenizer = plain_tokenizer(template=template)
+    tokenizer.eos_token = "<|im_end|>"
+    assert found([row("Hi", "Yes<|im_end|> no")], tokenizer) == [STOP]
