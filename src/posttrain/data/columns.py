@@ -58,13 +58,18 @@ def _parsed(name: str, row: Row, origin: Origin) -> Any:
     try:
         value = parsed(name, row[name])
     except (ValueError, RecursionError) as error:
-        if not JSON.match(row[name]):  # `[USER]: Hi`
+        if not JSON.match(row[name]) and not PYTHON.match(row[name]):  # `[USER]: Hi`
             return row[name]
-        what = f"is text that is not valid JSON: {error}"
-        raise bad_row("E-DATA-0011", origin, what, field=name, seen=row[name], row=row[name]) from None
+        what, hint = f"is text that is not valid JSON: {error}", way_to_json(row[name])
+        raise bad_row("E-DATA-0011", origin, what, field=name, seen=row[name], row=row[name], hint=hint) from None
     if name in ALWAYS and isinstance(value, dict):
         raise bad_row("E-DATA-0011", origin, "is an object, not a list of messages", field=name, row=row)
     return value
+
+
+def way_to_json(text: str) -> str | None:
+    """What to do about a text that is not JSON and should be."""
+    return "Python printed it: write it with json.dumps(...)" if PYTHON.match(text) else None
 
 
 def check_names(names: Mapping[str, str]) -> None:

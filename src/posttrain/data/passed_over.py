@@ -130,7 +130,7 @@ def _is_held_out(split: Any) -> bool:
 
 def _unsaid(rest: Row, example: Example) -> tuple[str, ...]:
     """Columns of `SAID` whose text stands nowhere in the example."""
-    left = {name: rest[name].strip() for name in SAID if isinstance(rest.get(name), str)}
+    left = {name: said.strip() for name, said in rest.items() if isinstance(said, str) and name.strip().lower() in SAID}
     parts = (example.prompt or "", *example.completions) if left else ()
     texts = [
         text for part in parts for text in ([m.get("content") for m in part] if isinstance(part, list) else [part])

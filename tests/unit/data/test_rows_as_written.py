@@ -472,6 +472,7 @@ def test_words_beside_the_content(key: str) -> None:
         ({"text": "Hi", "train_on_input": True}, "train_on_input"),
         ({"instruction": "Hi", "output": "Hello", "is_train": 0}, "is_train"),
         ({"text": "Hi", "query": "Why?"}, "query"),
+        ({"text": "Hi", "Prompt": "Why?"}, "Prompt"),
         ({"text": "Hi", "split": "validation"}, "split: validation"),
         ({"messages": [USER, ANSWER], "split": " Test"}, "split: Test"),
         ({"text": "Hi", "conversations": ["Hi", "Hello"]}, "conversations"),
@@ -534,3 +535,11 @@ def test_a_conversation_is_rated_by_its_last_turn() -> None:
     for broken in ({**row, "messages": [USER, ANSWER, USER]}, {**row, "messages": [ANSWER]}):
         assert codes([broken]) == ["E-DATA-0022"]
         assert any_view(broken, tokenizer).error.code == "E-DATA-0022"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("kind", ["list", "jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_the_way_from_what_python_prints(column: str, kind: str, tmp_path: Path) -> None:
+    report = check(columns_as(kind, {column: str([USER, ANSWER])}, tmp_path))
+    (bad,) = report.bad_rows
+    assert (bad["code"], bad["hint"]) == ("E-DATA-0011", "Python printed it: write it with json.dumps(...)")
