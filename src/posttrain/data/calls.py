@@ -30,6 +30,11 @@ def with_calls(message: Message, field: str, row: Row, origin: Origin) -> Messag
     if calls is None:
         clean.pop("tool_calls", None)
         return clean
+    if calls and message.get("role") != "assistant":
+        key = "function_call" if single else "tool_calls"
+        what = f"stands in a message of role {message.get('role')}, but only an assistant calls tools"
+        hint = "give the call to the assistant's message, or leave it out; templates write no others"
+        raise bad_row("E-DATA-0150", origin, what, field=f"{field}.{key}", seen=message[key], row=row, hint=hint)
     return {**clean, "tool_calls": calls}
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.data.codes import excerpt
 from posttrain.data.flags import spoken
+from posttrain.data.marks import Marks, marks_of
 from posttrain.data.rendering import (
     BrokenTemplateError,
     LimitError,
@@ -59,6 +60,11 @@ class Chat:
     def special(self) -> re.Pattern[str] | None:
         """Matches any of the tokenizer's added tokens, which are encoded as such wherever a text holds them."""
         return re.compile("|".join(map(re.escape, self.end_tokens))) if self.end_tokens else None
+
+    @cached_property
+    def marks(self) -> Marks:
+        """What the template writes around turns."""
+        return marks_of(self)
 
     @cached_property
     def _special_tokens(self) -> Mapping[str, Any]:

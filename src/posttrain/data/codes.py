@@ -63,6 +63,9 @@ REASONS: dict[str, str] = {
     "E-DATA-0052": "not to be written in that format",
     "E-DATA-0053": "not to be split",
     "E-DATA-0054": "not read back as written",
+    "E-DATA-0150": "tool call of another than the assistant",
+    "E-DATA-0151": "several splits in one folder",
+    "E-DATA-0152": "one message of a conversation",
 }
 
 SKIP = "on_bad_row=skip"

@@ -6,13 +6,15 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from posttrain.data.cells import ALWAYS, AS_TEXT, parsed
+from posttrain.data.cells import ALWAYS, AS_TEXT, SPOKEN, parsed, with_messages, written_messages
 from posttrain.data.codes import Row, bad_row
 from posttrain.errors import ConfigError
 from posttrain.types import Origin
 
 JSON = re.compile(r'\s*(\[\s*)?\{\s*"')
 """Text that is meant as an object, or as a list of them, whether or not it is whole."""
+PYTHON = re.compile(r"\s*\[\s*\{\s*'(role|content|from|value)'\s*:")
+"""A list of messages as Python prints it, which tables get that were written carelessly."""
 BOOLEANS = {"true": True, "false": False}
 """How tables spell a label."""
 
@@ -34,22 +36,40 @@ def rename_columns(row: Row, names: Mapping[str, str], origin: Origin) -> Row:
 def read_columns(row: Row, names: Mapping[str, str], origin: Origin) -> Row:
     """`row` as formats look at it: with its columns renamed, and with what only lists or objects can be meant by in
     place of the JSON in a text that some write (readers of tables have done so for columns of these names)."""
-    row = rename_columns(row, names, origin)
+    row = with_messages(rename_columns(row, names, origin))
     written = [name for name in AS_TEXT if isinstance(row.get(name), str)]
     return {**row, **{name: _parsed(name, row, origin) for name in written}} if written else row
+
+
+def read_from_json(row: Row, read: Row) -> bool:
+    """Whether messages of `row` are JSON in a text, which was `read` as these messages."""
+    return any(isinstance(row.get(name), str) and isinstance(read.get(name), list) for name in (*ALWAYS, *SPOKEN))
+
+
+def json_left_as_text(read: Row) -> bool:
+    """Whether a text that could be messages is read as text: what stands beside it is, or it is written as Python
+    writes them (`[{'role': ...`)."""
+    texts = [read[name] for name in (*SPOKEN, "text") if isinstance(read.get(name), str)]
+    listed = [text for text in texts if text.lstrip().startswith("[")]
+    return any(PYTHON.match(text) or written_messages(text) is not None for text in listed)
 
 
 def _parsed(name: str, row: Row, origin: Origin) -> Any:
     try:
         value = parsed(name, row[name])
     except (ValueError, RecursionError) as error:
-        if not JSON.match(row[name]):  # `[USER]: Hi`
+        if not JSON.match(row[name]) and not PYTHON.match(row[name]):  # `[USER]: Hi`
             return row[name]
-        what = f"is text that is not valid JSON: {error}"
-        raise bad_row("E-DATA-0011", origin, what, field=name, seen=row[name], row=row[name]) from None
+        what, hint = f"is text that is not valid JSON: {error}", way_to_json(row[name])
+        raise bad_row("E-DATA-0011", origin, what, field=name, seen=row[name], row=row[name], hint=hint) from None
     if name in ALWAYS and isinstance(value, dict):
         raise bad_row("E-DATA-0011", origin, "is an object, not a list of messages", field=name, row=row)
     return value
+
+
+def way_to_json(text: str) -> str | None:
+    """What to do about a text that is not JSON and should be."""
+    return "Python printed it: write it with json.dumps(...)" if PYTHON.match(text) else None
 
 
 def check_names(names: Mapping[str, str]) -> None:

@@ -36,10 +36,11 @@ class Tokens(NamedTuple):
 @dataclass(frozen=True)
 class Encoded:
     """`boundary_moved`: the prompt's own tokens do not stand unchanged before the completion, or what is trained begins
-    or ends within a token."""
+    or ends within a token. `num_cut` tokens hold characters on both sides of the edge of a flag, and are left out."""
 
     tokenized: Tokenized
     boundary_moved: bool
+    num_cut: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Encoder:
 
     def _encoded(self, rendered: Rendered, tokens: Tokens, prompt_ids: np.ndarray | None) -> Encoded:
         supervised = np.ones(len(tokens.ids), dtype=bool)
-        moved = False
+        moved, num_cut = False, 0
         if prompt_ids is not None:
             if self.adds_eos and not rendered.is_chat:
                 prompt_ids = prompt_ids[:-1]
@@ -78,11 +79,13 @@ class Encoder:
         if rendered.spans is not None and tokens.offsets is not None:
             extents = without_gaps(tokens.offsets)
             supervised &= within(rendered.spans, extents)
-            supervised &= wholly_within(rendered.spans, extents) | ~holds_any(rendered.cuts, extents)
-            moved = moved or cut_in_two(rendered.spans, extents)
+            is_cut = holds_any(rendered.cuts, extents) & ~wholly_within(rendered.spans, extents)
+            num_cut = int((supervised & is_cut).sum())
+            supervised &= ~is_cut
+            moved = moved or cut_in_two(rendered.spans, extents, rendered.cuts)
         columns = {name: rendered.example.columns[name] for name in self.columns if name in rendered.example.columns}
         branch = Branch(tokens.ids, supervised)
-        return Encoded(Tokenized(EMPTY, (branch,), rendered.example.origin, columns), moved)
+        return Encoded(Tokenized(EMPTY, (branch,), rendered.example.origin, columns), moved, num_cut)
 
     def _tokenize(self, texts: list[tuple[str, bool]], with_offsets: bool = False) -> list[Tokens]:
         """The tokens of each `(text, is chat)`: plain text gets the tokenizer's special tokens, a conversation has its
@@ -144,9 +147,10 @@ def within(spans: list[Span], offsets: np.ndarray) -> np.ndarray:
     return inside
 
 
-def cut_in_two(spans: list[Span], offsets: np.ndarray) -> bool:
-    """Whether a token holds characters of `spans` and others, so that its being trained is a choice, not a fact."""
-    return bool(holds_any([edge for span in spans for edge in span], offsets).any())
+def cut_in_two(spans: list[Span], offsets: np.ndarray, cuts: Sequence[int] = ()) -> bool:
+    """Whether a token holds characters of `spans` and others, so that its being trained is a choice, not a fact. Where
+    flags part them, at `cuts`, is counted by itself."""
+    return bool(holds_any([edge for span in spans for edge in span if edge not in cuts], offsets).any())
 
 
 def wholly_within(spans: list[Span], offsets: np.ndarray) -> np.ndarray:

@@ -9,11 +9,12 @@ keys that look like a flag misspelt, or are another library's name for one (`tri
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from posttrain.data.codes import Row, bad_row, kind
+from posttrain.data.codes import Row, bad_row, excerpt, kind
 from posttrain.data.rendering import REASONING
 from posttrain.types import Message, Origin
 
@@ -23,9 +24,13 @@ OFFSETS = ("begin_offset", "end_offset")
 RANGE = 'a range is {"begin_offset": 0, "end_offset": 8, "train": false}, both ends inclusive'
 USUAL = {*KEYS, DETAIL, *OFFSETS, *REASONING, "role", "content", "name", "tool_calls", "tool_call_id", "type", "text"}
 """Keys of messages, parts and ranges that are no flags misspelt."""
-FOREIGN = {"loss", "loss_mask", "loss_weight", "loss_scale", "mask", "masked", "no_loss", "train_loss", "trainable",
-           "trained", "is_trained", "train_on", "train_on_turn", "supervise", "supervised", "learn"}  # fmt: skip
+FOREIGN = {"ignore", "ignored", "loss", "loss_mask", "loss_weight", "loss_scale", "mask", "masked", "no_loss",
+           "train_loss", "trainable", "trained", "is_trained", "train_on", "train_on_turn", "supervise", "supervised",
+           "learn"}  # fmt: skip
 """What others call such a flag, in some cases the other way round."""
+PIECES = {"train", "training", "trained", "trainable", "loss", "mask", "masked", "supervise", "supervised"}
+"""Words in the names of flags (`is_train`, `no_train`, `compute_loss`), of keys that say yes or no."""
+YES_OR_NO = ("true", "false", "yes", "no", "0", "1")
 WORDS = "true trains the turn, false leaves it out"
 SIMILAR = 0.85
 """One letter too many or too few in a short word: `trains`, but not `height`."""
@@ -44,6 +49,10 @@ def normalise(message: Message, field: str, row: Row, origin: Origin) -> Message
     """`message` with its flags, however they are written, as `train` and `train_detail`. Content in parts becomes one
     text, for few templates of language models know parts. Raises E-DATA-0042 for what is no flag, or where two
     disagree."""
+    if len(message) > 2:  # more than a role and what it says
+        _check_places(message, field, row, origin, OFFSETS)
+        for i, call in enumerate(message.get("tool_calls") or []):
+            _check_places(call, f"{field}.tool_calls[{i}]", row, origin, (*KEYS, DETAIL))
     flag = _flag(message, field, row, origin)
     ranges = [(where := f"{field}.{DETAIL}[{i}]", _range(item, where, row, origin))
               for i, item in _details(message, field, row, origin)]  # fmt: skip
@@ -60,10 +69,21 @@ def normalise(message: Message, field: str, row: Row, origin: Origin) -> Message
     return clean
 
 
+def _check_places(message: Mapping[str, Any], field: str, row: Row, origin: Origin, keys: tuple[str, ...]) -> None:
+    """Raises E-DATA-0042 for `keys` in a part of a message where nothing would be made of them."""
+    if (key := next((key for key in keys if message.get(key) is not None), None)) is not None:
+        what, hint = "stands where it says nothing", f"give it to the message, as `train` or `{DETAIL}`; {RANGE}"
+        raise bad_row("E-DATA-0042", origin, what, field=f"{field}.{key}", seen=message[key], row=row, hint=hint)
+
+
 def _flag(message: Mapping[str, Any], field: str, row: Row, origin: Origin) -> bool | None:
     """What the first of the keys says; None where there is none. A key that seems to be meant as one is refused."""
     for key in message:
-        if key not in USUAL and message[key] is not None and (meant := _meant_as(str(key))):
+        if (
+            key not in USUAL
+            and message[key] is not None
+            and (meant := _meant_as(str(key), _says_yes_or_no(message[key])))
+        ):
             what = "is no key that posttrain knows, and seems to say whether to train"
             hint = f'did you mean "{meant}"? {WORDS}; rename the key if it says something else'
             raise bad_row("E-DATA-0042", origin, what, field=f"{field}.{key}", seen=message[key], row=row, hint=hint)
@@ -74,11 +94,16 @@ def _flag(message: Mapping[str, Any], field: str, row: Row, origin: Origin) -> b
     return next(iter(said.values()), None)
 
 
+def is_like_a_flag(key: str, value: object) -> bool:
+    """Whether a column seems to say whether its row, or a part of it, is to be trained."""
+    return _says_yes_or_no(value) and _meant_as(key, True) is not None
+
+
 @lru_cache(maxsize=1000)
-def _meant_as(key: str) -> str | None:
+def _meant_as(key: str, is_yes_or_no: bool) -> str | None:
     """The flag that `key` is a slip of, or another library's name for; None for a key of its own."""
-    spelt = key.strip().lower().replace("-", "_")
-    if spelt in FOREIGN:
+    spelt = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key.strip()).lower().replace("-", "_")
+    if spelt in FOREIGN or (is_yes_or_no and PIECES.intersection(spelt.split("_"))):
         return "train"
     for flag in (*KEYS, DETAIL):
         if sorted(spelt) == sorted(flag) or difflib.SequenceMatcher(None, spelt, flag).ratio() >= SIMILAR:
@@ -86,12 +111,17 @@ def _meant_as(key: str) -> str | None:
     return None
 
 
+def _says_yes_or_no(value: object) -> bool:
+    return value in (0, 1) if isinstance(value, int | float) else str(value).strip().lower() in YES_OR_NO
+
+
 def _boolean(value: object, field: str, row: Row, origin: Origin) -> bool:
     if value in (0, 1) and isinstance(value, bool | int | float):
         return bool(value)
-    shown = value if isinstance(value, int | float) else kind(value)
+    shown = f"text ({excerpt(value, width=40)!r})" if isinstance(value, str) else kind(value)
+    what = f"is {value}" if isinstance(value, int | float) else f"is {shown} and says neither true nor false"
     hint = "write true or false (1 or 0); a token cannot be trained by half"
-    raise bad_row("E-DATA-0042", origin, f"is {shown}", field=field, seen=value, row=row, hint=hint)
+    raise bad_row("E-DATA-0042", origin, what, field=field, seen=value, row=row, hint=hint)
 
 
 def _details(message: Message, field: str, row: Row, origin: Origin) -> list[tuple[int, Any]]:
@@ -149,6 +179,7 @@ def _joined(parts: list[Any], field: str, row: Row, origin: Origin) -> tuple[str
     """The text of all parts, and the ranges of those that have a flag, each with its field."""
     text, ranges = "", []
     for i, part in enumerate(parts):
+        _check_places(part, f"{field}[{i}]", row, origin, (DETAIL, *OFFSETS))
         flag = _flag(part, f"{field}[{i}]", row, origin)
         if flag is not None and part["text"]:
             ranges.append((f"{field}[{i}]", [len(text), len(text) + len(part["text"]), flag]))

@@ -3,14 +3,17 @@ what looks meant is named: columns that other formats know, and whole formats be
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from posttrain.data.codes import UNFORESEEN, Row
+from posttrain.data.flags import is_like_a_flag
+from posttrain.data.folders import SPLITS
 from posttrain.data.formats import Format
 from posttrain.errors import DataError
-from posttrain.types import Content, Example
+from posttrain.types import Content, Example, Message
 
 MEANT: Mapping[str, str | None] = {
     "system": None,
@@ -39,9 +42,20 @@ MEANT: Mapping[str, str | None] = {
     "seq_lengths": None,
 }
 """Columns that seem to say something to the model or about the loss, and the name under which they are read, if any."""
-SAID = ("prompt", "completion", "instruction", "input", "output", "question", "answer", "response")
+SAID = ("prompt", "completion", "instruction", "input", "output", "question", "answer", "response",
+        "query", "problem", "solution", "user", "assistant")  # fmt: skip
 """Columns that other rows are made of. Often they say once more what a conversation says; else they look meant."""
-IN_A_MESSAGE = ("tools", "functions")
+IN_A_MESSAGE = ("tools", "functions", "documents", "context", "refusal", "image", "images", "audio", "video", "videos",
+                "file", "files", "attachments")  # fmt: skip
+WORDS_OF_A_MESSAGE = ("text", "value", "contents", "message")
+"""Keys under which others write what a message says: they look meant where `content` says something else."""
+TURNS = ("messages", "conversations", "conversation", "dialog", "dialogue")
+SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
+"""Columns that rate both answers of a pair."""
+SPLIT = ("split", "subset", "partition")
+"""Columns that say which part of the data a row is of."""
+OF_TOKENS = re.compile(r"(?!special_tokens_mask).*(mask|masks|weights)")
+"""Columns of a row of tokens that seem to say which of them are trained."""
 NO_PLACE = "which their format has no place for, so that nothing is made of it"
 
 
@@ -69,18 +83,27 @@ def passed_over(
         return PassedOver(meant=in_messages) if in_messages else NOTHING
     if is_named:
         return PassedOver(tuple(rest), (*_meant(rest), *in_messages))
-    others = tuple(name for name, fmt in known.items() if fmt.matches(rest) and not _is_said(fmt, rest, example))
-    return PassedOver(tuple(rest), (*_meant(rest), *_unsaid(rest, example), *in_messages), others)
+    matching = [(name, fmt) for name, fmt in known.items() if fmt.matches(rest)]
+    others = tuple(name for name, fmt in matching if not _is_said(fmt, rest, example))
+    turns = () if matching else tuple(name for name in TURNS if isinstance(rest.get(name), list))
+    return PassedOver(tuple(rest), (*_meant(rest), *_unsaid(rest, example), *turns, *in_messages), others)
 
 
 def of_tokens(row: Row, used: Collection[str], known: Mapping[str, Format]) -> PassedOver:
     """The same of a row that comes as token ids, of which `used` are the columns."""
     rest = {name: value for name, value in row.items() if name not in used and not _is_empty(value)}
-    return PassedOver(tuple(rest), _meant(rest), tuple(name for name, fmt in known.items() if fmt.matches(rest)))
+    masks = tuple(name for name in rest if name not in MEANT and OF_TOKENS.fullmatch(name.lower()))
+    return PassedOver(
+        tuple(rest), (*_meant(rest), *masks), tuple(name for name, fmt in known.items() if fmt.matches(rest))
+    )
 
 
 def way_out(name: str) -> str:
     """What to do about a column that looks meant."""
+    if name.partition(":")[0] in SPLIT and ":" in name:
+        return "take these rows out, and validate on them; rename the column if it says something else"
+    if " below " in name:
+        return "swap or drop such pairs, if the scores are right"
     if name == "completion_mask":
         return "completion_only_loss=True heeds it where there are no `labels`; a `loss_mask` is heeded always"
     if name == "assistant_masks":
@@ -94,12 +117,25 @@ def way_out(name: str) -> str:
 
 
 def _meant(rest: Row) -> tuple[str, ...]:
-    return tuple(name for name in rest if name.strip().lower() in MEANT)
+    held_out = (f"{name}: {rest[name].strip()}" for name in SPLIT if _is_held_out(rest.get(name)))
+    named = (name for name in rest if name.strip().lower() in MEANT or is_like_a_flag(name, rest[name]))
+    worse = (
+        f"{chosen} below {rejected}" for chosen, rejected in SCORES if _is_below(rest.get(chosen), rest.get(rejected))
+    )
+    return (*named, *held_out, *worse)
+
+
+def _is_below(chosen: Any, rejected: Any) -> bool:
+    return isinstance(chosen, int | float) and isinstance(rejected, int | float) and chosen < rejected
+
+
+def _is_held_out(split: Any) -> bool:
+    return isinstance(split, str) and SPLITS.get(split.strip().lower(), "train") != "train"
 
 
 def _unsaid(rest: Row, example: Example) -> tuple[str, ...]:
     """Columns of `SAID` whose text stands nowhere in the example."""
-    left = {name: rest[name].strip() for name in SAID if isinstance(rest.get(name), str)}
+    left = {name: said.strip() for name, said in rest.items() if isinstance(said, str) and name.strip().lower() in SAID}
     parts = (example.prompt or "", *example.completions) if left else ()
     texts = [
         text for part in parts for text in ([m.get("content") for m in part] if isinstance(part, list) else [part])
@@ -141,10 +177,17 @@ def _words(turns: list[tuple[str, str]]) -> str:
 
 
 def _in_messages(example: Example) -> tuple[str, ...]:
-    """Tools that stand in a message, where few templates look for them."""
+    """Tools, pictures or other words that stand in a message, where few templates look for them."""
     parts = (part for part in (example.prompt, *example.completions) if isinstance(part, list))
-    found = {key for part in parts for message in part if len(message) > 2 for key in IN_A_MESSAGE if message.get(key)}
+    messages = [message for part in parts for message in part if len(message) > 2]
+    found = {key for message in messages for key in IN_A_MESSAGE if message.get(key)}
+    found |= {key for message in messages for key in WORDS_OF_A_MESSAGE if _says_else(message, key)}
     return tuple(f"messages[].{key}" for key in sorted(found))
+
+
+def _says_else(message: Message, key: str) -> bool:
+    said = message.get(key)
+    return isinstance(said, str) and bool(said.strip()) and said.strip() not in (message.get("content") or "")
 
 
 def _is_empty(value: Any) -> bool:

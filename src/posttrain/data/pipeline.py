@@ -18,11 +18,12 @@ from posttrain.data.columns import read_columns, rename_columns
 from posttrain.data.encode import Encoded, Encoder
 from posttrain.data.formats import all_formats, choose, detect, formats_of, require
 from posttrain.data.mixing import Mixture, check_used
+from posttrain.data.oddities import oddities
 from posttrain.data.pairs import join, limit_pair, split
 from posttrain.data.passed_over import of_tokens, passed_over
 from posttrain.data.places import half_a_character
 from posttrain.data.ratings import ratings_of
-from posttrain.data.remarks import remark_on_bos, remark_on_rest, remark_on_text
+from posttrain.data.remarks import remark_on_bos, remark_on_oddities, remark_on_plain, remark_on_rest, remark_on_text
 from posttrain.data.render import Rendered, Supervision, render
 from posttrain.data.report import DataReport
 from posttrain.data.settings import DataSettings
@@ -42,7 +43,8 @@ Item = tuple[tuple[Rendered, ...] | Tokenized, str]
 
 class Pipeline:
     """Rows in, tokens out, the report on the side. Rows go through in chunks, for the tokenizer is fast on many texts
-    at once. `whole_answers`: rows are answers of pairs or ratings, one by one, for whoever looks at those."""
+    at once. `whole_answers`: rows are answers of pairs or ratings, one by one, for whoever looks at those.
+    `is_read`: their columns were read already (columns.py)."""
 
     def __init__(
         self,
@@ -50,7 +52,9 @@ class Pipeline:
         settings: DataSettings,
         report: DataReport,
         whole_answers: bool = False,
+        is_read: bool = False,
     ):
+        self.is_read = is_read
         self.tokenizer, self.settings, self.report = tokenizer, settings, report
         whole_answers = whole_answers or settings.method != "sft"
         self.supervision = Supervision(settings.completion_only, settings.assistant_only, whole_answers)
@@ -158,6 +162,8 @@ class Pipeline:
         for one in rendered:
             if self.chat is not None and one.is_chat:
                 remark_on_text(one, self.chat, self.missing, self.report)
+            else:
+                remark_on_plain(one, self.tokenizer, self.report)
         return rendered
 
     def _open_chat(self) -> Chat:
@@ -170,12 +176,13 @@ class Pipeline:
     def _parse(self, row: Row, origin: Origin) -> tuple[Example, str]:
         if self.settings.formatting_func is not None:
             return _formatted(self.settings.formatting_func, row, origin), "read by formatting_func, as text"
-        row = read_columns(row, {}, origin)
+        given, row = row, row if self.is_read else read_columns(row, {}, origin)
         chosen = self.format or detect(row, origin, self.formats)
         require(chosen, self.settings.format, row, origin)
         example = chosen.parse(row, origin)
         over = passed_over(example, self.all_formats, self.settings.columns, self.format is not None)
         remark_on_rest(over, origin, self.report)
+        remark_on_oddities(oddities(example, given, row), origin, self.report)
         if self.settings.method == "sft" and "label" in row and row["label"] is None:
             self.report.unrated.add(origin)
         return example, chosen.describe(row)
@@ -194,6 +201,9 @@ class Pipeline:
                 return None
         if done.boundary_moved:
             report.boundary_moved.add(whole.origin)
+        if done.num_cut:
+            report.flags_cut.add(whole.origin)
+            report.tokens_cut += done.num_cut
         if self.settings.packing:  # packing cuts
             return whole
         limited = _limit(whole, self.settings)
@@ -223,6 +233,9 @@ class Pipeline:
             return None
         if any(one.boundary_moved for one in done):
             report.boundary_moved.add(origin)
+        if num_cut := sum(one.num_cut for one in done):
+            report.flags_cut.add(origin)
+            report.tokens_cut += num_cut
         settings = self.settings
         limited = limit_pair(whole, settings.max_length, settings.truncation_mode, settings.max_prompt_length)
         if limited is None:

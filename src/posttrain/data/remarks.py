@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from posttrain.data.chat import Chat
 from posttrain.data.codes import bad_row
 from posttrain.data.flags import has_flags
 from posttrain.data.layout import has_odd_systems
+from posttrain.data.marks import holds_mark, stops_within, tokens_in_answers
 from posttrain.data.passed_over import PassedOver
 from posttrain.data.render import Rendered
 from posttrain.data.rendering import RenderError, with_objects
@@ -30,21 +31,39 @@ PLAIN = re.compile(r"[\w ]*")
 
 def remark_on_text(rendered: Rendered, chat: Chat, missing: tuple[str, ...], report: DataReport) -> None:
     """Count what the rendering shows. `missing` are markers of the template that are no tokens of the tokenizer."""
-    origin = rendered.example.origin
+    origin, talk = rendered.example.origin, [message for part in _talks(rendered.example) for message in part]
     cases = {
-        "endless": not chat.ends(rendered.trained_text)
-        and not any(has_flags(part) for part in _talks(rendered.example)),
+        "endless": not chat.ends(rendered.trained_text) and not has_flags(talk),
         "given_otherwise": rendered.given_otherwise,
         "thought_lost": rendered.thought_lost,
         "tools_left_out": _leaves_tools_out(rendered, chat),
         "arguments_quoted": _quotes_arguments(rendered, chat),
-        "odd_systems": has_odd_systems([message for talk in _talks(rendered.example) for message in talk]),
+        "odd_systems": has_odd_systems(talk),
         "special_in_text": _holds_special(rendered.example, chat),
+        "stops_in_answers": bool(stops := tokens_in_answers(_trained(rendered, talk), chat.marks)),
+        "unknown_arguments": bool(unknown := _unknown_arguments(rendered.example, chat)),
+        "marks_in_text": holds_mark(talk, chat.marks),
     }
+    report.stops.update(stops)
+    report.unknown.update(unknown)
     for name, is_one in cases.items():
         if is_one:
             getattr(report, name).add(origin)
     report.written_as_text.update(token for token in missing if token in rendered.full)
+
+
+def remark_on_plain(rendered: Rendered, tokenizer: PreTrainedTokenizerBase, report: DataReport) -> None:
+    """Count a completion in which the end-of-sequence token stands before its end. A text without a prompt may be
+    several documents."""
+    eos = tokenizer.eos_token
+    if rendered.example.prompt is not None and stops_within(str(rendered.example.completions[0]), str(eos or "")):
+        report.stops_in_answers.add(rendered.example.origin)
+        report.stops[str(eos)] += 1
+
+
+def remark_on_oddities(names: Iterable[str], origin: Origin, report: DataReport) -> None:
+    for name in names:
+        getattr(report, name).add(origin)
 
 
 def remark_on_rest(over: PassedOver, origin: Origin, report: DataReport) -> None:
@@ -73,6 +92,12 @@ def _talks(example: Example) -> list[list[Message]]:
     return [part for part in (example.prompt, *example.completions) if isinstance(part, list)]
 
 
+def _trained(rendered: Rendered, talk: list[Message]) -> list[Message]:
+    """Those of `talk` of which something may be trained."""
+    given = rendered.example.prompt if rendered.prompt is not None else None
+    return talk[len(given) :] if isinstance(given, list) else talk
+
+
 def _holds_special(example: Example, chat: Chat) -> bool:
     """Whether what others than the assistant say holds a token of the tokenizer's own, such as `<|im_end|>`."""
     messages = (message for talk in _talks(example) for message in talk)
@@ -84,6 +109,12 @@ def _leaves_tools_out(rendered: Rendered, chat: Chat) -> bool:
     """Names and descriptions also stand in calls and texts, so whether they are written is for the template to show."""
     talk = [message for part in _talks(rendered.example) for message in part]
     return bool(rendered.example.tools) and not chat.shows_tools(talk, rendered.example)
+
+
+def _unknown_arguments(example: Example, chat: Chat) -> list[str]:
+    """Template arguments whose names stand nowhere in the template."""
+    template = chat.text(example) if example.template_kwargs else ""
+    return [name for name in example.template_kwargs if not re.search(rf"\b{re.escape(name)}\b", template)]
 
 
 def _quotes_arguments(rendered: Rendered, chat: Chat) -> bool:

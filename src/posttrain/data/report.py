@@ -27,6 +27,23 @@ REMARKS = {
     "arguments_quoted": "hold calls whose arguments are JSON in a text, which the chat template writes as JSON once "
     "more, so that the model learns to write them in quotes: give `arguments` as objects",
     "special_in_text": "hold special tokens in what others than the assistant say: they are encoded as these tokens",
+    "stops_in_answers": "hold, in what the assistant says, tokens that end or begin a turn ({stops}): the model learns "
+    "to stop there, or to go on as another. Take them out of the text: the template writes them itself",
+    "flags_cut": "have train flags whose edge lies within a token: {cut} tokens are left out, for a token is trained "
+    "only if all its characters are. Let a range hold whole words, each with the space before it",
+    "others_trained": "are conversations in one text (Human: ... Assistant: ...), read as text, in which what others "
+    "say is trained as well: make `messages` of them",
+    "transcripts": "are conversations in one text (Human: ... Assistant: ...), read as text that no chat template "
+    "writes: make `messages` of them, if the model is to chat",
+    "prompt_repeated": "have an answer that begins with its whole prompt, which then stands there twice: leave it out "
+    "of the answer",
+    "silent_turns": "hold turns of a user or the system that say nothing: leave such turns out, or drop the rows",
+    "unknown_arguments": "have `chat_template_kwargs` that the chat template does not know ({unknown}): see how it "
+    "spells them",
+    "from_json": "hold messages as JSON in a text, which is read as the messages that it stands for",
+    "json_as_text": "hold messages written into a text (JSON beside a text that is none, or as Python prints a list), "
+    "which is trained as the text that it is: write prompt and answers all as messages, if they are meant",
+    "marks_in_text": "hold what the chat template writes around turns, as text: a model may take it for another turn",
     "odd_systems": "hold several system turns, or one that does not come first (W-DATA-0129): the chat template writes "
     "them where they stand, as few models have seen it",
     "without_bos": "begin without the token that the tokenizer puts before plain text: the chat template writes none",
@@ -50,18 +67,24 @@ class Cases:
 @dataclass
 class DataReport:
     """`tokens` and `supervised` are of what is used; the `lost` ones were cut off by `max_length`, which includes
-    those of rows of which nothing was left to train. `untrained` rows are
-    in a pack (as in TRL) though all that was to be trained of them was cut off; `endless` conversations end without a
-    token to stop at; `left_out` says why of every row that is not used (of the first 10,000); `boundary_moved` are rows
-    whose prompt alone has other tokens than in front of its completion, or in which a turn begins or ends within a
-    token. `given_otherwise` are rows in which the model is given another text, in use, than stands before a turn of its
-    own; `thought_lost` and `tools_left_out`, whose thoughts or tools the template leaves out; `arguments_quoted`, with
-    arguments of calls that are JSON in a text and that the template writes as JSON once more; `special_in_text`, whose
-    user or tool text holds special tokens; `odd_systems`, with a system turn that is not the first message;
-    `without_bos`, that begin without the token which the tokenizer puts before plain text. `written_as_text` counts the
-    rows that hold each marker of a named template that is no token of the
+    those of rows of which nothing was left to train. `untrained` rows are in a pack (as in TRL) though all that was
+    to be trained of them was cut off; `endless` conversations end without a token to stop at; `left_out` says why
+    of every row that is not used (of the first 10,000); `boundary_moved` are rows whose prompt alone has other
+    tokens than in front of its completion, or in which a turn begins or ends within a token. `flags_cut` are rows
+    in which the edge of a flag lies within a token, which is left out (`tokens_cut` in all). `given_otherwise` are
+    rows in which the model is given another text, in use, than stands before a turn of its own; `thought_lost` and
+    `tools_left_out`, whose thoughts or tools the template leaves out; `arguments_quoted`, with arguments of calls
+    that are JSON in a text and that the template writes as JSON once more; `special_in_text`, whose user or tool
+    text holds special tokens; `stops_in_answers`, in which the assistant says a token that ends or begins turns
+    (`stops` counts the rows with each); `marks_in_text`, which hold other marks of the template's; `from_json` and
+    `json_as_text`, whose messages are JSON in a text, read as messages and as text; `odd_systems`, with a system
+    turn that is not the first message; `without_bos`, that begin without the token which the tokenizer puts before
+    plain text. `written_as_text` counts the rows that hold each marker of a named template that is no token of the
     tokenizer. `no_place` are the rows with each column that looks meant and that their format has no place for,
-    `other_formats` those that each other format could be read from as well; `unrated` have a `label` that is null."""
+    `others_trained` and `transcripts` are conversations in one text, `prompt_repeated` rows whose answer begins
+    with the prompt, `silent_turns` those with an empty turn of a user or the system, `unknown_arguments` those
+    whose `chat_template_kwargs` the template does not know (`unknown` counts each), `other_formats` those that each
+    other format could be read from as well; `unrated` have a `label` that is null."""
 
     source: str
     rows: int = 0
@@ -83,6 +106,19 @@ class DataReport:
     tools_left_out: Cases = field(default_factory=Cases)
     arguments_quoted: Cases = field(default_factory=Cases)
     special_in_text: Cases = field(default_factory=Cases)
+    stops_in_answers: Cases = field(default_factory=Cases)
+    stops: Counter[str] = field(default_factory=Counter)
+    marks_in_text: Cases = field(default_factory=Cases)
+    flags_cut: Cases = field(default_factory=Cases)
+    tokens_cut: int = 0
+    others_trained: Cases = field(default_factory=Cases)
+    transcripts: Cases = field(default_factory=Cases)
+    prompt_repeated: Cases = field(default_factory=Cases)
+    silent_turns: Cases = field(default_factory=Cases)
+    unknown_arguments: Cases = field(default_factory=Cases)
+    unknown: Counter[str] = field(default_factory=Counter)
+    from_json: Cases = field(default_factory=Cases)
+    json_as_text: Cases = field(default_factory=Cases)
     odd_systems: Cases = field(default_factory=Cases)
     without_bos: Cases = field(default_factory=Cases)
     written_as_text: Counter[str] = field(default_factory=Counter)
@@ -139,8 +175,13 @@ class DataReport:
         if self.written_as_text:
             tokens = ", ".join(self.written_as_text)
             notes.append(f"the chat template writes {tokens}, which the tokenizer has not as tokens: they stay text")
-        cases = {what: getattr(self, name) for name, what in REMARKS.items()}
+        cases = {self.remark(name): getattr(self, name) for name in REMARKS}
         return [*notes, *self._passed_over(), *(_about(case, what) for what, case in cases.items() if case.count)]
+
+    def remark(self, name: str) -> str:
+        """What is said of the cases called `name`."""
+        named = {"stops": ", ".join(self.stops), "unknown": ", ".join(self.unknown), "cut": number(self.tokens_cut)}
+        return REMARKS[name].format(**named)
 
     def _passed_over(self) -> Iterator[str]:
         """What rows hold and nothing is made of."""

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.data.codes import Reject, Row, bad_row, excerpt, kind, refuse
+from posttrain.data.folders import check_one_split, subfolders_with_data, way_into
 from posttrain.data.hub import load_from_hub
 from posttrain.data.json_files import read_json, read_json_lines
 from posttrain.data.mixing import Mixture, Part, mixed_rows
@@ -205,7 +206,11 @@ def _read_folder(folder: Path, reject: Reject) -> Rows:
         import datasets
 
         return _read_dataset(datasets.load_from_disk(str(folder)), str(folder))
-    return _read_files(_files_in(folder), str(folder), reject)
+    files = _files_in(folder)
+    if not files and (below := subfolders_with_data(folder, _is_data)):
+        message = f"{folder}: no data file in it, but in its subfolders, which are not read"
+        raise DataError(message, hint=way_into(folder, below))
+    return _read_files(files, str(folder), reject)
 
 
 def _is_saved(folder: Path) -> bool:
@@ -215,10 +220,17 @@ def _is_saved(folder: Path) -> bool:
 
 def _files_in(folder: Path) -> list[Path]:
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    files = [path for path in entries if kind_of(path) in READERS and not path.is_dir() and not _is_report(path)]
-    if files and (others := tuple(path.name for path in entries if path not in files)):
-        _say_passed_over(str(folder), others)
+    files = [path for path in entries if not path.is_dir() and _is_data(path)]
+    check_one_split(folder, files)
+    if files:
+        below = subfolders_with_data(folder, _is_data)
+        others = tuple(path.name for path in entries if path not in files and path not in below)
+        _say_passed_over(folder, others, tuple(below))
     return files
+
+
+def _is_data(path: Path) -> bool:
+    return kind_of(path) in READERS and not _is_report(path)
 
 
 def _is_report(path: Path) -> bool:
@@ -231,9 +243,13 @@ def _found(pattern: str) -> list[Path]:
 
 
 @lru_cache
-def _say_passed_over(folder: str, names: tuple[str, ...]) -> None:
+def _say_passed_over(folder: Path, names: tuple[str, ...], subfolders: tuple[Path, ...]) -> None:
     """Once, though a folder may be read again and again."""
-    logger.warning("data     %s: passed over %s, no data of a known type", folder, excerpt(", ".join(names)))
+    if names:
+        logger.warning("data     %s: passed over %s, no data of a known type", folder, excerpt(", ".join(names)))
+    if subfolders:
+        shown, way_out = excerpt(", ".join(path.name for path in subfolders)), way_into(folder, list(subfolders))
+        logger.warning("data     %s: subfolders are not read, and %s hold data: %s", folder, shown, way_out)
 
 
 def _read_files(files: list[Path], given: str, reject: Reject) -> Rows:

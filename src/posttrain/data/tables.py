@@ -12,7 +12,7 @@ from typing import Any
 
 from posttrain.data.cells import parsed
 from posttrain.data.codes import Reject, Row, bad_row, excerpt, refuse
-from posttrain.data.columns import BOOLEANS
+from posttrain.data.columns import BOOLEANS, way_to_json
 from posttrain.data.lines import decode, raw_lines
 from posttrain.errors import DataError
 from posttrain.types import Origin
@@ -83,7 +83,8 @@ def _cell(name: str, value: str, origin: Origin) -> Any:
         return parsed(name, value)
     except (ValueError, RecursionError) as error:
         what = f"is not valid JSON: {error}"
-        raise bad_row("E-DATA-0011", origin, what, field=name, row=value, hint="a CSV cell holds JSON") from None
+        hint = way_to_json(value) or "a CSV cell holds JSON"
+        raise bad_row("E-DATA-0011", origin, what, field=name, row=value, hint=hint) from None
 
 
 def _records(

@@ -68,10 +68,17 @@ def test_what_ends_one_file_is_not_said_of_another(folder: Path, capsys: pytest.
 
 TABLES_CANNOT = {
     "a bare carriage return": [{"prompt": "d", "completion": "x\ry"}],
-    "text that looks like messages": [{"prompt": '[{"role":"user","content":"x"}]', "completion": '[{"role":"user"}]'}],
     "rows of several formats": [{"text": "Plain."}, {"messages": [{"role": "user", "content": "Hi"},
                                                                   {"role": "assistant", "content": "Hello"}]}],
 }  # fmt: skip
+
+
+def test_a_table_gives_text_that_looks_like_messages_back(folder: Path) -> None:
+    row = {"prompt": '[{"role":"user","content":"x"}]', "completion": '[{"role":"user"}]'}
+    (folder / "r.jsonl").write_text(json.dumps(row))
+    assert main(["data", "dedup", "r.jsonl", "-o", "r.csv"]) == 0
+    assert main(["data", "dedup", "r.csv", "-o", "again.jsonl"]) == 0
+    assert json.loads((folder / "again.jsonl").read_text()) == row
 
 
 @pytest.mark.parametrize("what", TABLES_CANNOT)

@@ -123,12 +123,8 @@ def test_a_file_is_read_again_before_it_is_in_place(tmp_path: Path, monkeypatch:
     )
 
 
-def test_text_that_looks_like_messages_is_not_let_through_as_such(tmp_path: Path) -> None:
-    text = '[{"role": "user", "content": "Hi"}]'
-    error = refused([{"prompt": text, "completion": "JSON"}], "prompt-completion", tmp_path / "a.csv")
-    assert error.code == "E-DATA-0054"
-    assert error.hint == "write .jsonl, which holds every row as it is"
-    for text in ("[]", "{}", '[{"name": "x"}]', "[1]"):
+def test_text_that_looks_like_messages_stays_text(tmp_path: Path) -> None:
+    for text in ("[]", "{}", '[{"name": "x"}]', "[1]", '[{"role": "user", "content": "Hi"}]'):
         convert([{"prompt": "List?", "completion": text}], "prompt-completion", tmp_path / "b.csv", S)
         assert lines(tmp_path / "b.csv") == [{"prompt": "List?", "completion": text}]
 

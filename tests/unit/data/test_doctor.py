@@ -26,6 +26,8 @@ ENGLISH = "This is not the way that you would take with the car, and it is not w
 LONG = "The quick brown fox jumps over the lazy dog while seven wizards brew a potion of jade and amber by the river. "
 KEY = "AKIA" + "ABCDEFGHIJKLMNOP"
 
+QUESTION = "What is the capital of France?"
+TALK = "\n\nHuman: Is it so?\n\nAssistant:"
 PAIRS = [
     pair(f"Question {i}?", f"A good answer {i}." + " More of it." * (i % 2), f"A bad answer {i}, too.")
     for i in range(40)
@@ -76,11 +78,39 @@ CASES: dict[str, tuple[Any, int, Any]] = {
                     4, [chat("system", "user", "assistant"), row("a\r\t\rsystem", "b")]),
     "W-DATA-0131": ([{**row("Hi", "Hello"), "system_prompt": "Be kind."}, {"text": "a", "tools": [{"name": "f"}]}], 2,
                     [{**row("Hi", "Hello"), "system": "Be kind.", "tools": [{"name": "f"}], "id": 3}]),
+    "W-DATA-0152": ([{"messages": json.dumps(row("Hi", "Hello")["messages"])}], 1, [row("Hi", "Hello")]),
+    "W-DATA-0153": ([{"prompt": "Hi", "completion": json.dumps(row("Hi", "Hello")["messages"])}], 1,
+                    [{"prompt": "Hi", "completion": '["Hello"]'}]),
+    "W-DATA-0155": ([{"chosen": TALK + " Yes.\n\nHuman: Why?", "rejected": TALK + " No."},
+                     {"text": "### Human: Hi### Assistant: Hello"}], 2,
+                    [{"chosen": TALK + " Yes.", "rejected": TALK + " No."}, {"text": "Human: Hi"}]),
+    "W-DATA-0156": ([{"chosen": TALK + " Yes.", "rejected": TALK + " No."}, {"prompt": TALK, "completion": " Yes."}], 2,
+                    [{"prompt": "Question: Why?\nAnswer:", "completion": " So."}, row("Human: Hi", "Assistant: Hi"),
+                     {"text": "He said: Assistant: no. The human: yes."}]),
+    "W-DATA-0157": ([pair(QUESTION, QUESTION + " Yes.", QUESTION + " No."), pair("R?" * 20, "a", "R?" * 20 + " b"),
+                     {"prompt": chat("system", "user")["messages"], "rejected": chat("assistant")["messages"],
+                      "chosen": chat("system", "user", "assistant")["messages"]}], 3,
+                    [pair(QUESTION, "Yes.", "No."), pair("Hi", "Hi there", "Hi"), pair("", "a", "b"), {
+                        "chosen": chat("user", "assistant")["messages"],
+                        "rejected": chat("user", "assistant", "assistant")["messages"]}]),
+    "W-DATA-0158": ([row(" ", "Hello"), {"messages": [{"role": "system", "content": ""}, *row("a", "b")["messages"]]}],
+                    2, [chat("system", "user", "assistant"), {"prompt": "", "completion": "Hello"}]),
     "W-DATA-0132": ([{**row("Hi", "Hello"), "text": "Hi: Hello"}, *plain(3)], 1, [{**row("Hi", "Hello"), "text": ""}]),
 }  # fmt: skip
-ELSEWHERE = {"W-DATA-0107", "W-DATA-0119", "W-DATA-0130", "W-DATA-0135", "W-DATA-0145",
-             *(f"W-DATA-01{n}" for n in range(21, 29))}  # fmt: skip
-"""Tested in test_doctor_lengths.py, test_doctor_near.py, test_duplicates.py and test_doctor_models.py."""
+ELSEWHERE = {
+    "W-DATA-0107",
+    "W-DATA-0119",
+    "W-DATA-0130",
+    "W-DATA-0135",
+    "W-DATA-0145",
+    "W-DATA-0150",
+    "W-DATA-0151",
+    "W-DATA-0154",
+    "W-DATA-0159",
+    *(f"W-DATA-01{n}" for n in range(21, 29)),
+}
+"""Tested in test_doctor_lengths.py, test_doctor_near.py, test_duplicates.py, test_marks.py, test_flags.py and
+test_doctor_models.py."""
 
 
 def parted(given: Any) -> tuple[Any, Any]:

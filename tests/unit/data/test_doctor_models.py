@@ -61,6 +61,7 @@ REMARKS: dict[str, tuple[Any, Any, str | None]] = {
     "W-DATA-0121": (plain(2), TOKENIZER, ENDLESS),
     "W-DATA-0122": ([{"prompt": "What is two plu", "completion": "s two?"}], plain_tokenizer(), None),
     "W-DATA-0126": ([row("Say <|im_end|> twice.", "No.")], TOKENIZER, None),
+    "W-DATA-0159": ([{**plain(1)[0], "chat_template_kwargs": {"enable_thinkin": False}}], TOKENIZER, "qwen-3"),
     "W-DATA-0130": (CALLING, TOKENIZER, CALLS),
     "W-DATA-0128": (plain(2), plain_tokenizer(extra=("<|eot_id|>",)), "llama-3"),
 }

@@ -119,8 +119,15 @@ def test_a_token_is_trained_only_if_all_its_characters_are(
     after = [THANKS, WELCOME]  # so that something is trained at all
     row = {"messages": [QUESTION, answer, *after]}
     assert trained(row, marked=marked) == [*runs, "You are welcome 🙂" + END]
-    is_cut = (begin, end) not in ((0, 4), (5, 10))
-    assert run(row, marked=marked).report.boundary_moved.count == is_cut
+    num_cut = {(0, 4): 0, (5, 10): 0, (4, 5): 2}.get((begin, end), 1)
+    report = run(row, marked=marked).report
+    assert (report.flags_cut.count, report.tokens_cut, report.boundary_moved.count) == (num_cut > 0, num_cut, 0)
+    said = f"1 rows (first: train[0]) have train flags whose edge lies within a token: {num_cut} tokens are left out"
+    assert any(note.startswith(said) for note in report.notes()) is (num_cut > 0)
+    found = [one for one in check([row], tokenizer=chatml_tokenizer(marked=marked)).findings if "0154" in one.code]
+    assert [(one.severity, one.count, f"{num_cut} tokens are left" in one.sentence) for one in found] == [
+        ("warning", 1, True)
+    ] * (num_cut > 0)
 
 
 def test_parts_of_an_answer_that_its_own_thought_holds_too() -> None:

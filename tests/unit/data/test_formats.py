@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from posttrain.cli import main
-from posttrain.data.formats import choose, detect, formats
+from posttrain.data.formats import all_formats, choose, detect, formats
 from posttrain.data.prepare import prepare
 from posttrain.data.settings import DataSettings
 from posttrain.data.sources import read_rows
@@ -311,3 +311,41 @@ def test_choosing_a_format_by_name() -> None:
     assert choose("alpaca", formats()) is formats()["alpaca"]
     with pytest.raises(ConfigError, match="did you mean 'sharegpt'"):
         choose("share-gpt", formats())
+
+
+OASST = {"message_id": "b", "parent_id": "a", "user_id": "u", "text": "Hello", "role": "assistant", "lang": "en"}
+
+
+@pytest.mark.parametrize(
+    ("row", "says", "way_out"),
+    [
+        (OASST, '"role" is one message of a conversation (`role` and `text`)', "each path along `parent_id`"),
+        ({**OASST, "parent_id": None, "role": "prompter"}, '"role" is one', "each path along `parent_id`"),
+        (
+            {"conversation_id": 7, "role": "user", "text": "Hi"},
+            '"role" is one',
+            "each conversation (`conversation_id`)",
+        ),
+        ({"role": "assistant", "content": "Hi"}, "(`role` and `content`)", "the rows of each conversation as one"),
+        ({"from": "gpt", "value": "Hi"}, '"from" is one message', "the rows of each conversation as one"),
+    ],
+)
+def test_a_message_in_a_row_is_no_text(row: dict[str, Any], says: str, way_out: str) -> None:
+    for method in ("sft", "all"):
+        known = formats() if method == "sft" else all_formats()
+        with pytest.raises(DataError) as caught:
+            detect(row, ORIGIN, known)
+        assert caught.value.code == "E-DATA-0152"
+        assert says in caught.value.message
+        assert way_out in (caught.value.hint or "")
+        assert ("--format text" in (caught.value.hint or "")) is ("text" in row)
+
+
+def test_a_row_of_text_with_a_role_of_its_own() -> None:
+    for row in ({"text": "Hi", "role": "editor"}, {"text": "Hi", "role": 3}, {"text": "Hi", "author": "Ann"}):
+        assert detect(row, ORIGIN, formats()).parse(row, ORIGIN).completions == ("Hi",)
+    for row in (
+        {"prompt": "Hi", "completion": "Yes", "role": "user"},
+        {"instruction": "a", "output": "b", "from": "gpt"},
+    ):
+        detect(row, ORIGIN, formats())

@@ -76,6 +76,22 @@ def test_a_function_call_that_is_none(call: Any, says: str) -> None:
     assert (found.code, says in found.message) == ("E-DATA-0015", True)
 
 
+@pytest.mark.parametrize("role", ["user", "system", "tool"])
+def test_only_an_assistant_calls_tools(role: str) -> None:
+    for key, value in {"tool_calls": [CALLED], "function_call": CALL}.items():
+        message = {"role": role, "content": "Look!", key: value}
+        for row in ({"messages": [message, ANSWER]}, {"prompt": [message], "completion": [ANSWER]}):
+            found = error(row)
+            assert found.code == "E-DATA-0150"
+            assert f'[0].{key}" stands in a message of role {role}, but only an assistant calls tools' in found.message
+            assert "give the call to the assistant's message" in (found.hint or "")
+    turns = [{"from": {"user": "human"}.get(role, role), "value": "Look!", "tool_calls": json.dumps([CALLED])}]
+    assert error({"conversations": [*turns, {"from": "gpt", "value": "Yes"}]}).code == "E-DATA-0150"
+    for empty in (None, [], "", "[]"):
+        given = {"role": role, "content": "Look!", "tool_calls": empty}
+        assert len(parse({"messages": [given, ANSWER]}).completions[0]) == 2
+
+
 def test_a_function_call_beside_tool_calls_is_refused() -> None:
     both = {"role": "assistant", "content": "", "function_call": CALL, "tool_calls": [CALLED]}
     assert '"messages[1].function_call" stands beside `tool_calls`' in error({"messages": [USER, both]}).message
@@ -86,7 +102,8 @@ def test_a_function_call_beside_tool_calls_is_refused() -> None:
 
 @pytest.mark.parametrize("key", ["trian", "Train", "trains", "trainig", "weights", "wieght", "train_details",
                                  "loss", "mask", "trainable", "loss_weight", "loss_mask", "supervise",
-                                 "Loss-Weight"])  # fmt: skip
+                                 "Loss-Weight", "is_train", "no_train", "do_train", "train_turn", "ignore",
+                                 "isTrain", "compute_loss"])  # fmt: skip
 @pytest.mark.parametrize("shape", ["messages", "completion", "sharegpt", "call", "part"])
 def test_what_looks_like_a_flag_is_refused(key: str, shape: str) -> None:
     answer, turn = {**ANSWER, key: False}, {"from": "gpt", "value": "Hello", key: False}
@@ -105,6 +122,21 @@ def test_what_looks_like_a_flag_is_refused(key: str, shape: str) -> None:
     assert found.code == "E-DATA-0042"
     assert f'"{field}.{key}" is no key that posttrain knows' in found.message
     assert 'did you mean "' in (found.hint or "")
+
+
+def test_a_flag_of_another_name_says_yes_or_no() -> None:
+    for value in (True, 0, "no", " True"):
+        assert error({"messages": [USER, {**ANSWER, "skip_train": value}]}).code == "E-DATA-0042"
+    for value in ("7b-train", 3, ["a"], {}, None, 0.5):
+        parse({"messages": [USER, {**ANSWER, "train_set": value}]})
+
+
+@pytest.mark.parametrize(("value", "shown"), [("eight", "text ('eight')"), ("1", "text ('1')"), ([], "a list")])
+def test_a_weight_that_is_no_number(value: Any, shown: str) -> None:
+    found = error({"messages": [USER, {**ANSWER, "weight": value}]})
+    assert found.code == "E-DATA-0042"
+    assert f'"messages[1].weight" is {shown} and says neither true nor false' in found.message
+    assert found.hint == "write true or false (1 or 0); a token cannot be trained by half"
 
 
 def test_a_range_with_a_flag_misspelt() -> None:
@@ -203,62 +235,6 @@ def test_tools_as_they_are_written() -> None:
 def test_columns_of_alpaca_that_are_none(row: dict[str, Any], field: str, says: str) -> None:
     found = error({"instruction": "Add.", "output": "3", **row})
     assert (found.code, found.message.startswith(f'train.jsonl:17  "{field}" {says}')) == ("E-DATA-0011", True)
-
-
-# --- JSON in a text -------------------------------------------------------------------------------------------------
-
-AS_TEXT: list[tuple[dict[str, Any], dict[str, Any]]] = [
-    ({"messages": json.dumps([USER, ANSWER])}, {"messages": [USER, ANSWER]}),
-    ({"conversations": json.dumps([{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}])},
-     {"messages": [USER, ANSWER]}),
-    ({"messages": [USER, {**ANSWER, "tool_calls": json.dumps([CALLED])}]},
-     {"messages": [USER, {**ANSWER, "tool_calls": [CALLED]}]}),
-    ({"messages": [USER, {**ANSWER, "tool_calls": ""}]}, {"messages": [USER, ANSWER]}),
-    ({"instruction": "Hi", "output": "Hello", "history": '[["a", "b"]]'},
-     {"instruction": "Hi", "output": "Hello", "history": [["a", "b"]]}),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("written", "meant"), AS_TEXT)
-@pytest.mark.parametrize("source", ["list", "jsonl", "json"])
-def test_json_in_a_text(written: dict[str, Any], meant: dict[str, Any], source: str, tmp_path: Path) -> None:
-    rows: Any = [written]
-    if source != "list":
-        rows = tmp_path / f"a.{source}"
-        rows.write_text(json.dumps(written if source == "jsonl" else [written]))
-    settings = DataSettings(chat_template="chatml")
-    (ours,), (expected,) = (prepare(r, chatml_tokenizer(), settings).samples for r in (rows, [meant]))
-    assert ours[0].branches[0].ids.tolist() == expected[0].branches[0].ids.tolist()
-    assert (check(rows).usable, check(rows).errors) == (1, 0)
-
-
-def test_json_in_a_text_that_is_none(tmp_path: Path) -> None:
-    found = error({"messages": '[{"role": "user", '})
-    assert (found.code, found.message.startswith('train.jsonl:17  "messages" is text that is not valid JSON')) == (
-        "E-DATA-0011", True)  # fmt: skip
-    assert '"messages" is an object' in error({"messages": json.dumps({"role": "user", "content": "Hi"})}).message
-    call = {"messages": [USER, {**ANSWER, "tool_calls": "[{"}]}
-    assert '"messages[1].tool_calls" is not valid JSON' in error(call).message
-    assert parse({"text": "Hi", "conversations": "[USER]: Hi"}).completions == ("Hi",)
-    assert parse({"prompt": json.dumps([USER]), "completion": "Hello"}).prompt == json.dumps([USER])  # as TRL reads it
-
-
-def test_renamed_columns_of_a_table_are_read_too(tmp_path: Path) -> None:
-    path = tmp_path / "a.csv"
-    path.write_text('chat\n"' + json.dumps([USER, ANSWER]).replace('"', '""') + '"\n')
-    settings = DataSettings(column_map={"chat": "messages"})
-    assert prepare(path, chatml_tokenizer(), settings).report.used == 1
-
-
-def test_a_formatting_func_gets_the_row_as_it_is() -> None:
-    seen: list[Any] = []
-
-    def formatted(row: dict[str, Any]) -> str:
-        seen.append(row["messages"])
-        return "Hi"
-
-    prepare([{"messages": "[]"}], chatml_tokenizer(), DataSettings(formatting_func=formatted))
-    assert seen == ["[]"]
 
 
 # --- where it is ----------------------------------------------------------------------------------------------------

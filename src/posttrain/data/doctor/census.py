@@ -16,7 +16,8 @@ from posttrain.data.columns import rename_columns
 from posttrain.data.doctor.content import RowReader
 from posttrain.data.doctor.findings import Finding, finding, rows, share
 from posttrain.data.pipeline import Pipeline
-from posttrain.data.report import REMARKS, Cases, DataReport, number
+from posttrain.data.ratings import ratings_of
+from posttrain.data.report import Cases, DataReport, number
 from posttrain.data.settings import DataSettings
 from posttrain.data.sources import Rows, read_rows
 from posttrain.data.tokens import is_tokenized
@@ -69,7 +70,7 @@ def in_tokens(
     `whole_answers`: they are pairs or ratings."""
     counting = _Counting(settings)
     report = _RowReport("data")
-    pipeline = Pipeline(tokenizer, as_trained(settings, "skip"), report, whole_answers)
+    pipeline = Pipeline(tokenizer, as_trained(settings, "skip"), report, whole_answers, is_read=True)
     problems: list[Finding] = []
     try:
         for source in sources:
@@ -151,6 +152,10 @@ REMARKED = {
     "special_in_text": "W-DATA-0126",
     "without_bos": "W-DATA-0127",
     "arguments_quoted": "W-DATA-0130",
+    "stops_in_answers": "W-DATA-0150",
+    "marks_in_text": "W-DATA-0151",
+    "flags_cut": "W-DATA-0154",
+    "unknown_arguments": "W-DATA-0159",
 }
 
 
@@ -160,7 +165,7 @@ def _remarks(report: DataReport) -> Iterator[Finding]:
         cases: Cases = getattr(report, name)
         if cases.count:
             sequences = f"{number(cases.count)} sequence{'' if cases.count == 1 else 's'}"
-            yield finding(code, cases.count, cases.first, f"{sequences}: these {REMARKS[name]}")
+            yield finding(code, cases.count, cases.first, f"{sequences}: these {report.remark(name)}")
     if report.written_as_text:
         tokens = ", ".join(report.written_as_text)
         sentence = f"the chat template writes {tokens}, which the tokenizer has not as tokens: they stay text"
@@ -215,7 +220,9 @@ def trained_rows(row: Row, reader: RowReader, origin: Origin) -> list[Row]:
     if is_tokenized(named):
         reader.read(row, origin)
         return [named]
-    example = reader.example(row, origin)
+    example, said = reader.trainable(row, origin)
+    if said.method == "rated":
+        (example,) = ratings_of(example)
     return [_row(example, completion) for completion in example.completions]
 
 

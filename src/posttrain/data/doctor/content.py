@@ -15,8 +15,10 @@ from posttrain.data.codes import SKIP, UNFORESEEN, Row, bad_row, broken_promise
 from posttrain.data.columns import read_columns, rename_columns
 from posttrain.data.conversation import SYSTEM, is_answered
 from posttrain.data.formats import all_formats, choose, detect, require
+from posttrain.data.oddities import oddities
 from posttrain.data.passed_over import NOTHING, PassedOver, of_tokens, passed_over
 from posttrain.data.places import half_a_character
+from posttrain.data.ratings import ratings_of
 from posttrain.data.render import Supervision
 from posttrain.data.settings import DataSettings
 from posttrain.data.tokens import COLUMNS, from_tokens, is_tokenized, not_heeded
@@ -37,7 +39,8 @@ class Said:
     """`prompt` and `answers` in canonical form, for comparing; `asked` (the last user turn) and `spoken` (the last turn
     of each answer) as written; `length` counts the characters of all texts. `rest` is what else makes a row another
     row: tools and template arguments, never a column of the user's own. `is_answered`: the assistant says something
-    that may be trained. `over` is what nothing is made of; `is_unrated`: there is a `label`, and it is null."""
+    that may be trained. `over` is what nothing is made of; `is_unrated`: there is a `label`, and it is null. `odd`
+    names what was perhaps not meant as it is read (oddities.py)."""
 
     format: str
     method: str
@@ -51,6 +54,7 @@ class Said:
     is_answered: bool = True
     over: PassedOver = NOTHING
     is_unrated: bool = False
+    odd: tuple[str, ...] = ()
 
 
 class RowReader:
@@ -80,11 +84,15 @@ class RowReader:
     def parsed(self, row: Row, origin: Origin) -> tuple[Example, Said]:
         """Both of a row that is not tokens."""
         try:
-            row = read_columns(row, self.names, origin)
+            given = rename_columns(row, self.names, origin)
+            row = read_columns(given, {}, origin)
             example, described = self._example(row, origin)
             what = said(example, described)
+            if what.method == "rated":
+                ratings_of(example)  # raises where there is no answer to rate
             what.over = passed_over(example, self.formats, OF_METHODS[what.method], self.format is not None)
             what.is_unrated = what.method == "sft" and "label" in row and row["label"] is None
+            what.odd = tuple(oddities(example, given, row))
             return example, what
         except UserError:
             raise

@@ -69,6 +69,22 @@ KINDS: dict[str, Kind] = {
     "W-DATA-0132": Kind(
         "warning", "several formats in one row", "--format NAME says which is meant; fine if it is the one read"
     ),
+    "W-DATA-0150": Kind("warning", "tokens of turns in an answer", "take them out of the text; " + SEE),
+    "W-DATA-0151": Kind("info", "marks of turns in the text", "take them out where they are not meant; " + SEE),
+    "W-DATA-0152": Kind("info", "messages as JSON in a text", "fine if all rows have it; lists need no quotes"),
+    "W-DATA-0153": Kind(
+        "warning",
+        "messages trained as text",
+        "write prompt and answers all as messages; fine if the model is to write JSON",
+    ),
+    "W-DATA-0154": Kind(
+        "warning", "tokens cut by a train flag", "let ranges hold whole words, each with the space before it; " + SEE
+    ),
+    "W-DATA-0155": Kind("warning", "others' words trained in a text", "make `messages` of them"),
+    "W-DATA-0156": Kind("info", "conversations in one text", "make `messages` of them, if the model is to chat"),
+    "W-DATA-0157": Kind("warning", "answers that repeat the prompt", "leave it out of the answers, or out of `prompt`"),
+    "W-DATA-0158": Kind("warning", "turns that say nothing", "leave such turns out, or drop the rows"),
+    "W-DATA-0159": Kind("warning", "arguments that the template does not know", "see how the template spells them"),
     "W-DATA-0135": Kind(
         "warning", "validation rows that go on from trained ones", "split anew with posttrain data split"
     ),

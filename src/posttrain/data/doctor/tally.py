@@ -26,6 +26,7 @@ from posttrain.data.doctor.content import (
 from posttrain.data.doctor.languages import language
 from posttrain.data.doctor.patterns import BIDI, CONTROL, is_refusal, personal_data, secrets
 from posttrain.data.doctor.settings import DoctorSettings
+from posttrain.data.oddities import CODES as ODDITIES
 from posttrain.data.passed_over import way_out
 from posttrain.data.report import Cases
 from posttrain.data.settings import DataSettings
@@ -251,6 +252,8 @@ class Counting:
             tally.mark("W-DATA-0131", origin, [(f"`{name}`", f"({way_out(name)})") for name in over.meant])
         if over.formats:
             tally.mark("W-DATA-0132", origin, [(name, "passed over") for name in over.formats])
+        for name in said.odd:
+            tally.mark(ODDITIES[name], origin)
         if said.is_unrated:
             tally.unrated.add(origin)
 

@@ -11,7 +11,7 @@ import difflib
 from typing import Protocol
 
 from posttrain.data.codes import SKIP, UNFORESEEN, Row, bad_row, excerpt
-from posttrain.data.formats import alpaca, messages, preference, prompt_completion, rated, sharegpt
+from posttrain.data.formats import alpaca, messages, preference, prompt_completion, rated, sharegpt, single
 from posttrain.data.formats.renaming import likely_names
 from posttrain.data.formats.text import TextFormat
 from posttrain.errors import ConfigError, DataError
@@ -86,6 +86,9 @@ def detect(row: Row, origin: Origin, known: dict[str, Format]) -> Format:
             raise _another_method(name, row, origin, known)
     _check_no_images(row, origin)
     found = next((fmt for fmt in known.values() if fmt.matches(row)), None)
+    is_text = isinstance(found, TextFormat)
+    if found is None or is_text:
+        single.check_not_single(row, origin, is_text)
     if found is None:
         if "rated" in known and "label" in row and any(fmt.matches(row) for fmt in rated.ANSWERS):
             rated.check_label(row, origin)

@@ -18,6 +18,8 @@ from posttrain.types import Example, Message, Origin
 
 SHAPE = "`conversations` with `from`, `value`"
 COLUMN = "conversations"
+KEYS, OTHER_KEYS = ("from", "value"), ("role", "content")
+"""What a turn has here, and in messages."""
 CALLS = ("function_call", "tool_call", "tool_calls")
 
 
@@ -57,12 +59,23 @@ def _append(messages: list[Message], turn: Any, field: str, row: Row, origin: Or
         what = "lacks `from` or a text in `value`"
         raise bad_row("E-DATA-0011", origin, what, field=field, seen=turn, row=row, hint=hint)
     role = map_role(turn["from"], f"{field}.from", row, origin, extra=CALLS)
-    extra = {key: value for key, value in turn.items() if key not in ("from", "value") and value is not None}
+    extra = {key: value for key, value in turn.items() if key not in (*KEYS, *OTHER_KEYS) and value is not None}
+    _check_not_said_twice(turn, role, field, row, origin)
     if role in CALLS:
         _join(messages, _calls(turn["value"], f"{field}.value", row, origin), extra, field, row, origin)
     else:
         message = with_calls({"role": role, "content": turn["value"], **extra}, field, row, origin)
         messages.append(normalise(message, field, row, origin))
+
+
+def _check_not_said_twice(turn: Mapping[str, Any], role: str, field: str, row: Row, origin: Origin) -> None:
+    """Raises DataError for `role` or `content` beside `from` and `value`, unless they say the same."""
+    for own, other, said in zip(KEYS, OTHER_KEYS, (role, turn["value"]), strict=True):
+        value = turn.get(other)
+        same = map_role(value, f"{field}.role", row, origin, extra=CALLS) if value and other == "role" else value
+        if value not in (None, "") and same != said:
+            what = f"stands beside `{own}`, which says something else"
+            raise bad_row("E-DATA-0011", origin, what, field=f"{field}.{other}", seen=value, row=row, hint="keep one")
 
 
 def _join(

@@ -116,19 +116,24 @@ def token_view(
     train_on: str = "assistant",
     origin: Origin | None = None,
     whole_answers: bool = False,
+    is_read: bool = False,
 ) -> RowView:
     """The tokens of `row`, as training with `settings` would have them. `train_on`: "assistant" (a conversation's
     assistant turns, else what follows the prompt), "completion" (what follows the prompt, else all), or "all".
-    `whole_answers`: the row is one answer of a pair, or a rated one.
+    `whole_answers`: the row is one answer of a pair, or a rated one. `is_read`: its columns were read (columns.py).
 
     Raises ConfigError for settings that do not fit; a DataError is part of what is returned."""
     settings, origin = settings or DataSettings(), origin or Origin("row", 0)
     report = DataReport(origin.source)
     try:
         wanted = replace(
-            settings, max_length=None, packing=False, on_bad_row="error", **_masks(row, settings, train_on, origin)
+            settings,
+            max_length=None,
+            packing=False,
+            on_bad_row="error",
+            **_masks(row, settings, train_on, origin, is_read),
         )
-        tokenized = Pipeline(tokenizer, wanted, report, whole_answers).one(row, origin)
+        tokenized = Pipeline(tokenizer, wanted, report, whole_answers, is_read).one(row, origin)
     except DataError as error:
         return RowView(str(origin), error=error)
     branch = tokenized.branches[0]
@@ -202,14 +207,14 @@ def _visible(character: str) -> str:
     return character
 
 
-def _masks(row: Row, settings: DataSettings, train_on: str, origin: Origin) -> dict[str, Any]:
+def _masks(row: Row, settings: DataSettings, train_on: str, origin: Origin, is_read: bool) -> dict[str, Any]:
     if train_on not in TRAIN_ON:
         raise ConfigError(f"train_on is {train_on!r}", hint=f"known: {', '.join(TRAIN_ON)}")
     if train_on == "all":
         return {"completion_only": False, "assistant_only": False}
     if train_on == "completion" or is_tokenized(row) or settings.formatting_func is not None:
         return {"assistant_only": False}
-    table, row = formats(settings.text_field), read_columns(row, settings.column_map, origin)
+    table, row = formats(settings.text_field), row if is_read else read_columns(row, settings.column_map, origin)
     example = (choose(settings.format, table) or detect(row, origin, table)).parse(row, origin)
     return {"assistant_only": example.is_conversational and example.prompt is None}
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from posttrain.data.codes import UNFORESEEN, Row, broken_promise
 from posttrain.data.columns import read_columns
 from posttrain.data.formats import Format, all_formats, choose, detect, preference, rated, require
+from posttrain.data.ratings import ratings_of
 from posttrain.data.settings import DataSettings
 from posttrain.data.tokens import is_tokenized
 from posttrain.data.view import PairView, RowView, View, token_view
@@ -33,19 +34,22 @@ def any_view(
     if settings.formatting_func is not None or is_tokenized(row):
         return token_view(row, tokenizer, settings, train_on, origin)
     try:
-        row = read_columns(row, settings.column_map, origin)
-        settings = replace(settings, column_map={})
+        given, row = row, read_columns(row, settings.column_map, origin)
         table = all_formats(settings.text_field)
         found = choose(settings.format, table) or detect(row, origin, table)
         if found not in (preference, rated):
-            return token_view(row, tokenizer, settings, train_on, origin)
+            return token_view(given, tokenizer, settings, train_on, origin)
         require(found, settings.format, row, origin)
         example = _parsed(found, row, origin)
+        if found is rated:  # by its last turn
+            (example,) = ratings_of(example)
     except DataError as error:
         return RowView(str(origin), error=error)
-    settings = replace(settings, format="auto", text_field="text")  # the parts of an example have usual names
+    settings = replace(
+        settings, format="auto", text_field="text", column_map={}
+    )  # the parts of an example have usual names
     sides = [
-        token_view(_as_row(example, answer), tokenizer, settings, train_on, origin, whole_answers=True)
+        token_view(_as_row(example, answer), tokenizer, settings, train_on, origin, whole_answers=True, is_read=True)
         for answer in example.completions
     ]
     if failed := next((side for side in sides if side.error is not None), None):

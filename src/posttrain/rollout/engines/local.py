@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -216,7 +215,9 @@ class _Flight:
     def _logits(self, hidden_BD: torch.Tensor) -> torch.Tensor:
         """`(B, V)`, before the temperature."""
         head = self.engine.policy.base.get_output_embeddings()
-        logits_BV = torch.nn.functional.linear(hidden_BD, head.weight) if self.lean is None else self.lean.head(hidden_BD)
+        logits_BV = (
+            torch.nn.functional.linear(hidden_BD, head.weight) if self.lean is None else self.lean.head(hidden_BD)
+        )
         shape, bias = replace(self.engine.policy.shape, temperature=1.0), getattr(head, "bias", None)
         if shape != HeadShape() or (self.lean is None and bias is not None):
             logits_BV = logits_BV.float()
