@@ -23,6 +23,7 @@ class GRPOConfig(OnlineConfig):
         "importance_sampling_level": ("token", "sequence"),
         "scale_rewards": SCALES,
         "multi_objective_aggregation": AGGREGATIONS,
+        "dynamic_sampling": ("none", "skip", "replace"),
     }
     NOT_HONOURED: ClassVar[tuple[str, ...]] = (
         *OnlineConfig.NOT_HONOURED, "cast_lm_head_to_fp32", "max_tool_calling_iterations", "use_adaptive_entropy",
@@ -60,8 +61,8 @@ class GRPOConfig(OnlineConfig):
     max_tool_calling_iterations: int | None = field(default=None, metadata={"help": "Not honoured yet."})
     dynamic_sampling: str = field(
         default="none",
-        metadata={"help": "DAPO: groups whose rewards do not differ are kept ('none') or replaced by other prompts' "
-                  "('replace')."},
+        metadata={"help": "DAPO: groups whose rewards do not differ count in the mean ('none'), are left out of it "
+                  "('skip'), or are replaced by groups of other prompts ('replace')."},
     )  # fmt: skip
     max_resampling_rounds: int = field(
         default=3, metadata={"help": "With dynamic_sampling='replace': how often groups are replaced before giving up."}
@@ -73,8 +74,6 @@ class GRPOConfig(OnlineConfig):
 
     def _check_choices(self) -> None:
         super()._check_choices()
-        if self.dynamic_sampling not in ("none", "replace"):
-            raise ConfigError(f"dynamic_sampling={self.dynamic_sampling!r} is unknown", hint="'none' or 'replace'")
         if self.max_resampling_rounds < 1:
             raise ConfigError(f"max_resampling_rounds={self.max_resampling_rounds} must be at least 1")
         self.objective()

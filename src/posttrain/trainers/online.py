@@ -33,7 +33,7 @@ from posttrain.rollout.log import SamplesLog
 from posttrain.rollout.order import Rounds
 from posttrain.rollout.samplers import EngineSampler, FunctionSampler
 from posttrain.rollout.scoring import Judge
-from posttrain.rollout.source import Learning, RolloutSource
+from posttrain.rollout.source import Learning, Resampling, RolloutSource
 from posttrain.run import Run
 from posttrain.session import Session
 from posttrain.trainers.answers import Follow
@@ -62,6 +62,10 @@ class OnlineTrainer(PackedTrainer):
 
     def learning(self) -> Learning:
         raise NotImplementedError
+
+    def resampling(self) -> Resampling:
+        """What becomes of groups without signal."""
+        return Resampling()
 
     # --- opening ------------------------------------------------------------------------------------------------------
 
@@ -206,6 +210,7 @@ class _Rollouts:
             needs_old=logps_first or not rounds.is_on_policy,
             needs_reference=bool(args.beta),
             logps_first=logps_first,
+            resampling=trainer.resampling() if count == args.num_generations else Resampling(),
         )
 
     @property
@@ -270,7 +275,7 @@ class _Rollouts:
             return None
 
 
-def _not_open(places: Sequence[int], count: int, round_: int, stopped: Callable[[], bool]) -> list[Rollout]:
+def _not_open(places: Sequence[int], count: int, key: int, stopped: Callable[[], bool]) -> list[Rollout]:
     raise AssertionError("nothing can be sampled before the session is open")
 
 
