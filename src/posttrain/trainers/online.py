@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,11 +23,13 @@ from posttrain.data.templates import find_template
 from posttrain.errors import ConfigError, Stopped
 from posttrain.evaluate.generation import stop_ids
 from posttrain.models.forward import Policy
+from posttrain.models.weights import save_weights
 from posttrain.objectives.base import Objective
 from posttrain.planner import Workload
 from posttrain.reference import Reference, ReferenceModel
 from posttrain.rollout.advantages import Advantages
 from posttrain.rollout.engines.local import LocalEngine
+from posttrain.rollout.engines.vllm import VllmEngine
 from posttrain.rollout.evaluation import evaluate_rollouts
 from posttrain.rollout.generation import Rollout
 from posttrain.rollout.log import SamplesLog
@@ -190,7 +193,7 @@ class _Rollouts:
     def __init__(self, trainer: OnlineTrainer, prompts: list[Prompt], rounds: Rounds, rollout_func: Any):
         self.trainer, self.prompts, self.rounds, self.rollout_func = trainer, prompts, rounds, rollout_func
         self.log = SamplesLog(trainer.args.output_dir or ".", prompts)
-        self.engine: LocalEngine | None = None
+        self.engine: LocalEngine | VllmEngine | None = None
         self.source = self._source(prompts, rounds, trainer.args.num_generations or 1)
         self.source.log = self.log
 
@@ -207,7 +210,7 @@ class _Rollouts:
             advantages=lambda rewards_NF, rollouts: trainer.advantages(rewards_NF, rollouts, count),
             learning=learning,
             token_budget=args.token_budget or 0,
-            needs_old=logps_first or not rounds.is_on_policy,
+            needs_old=logps_first or not rounds.is_on_policy or args.use_vllm,
             needs_reference=bool(args.beta),
             logps_first=logps_first,
             resampling=trainer.resampling() if count == args.num_generations else Resampling(),
@@ -238,7 +241,10 @@ class _Rollouts:
     def open(self, session: Session, reference: Reference | None, stopped: Callable[[], bool]) -> None:
         args, source = self.trainer.args, self.source
         ends = stop_ids(session.policy.base, self.trainer._tokenizer)
-        self.engine = LocalEngine(session.policy, ends, self._decode, args.max_sampling_rows)
+        if args.use_vllm:
+            self.engine = self._server(session)
+        else:
+            self.engine = LocalEngine(session.policy, ends, self._decode, args.max_sampling_rows)
         source.sample = self._sampler(self.prompts, ends)
         source.ask_policy, source.ask_reference = _asked(session.policy), reference
         source.packing = self.trainer.run._packing(session)
@@ -251,6 +257,24 @@ class _Rollouts:
             return FunctionSampler(self.rollout_func, self.trainer, prompts, end_ids)
         assert self.engine is not None
         return EngineSampler(self.engine, prompts, self.trainer.args.sampling())
+
+    def _server(self, session: Session) -> VllmEngine:
+        """One for all sessions, which gets the adapter of the present one."""
+        args, model = self.trainer.args, self.trainer._model
+        if not isinstance(model, PeftModel):
+            raise ConfigError("use_vllm=True is honoured with an adapter only: other weights are not sent there",
+                              hint="give peft_config, or leave use_vllm out")  # fmt: skip
+
+        def save(into: Path) -> None:
+            with session.precision.exported():
+                save_weights(model, into)
+
+        if isinstance(self.engine, VllmEngine):
+            self.engine.save_adapter = save
+            return self.engine
+        url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
+        name = args.vllm_server_model or model.get_base_model().config._name_or_path
+        return VllmEngine(url, name, args.vllm_server_timeout, save, Path(args.output_dir or ".") / "vllm")
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.trainer._tokenizer.decode(ids, skip_special_tokens=True))
