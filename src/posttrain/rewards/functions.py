@@ -27,6 +27,8 @@ from posttrain.types import Content
 RewardFunction = Callable[..., Any]
 DEADLINE = 300.0
 """Seconds that a function may take over the completions of a step."""
+EVERY = 0.5
+"""Processor seconds between two looks at the clock, once a function has used as many as it may take."""
 
 
 class RewardError(UserError):
@@ -207,17 +209,25 @@ class Overdue(BaseException):
 @contextmanager
 def deadline(seconds: float) -> Iterator[None]:
     """Raise Overdue in what runs inside after so many seconds. In the main thread alone: others cannot be interrupted.
-    Not SIGALRM, which math-verify and others use for limits of their own."""
+    Not SIGALRM, which math-verify and others use for limits of their own.
+
+    Two signals: what waits is reached by a thread's, what computes without letting another thread run (a regular
+    expression on hostile text) by the kernel's timer of processor time."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "pthread_kill"):
         yield
         return
-    main = threading.get_ident()
+    main, until = threading.get_ident(), time.monotonic() + seconds
     is_over = False
 
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        if not is_over:
+    def stop(number: int, _frame: FrameType | None) -> None:
+        if not is_over and (number == signal.SIGUSR2 or time.monotonic() >= until):
             raise Overdue
 
+    profiler, timed = signal.getsignal(signal.SIGPROF), signal.getitimer(signal.ITIMER_PROF)
+    is_profiled = profiler not in (signal.SIG_DFL, signal.SIG_IGN) or timed[0] > 0  # someone else's
+    if not is_profiled:
+        signal.signal(signal.SIGPROF, stop)
+        signal.setitimer(signal.ITIMER_PROF, seconds, EVERY)
     previous = signal.signal(signal.SIGUSR2, stop)
     is_free = previous in (signal.SIG_DFL, None)  # then `stop` stays: a signal that comes too late must not end us
     timer = threading.Timer(seconds, lambda: None if is_over else signal.pthread_kill(main, signal.SIGUSR2))
@@ -228,5 +238,8 @@ def deadline(seconds: float) -> Iterator[None]:
     finally:
         is_over = True
         timer.cancel()
+        if not is_profiled:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            signal.signal(signal.SIGPROF, signal.SIG_IGN)  # one that comes too late must not end us
         if not is_free:
             signal.signal(signal.SIGUSR2, previous)
