@@ -10,6 +10,7 @@ import asyncio
 import functools
 import inspect
 import math
+import os
 import signal
 import threading
 import time
@@ -83,7 +84,7 @@ class Rewards:
         return values_NF
 
     def _called(self, name: str, asked: Completions) -> Any:
-        started = time.monotonic()
+        started, owner = time.monotonic(), os.getpid()
         try:
             with deadline(self.deadline):
                 return self.functions[name](**self._arguments(asked))
@@ -94,6 +95,8 @@ class Rewards:
         except Exception as error:
             raise self._failed(name, error) from error
         finally:
+            if os.getpid() != owner:  # the function has forked, and this is the child: it must not train as well
+                os._exit(1)
             self.seconds[name] = time.monotonic() - started
 
     def _together(self, names: Mapping[int, str], asked: Completions) -> dict[int, Any]:
@@ -115,7 +118,13 @@ class Rewards:
         async def every() -> list[Any]:
             return await asyncio.gather(*(one(name) for name in names.values()))
 
-        return dict(zip(names, in_a_loop(every), strict=True))
+        for name in names.values():
+            self.seconds.pop(name, None)
+        try:
+            with deadline(self.deadline + 1):  # one that waits without letting the others run
+                return dict(zip(names, in_a_loop(every), strict=True))
+        except Overdue:
+            raise self._late(" or ".join(one for one in names.values() if one not in self.seconds)) from None
 
     def _arguments(self, asked: Completions) -> dict[str, Any]:
         own = {"prompts": list(asked.prompts), "completions": list(asked.contents), "completion_ids": list(asked.ids)}

@@ -15,9 +15,6 @@ from posttrain.rewards.functions import RewardFunction
 def exact(column: str | None = None, tag: str | None = None, ignore_case: bool = False) -> RewardFunction:
     """1.0 or 0.0. `column` has the right answers (default: ground_truth, answer or solution); with `tag` only what
     stands in the last `<tag>...</tag>` is compared; blanks within a line are one blank."""
-    pattern = (
-        re.compile(f"<{re.escape(tag)}>((?:(?!<{re.escape(tag)}>).)*?)</{re.escape(tag)}>", re.DOTALL) if tag else None
-    )
 
     def judge(text: str, gold: Any) -> float:
         if tag is not None:

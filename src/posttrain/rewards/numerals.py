@@ -6,7 +6,8 @@ nothing. Read are thousands separators (1,234 and 1'234 and thin blanks), decima
 1 1/2), percent (5% is 5, and 0.05), money and units around it, minus signs, and powers of ten (1.5e3, 1.5 × 10^3).
 Numbers are compared exactly, as fractions.
 
-Left out: decimal commas, number words, roots and functions (`math_answer` reads them), and numbers of more than 300 digits, which are no one's answer.
+Left out: decimal commas, number words, roots and functions (`math_answer` reads them), and numbers of more than 300
+digits, which are no one's answer.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def _opened(one: Any, tokenizer: Any) -> Callable[..., Any]:
     if isinstance(one, str):
         if one in LIBRARY:
             return LIBRARY[one]
-        return _named(one) if ":" in one else load_reward_model(one, tokenizer)
+        return named_reward(one) if ":" in one else load_reward_model(one, tokenizer)
     if isinstance(one, nn.Module):
         return RewardModel.of(one, tokenizer)
     if not callable(one):
@@ -51,7 +51,7 @@ def _opened(one: Any, tokenizer: Any) -> Callable[..., Any]:
     return one
 
 
-def _named(name: str) -> Callable[..., Any]:
+def named_reward(name: str) -> Callable[..., Any]:
     """`package.module:function`."""
     module, _, attribute = name.partition(":")
     try:
