@@ -76,7 +76,8 @@ def _say(name: str, report: Report, quiet: bool) -> None:
         print(f"! {warning}", file=sys.stderr)
     for error in report.errors:
         print(f"✘ {error}", file=sys.stderr)
-    print(f"✔ passed   {name}" if report.passed else f"✘ failed   {name}: {len(report.errors)} reasons above")
+    reasons = "the reason" if len(report.errors) == 1 else f"the {len(report.errors)} reasons"
+    print(f"✔ passed   {name}" if report.passed else f"✘ failed   {name}, for {reasons} above")
 
 
 def _values(trial: Any) -> str:

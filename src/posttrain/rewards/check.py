@@ -245,11 +245,11 @@ class Tester:
     # --- what is no answer --------------------------------------------------------------------------------------------
 
     def empty(self) -> None:
-        trial = self.keep(self.ask("empty", [""], [0]))
+        trial = self.keep(self._asked_of_some("empty", ""))
         self._must_be_worth_less(trial, self.report.errors)
 
     def huge(self, characters: int = HUGE) -> None:
-        trial = self.keep(self.ask("huge", [("wait, let me think. " * (characters // 20 + 1))[:characters]], [0]))
+        trial = self.keep(self._asked_of_some("huge", ("wait, let me think. " * (characters // 20 + 1))[:characters]))
         self._must_be_worth_less(trial, self.report.warnings)
 
     def everything(self) -> None:
@@ -259,13 +259,21 @@ class Tester:
             return
         form = self.material.form or FORMS[found.form]
         said = " ".join(dict.fromkeys(_in_form(form, text) for _, text, _ in pairs))
-        self._must_be_worth_less(
-            self.keep(self.ask("every answer at once", [said] * 3, [0, len(pairs) // 2, 0])), self.report.warnings
-        )
+        rows = self._some([row for row, _, _ in pairs])
+        trial = self.keep(self.ask("every answer at once", [said] * len(rows), rows))
+        self._must_be_worth_less(trial, self.report.warnings)
 
     def hostile(self) -> None:
         for name, text in hostile():
-            self._must_be_worth_less(self.keep(self.ask(name, [text], [0])), self.report.warnings)
+            self._must_be_worth_less(self.keep(self._asked_of_some(name, text)), self.report.warnings)
+
+    def _asked_of_some(self, name: str, text: str) -> Trial:
+        """The same of several rows: by accident it may be right of one."""
+        rows = self._some(range(len(self.material.prompts)))
+        return self.ask(name, [text] * len(rows), rows)
+
+    def _some(self, rows: Sequence[int]) -> list[int]:
+        return sorted({rows[0], rows[len(rows) // 2], rows[-1]})
 
     def _must_be_worth_less(self, trial: Trial, findings: list[str]) -> None:
         found = self.report.separation

@@ -40,7 +40,7 @@ def code(
     you can. Raises ConfigError where there is no sandbox and this was not said."""
     if not (seconds > 0 and megabytes >= 64):
         raise ConfigError(
-            f"code(seconds={seconds}, megabytes={megabytes}): seconds must be above 0, megabytes at least 64"
+            f"code(seconds={seconds}, megabytes={megabytes}): seconds must be above 0, megabytes 64 or more"
         )
     limits = Limits(seconds, megabytes)
 

@@ -150,6 +150,9 @@ def main() -> None:
     set_limits(given["seconds"], given["megabytes"])
     os.set_inheritable(verdicts.writer.fileno(), False)
     try:
+        if channel.receive() != "ready":
+            raise Broken
+        verdicts.send({"word": given["word"], "began": True})
         began = channel.receive()
         if not isinstance(began, dict) or "error" in began:
             said = began if isinstance(began, dict) else {}

@@ -81,6 +81,7 @@ def main() -> None:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    channel.send("ready")  # from here on the clock runs
     sys.modules["program"] = module
     host.keep(module)
     try:

@@ -64,7 +64,7 @@ def examine(text: str, tests: Sequence[str], limits: Limits, is_shut_in: bool = 
             return Verdict(0, len(tests), "the sandbox did not start")
         for pipe in (to_tests, to_program):
             pipe.close_writer()
-        return _verdict(_read(verdict.reader, until), word, len(tests), time.monotonic() >= until)
+        return _verdict(*_read(verdict.reader, until, limits.seconds), word, len(tests))
 
 
 class _Pipe:
@@ -138,23 +138,28 @@ def _sent(writer: int, message: dict[str, Any], until: float) -> bool:
     return True
 
 
-def _read(reader: int, until: float) -> bytes:
-    """Until all who write are gone, or the time is over."""
-    said = b""
+def _read(reader: int, until: float, seconds: float) -> tuple[bytes, bool]:
+    """What is said until all who could are gone, and whether the time was over first. The first line tells that the
+    program begins, and its seconds with it."""
+    said, has_begun = b"", False
     while len(said) < VERDICT:
         ready, _, _ = select.select([reader], [], [], max(0.0, until - time.monotonic()))
-        piece = os.read(reader, 65536) if ready else b""
+        if not ready:
+            return said, True
+        piece = os.read(reader, 65536)
         if not piece:
             break
         said += piece
-    return said
+        if b"\n" in said and not has_begun:
+            has_begun, until = True, time.monotonic() + seconds
+    return said, False
 
 
-def _verdict(said: bytes, word: str, of: int, is_late: bool) -> Verdict:
+def _verdict(said: bytes, is_late: bool, word: str, of: int) -> Verdict:
     """The line that has our word."""
     for line in said.splitlines():
         with suppress(ValueError, RecursionError):
             found = json.loads(line)
-            if isinstance(found, dict) and secrets.compare_digest(str(found.get("word")), word):
+            if isinstance(found, dict) and "passed" in found and secrets.compare_digest(str(found.get("word")), word):
                 return Verdict(int(found["passed"]), of, found.get("why"))
     return Verdict(0, of, "it took too long" if is_late else "it ended without a verdict")
