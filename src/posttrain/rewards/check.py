@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from posttrain.rewards.answers import COLUMNS, as_text, gold_column, marked_answer
-from posttrain.rewards.functions import Completions, RewardError, Rewards
+from posttrain.rewards.functions import LATE, Completions, RewardError, Rewards
 from posttrain.types import Content
 
 FORMS = {
@@ -31,6 +31,8 @@ FORMS = {
 HUGE = 200_000
 SHORT_ROWS = 8
 GOOD, POOR_SIGNAL = 0.9, 0.2
+PATIENCE = 2
+"""Calls that may be late before the others are not tried any more."""
 SLOW = 1.0
 """Seconds for a completion."""
 
@@ -139,10 +141,11 @@ class Report:
 
 
 @dataclass
-class Tester:
+class TryOut:
     rewards: Rewards
     material: Material
     report: Report = field(default_factory=Report)
+    late: int = 0
 
     def ask(self, name: str, texts: Sequence[str], rows: Sequence[int]) -> Trial:
         """What completions `texts` of `rows` are worth."""
@@ -150,6 +153,7 @@ class Tester:
         try:
             values_NF = self.rewards(self._completions(texts, rows))
         except RewardError as error:
+            self.late += error.code == LATE
             return Trial(name, time.monotonic() - started, error=error.message)
         seconds = time.monotonic() - started
         total_N = np.nansum(values_NF * np.array(self.rewards.weights), axis=1)
@@ -190,14 +194,13 @@ class Tester:
             forms = {"as asked": self.material.form}
         best: tuple[Separation, list[Trial]] | None = None
         for name, form in forms.items():
-            trials = [
-                self.ask(f"{kind} answers {name}", [_in_form(form, gold) for gold in golds], rows)
-                for kind, golds in (("right", right), ("wrong", wrong))
-            ]
-            if any(trial.error is not None for trial in trials):
-                for trial in trials:
+            trials = []
+            for kind, golds in (("right", right), ("wrong", wrong)):
+                trial = self.ask(f"{kind} answers {name}", [_in_form(form, gold) for gold in golds], rows)
+                if trial.error is not None:
                     self.keep(trial)
-                return
+                    return
+                trials.append(trial)
             found = _separation(name, *trials)
             if best is None or (found.share, found.right - found.wrong) > (
                 best[0].share,
@@ -265,6 +268,8 @@ class Tester:
 
     def hostile(self) -> None:
         for name, text in hostile():
+            if self.late >= PATIENCE:
+                return
             self._must_be_worth_less(self.keep(self._asked_of_some(name, text)), self.report.warnings)
 
     def _asked_of_some(self, name: str, text: str) -> Trial:
@@ -322,20 +327,21 @@ def _separation(form: str, right: Trial, wrong: Trial) -> Separation:
     return Separation(form, len(pairs), won / len(pairs) if pairs else 0.5, right.mean, wrong.mean)
 
 
-def try_reward(rewards: Rewards, material: Material, wants_gold: bool = True) -> Tester:
+def try_reward(rewards: Rewards, material: Material, wants_gold: bool = True) -> TryOut:
     """Everything but samples of a model."""
-    tester = Tester(rewards, material)
-    tester.separate()
-    tester.judge_separation()
+    tryout = TryOut(rewards, material)
+    tryout.separate()
+    tryout.judge_separation()
     if material.gold is None and wants_gold:
         looked = ", ".join((*COLUMNS, "completion"))
-        tester.report.warnings.append(f"no column of right answers ({looked}): whether it tells right from wrong was "
+        tryout.report.warnings.append(f"no column of right answers ({looked}): whether it tells right from wrong was "
                                       "not tried")  # fmt: skip
-    tester.empty()
-    tester.huge()
-    tester.everything()
-    tester.hostile()
-    return tester
+    for part in (tryout.empty, tryout.huge, tryout.everything, tryout.hostile):
+        if tryout.late < PATIENCE:
+            part()
+    if tryout.late >= PATIENCE:
+        tryout.report.errors.append(f"it was late {tryout.late} times; the rest was not tried")
+    return tryout
 
 
 def before_training(rewards: Rewards, material: Material, longest: int) -> list[str]:
@@ -348,13 +354,13 @@ def before_training(rewards: Rewards, material: Material, longest: int) -> list[
         columns={name: [values[row] for row in rows] for name, values in material.columns.items()},
         gold=None if material.gold is None else [material.gold[row] for row in rows],
     )
-    tester = Tester(rewards, few)
-    tester.separate()
-    tester.empty()
-    tester.huge(4 * longest)
-    if tester.report.errors and any(trial.error for trial in tester.report.trials):
-        raise RewardError(f"tried before training, {tester.report.errors[0]}", code="E-REWARD-0003",
+    tryout = TryOut(rewards, few)
+    for part in (tryout.separate, tryout.empty, lambda: tryout.huge(4 * longest)):
+        part()
+        if not any(trial.error for trial in tryout.report.trials):
+            continue
+        raise RewardError(f"tried before training, {tryout.report.errors[-1]}", code="E-REWARD-0003",
                           hint="try it by itself: posttrain reward test FILE.py --data DATA; reward_check=False trains "
                                "without trying")  # fmt: skip
-    tester.judge_separation()
-    return tester.report.errors + tester.report.warnings
+    tryout.judge_separation()
+    return tryout.report.errors + tryout.report.warnings

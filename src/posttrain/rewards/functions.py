@@ -32,6 +32,10 @@ EVERY = 0.5
 """Processor seconds between two looks at the clock, once a function has used as many as it may take."""
 
 
+LATE = "E-REWARD-0002"
+"""The code of a function that does not answer in time."""
+
+
 class RewardError(UserError):
     """A reward function that failed, or gave what is no reward."""
 
@@ -105,7 +109,9 @@ class Rewards:
         async def one(name: str) -> Any:
             started = time.monotonic()
             try:
-                return await asyncio.wait_for(self.functions[name](**self._arguments(asked)), self.deadline)
+                given = await asyncio.wait_for(self.functions[name](**self._arguments(asked)), self.deadline)
+                waiting.discard(name)
+                return given
             except TimeoutError:
                 raise self._late(name) from None
             except UserError:
@@ -118,13 +124,12 @@ class Rewards:
         async def every() -> list[Any]:
             return await asyncio.gather(*(one(name) for name in names.values()))
 
-        for name in names.values():
-            self.seconds.pop(name, None)
+        waiting = set(names.values())
         try:
             with deadline(self.deadline + 1):  # one that waits without letting the others run
                 return dict(zip(names, in_a_loop(every), strict=True))
         except Overdue:
-            raise self._late(" or ".join(one for one in names.values() if one not in self.seconds)) from None
+            raise self._late(" or ".join(sorted(waiting))) from None
 
     def _arguments(self, asked: Completions) -> dict[str, Any]:
         own = {"prompts": list(asked.prompts), "completions": list(asked.contents), "completion_ids": list(asked.ids)}
@@ -132,7 +137,7 @@ class Rewards:
 
     def _late(self, name: str) -> RewardError:
         return RewardError(f"reward function {name!r} has not answered within {self.deadline:g} s",
-                           code="E-REWARD-0002",
+                           code=LATE,
                            hint="give it a limit of its own, or raise reward_timeout")  # fmt: skip
 
     def _failed(self, name: str, error: Exception) -> RewardError:

@@ -20,7 +20,7 @@ from posttrain.data.prompts import Prompt, PromptSettings, read_prompts
 from posttrain.data.sources import read_rows
 from posttrain.errors import ConfigError, DataError
 from posttrain.rewards import LIBRARY
-from posttrain.rewards.check import Material, Report, Tester, try_reward
+from posttrain.rewards.check import Material, Report, TryOut, try_reward
 from posttrain.rewards.functions import Rewards, name_of
 from posttrain.trainers.rewards import named_reward
 
@@ -58,12 +58,12 @@ def try_on_data(
     rewards = Rewards({name: found}, [1.0], deadline=timeout, extra=extra)
     printed = _Counter()
     with contextlib.redirect_stdout(printed):
-        tester = try_reward(rewards, material, wants_gold=gold != "none")
+        tryout = try_reward(rewards, material, wants_gold=gold != "none")
         if samples is not None:
-            _sample(tester, samples, data, parse_names(renamed))
+            _sample(tryout, samples, data, parse_names(renamed))
     if printed.count:
-        tester.report.warnings.append(f"it prints: {printed.count} characters in {len(tester.report.trials)} calls")
-    return name, tester.report
+        tryout.report.warnings.append(f"it prints: {printed.count} characters in {len(tryout.report.trials)} calls")
+    return name, tryout.report
 
 
 def find_reward(reward: str, function: str | None) -> Callable[..., Any]:
@@ -127,7 +127,7 @@ def _material(data: str, names: dict[str, str], most: int, gold: str | None) -> 
     return Material.of(prompts, columns, gold)
 
 
-def _sample(tester: Tester, samples: Samples, data: str, names: dict[str, str]) -> None:
+def _sample(tryout: TryOut, samples: Samples, data: str, names: dict[str, str]) -> None:
     """Completions of the model as it is, judged in groups."""
     from transformers import TrainingArguments
 
@@ -139,7 +139,7 @@ def _sample(tester: Tester, samples: Samples, data: str, names: dict[str, str]) 
     from posttrain.session import Session
 
     tokenizer, model = load_tokenizer(samples.model, {}), load_model(samples.model, {}, dtype="float32")
-    prompts = _first_prompts(data, tokenizer, names, samples.prompts, len(tester.material.prompts))
+    prompts = _first_prompts(data, tokenizer, names, samples.prompts, len(tryout.material.prompts))
     args = TrainingArguments("unused", report_to="none", bf16=False)
     session = Session.open(model, args)
     try:
@@ -152,7 +152,7 @@ def _sample(tester: Tester, samples: Samples, data: str, names: dict[str, str]) 
         session.close()
     texts = [str(tokenizer.decode(one.ids, skip_special_tokens=True)) for group in made for one in group]
     rows = [row for row in range(len(prompts)) for _ in range(samples.count)]
-    tester.groups(texts, rows, samples.count)
+    tryout.groups(texts, rows, samples.count)
 
 
 def _first_prompts(data: str, tokenizer: Any, names: dict[str, str], count: int, known: int) -> list[Prompt]:

@@ -24,7 +24,8 @@ RIGHT: dict[str, tuple[str, list[str]]] = {
     "plain values of every kind": (
         "def same(x): return x",
         [
-            "for x in (None, True, -7, 10**5000, 1.5, float('inf'), 'é\\n', b'\\x00', 2j, (1, [2]), {1, 2}, {(1,): {'a': ()}}):\n"
+            "for x in (None, True, -7, 10**5000, 1.5, float('inf'), 'é\\n', b'\\x00', 2j, (1, [2]), {1, 2},\n"
+            "          {(1,): {'a': ()}}):\n"
             "    assert same(x) == x and type(same(x)) is type(x)",
             "assert same(frozenset([1])) == frozenset([1])",
             "import math\nassert math.isnan(same(float('nan')))",
@@ -52,7 +53,9 @@ RIGHT: dict[str, tuple[str, list[str]]] = {
         ["a = [3, 1, 2]\nassert sort(a) is None\nassert a == [1, 2, 3]", "d = {}\nput(d)\nassert d == {'k': 1}"],
     ),
     "functions that come back": ("def adder(n): return lambda x: x + n", ["assert adder(2)(3) == 5"]),
-    "a module that the tests do not import": ("import math\ndef f(): return 0.1 + 0.2", ["assert math.isclose(f(), 0.3)"]),
+    "a module that the tests do not import": (
+        "import math\ndef f(): return 0.1 + 0.2", ["assert math.isclose(f(), 0.3)"]
+    ),
     "names of one test in the next": ("def f(): return 1", ["def check(g): assert g() == 1", "check(f)"]),
     "it prints": ("def f():\n    print('x' * 10**6)\n    return input if False else 1", ["assert f() == 1"]),
     "Unicode": ("def größe(): return '𝔘'", ["assert größe() == '𝔘'"]),
