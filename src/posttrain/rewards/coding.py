@@ -18,16 +18,18 @@ import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 from posttrain.errors import ConfigError
-from posttrain.rewards.functions import RewardFunction, text_of
-from posttrain.rewards.sandbox.run import Limits, examine
+from posttrain.rewards.functions import RewardError, RewardFunction, text_of
+from posttrain.rewards.sandbox.run import Limits, NotStarted, Verdict, examine
 from posttrain.rewards.sandbox.walls import require
 from posttrain.types import Content
 
 BLOCK = re.compile(r"```[ \t]*(?:python|py|python3)?[ \t]*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL | re.IGNORECASE)
 LONGEST = 1_000_000
+ATTEMPTS = 3
 
 
 def code(
@@ -59,13 +61,22 @@ def code(
                 return None
             if len(texts[number]) > LONGEST:
                 return 0.0
-            verdict = examine(program_of(texts[number]), tests[number], limits, not i_accept_unsandboxed_code)
+            verdict = _examined(program_of(texts[number]), tests[number], limits, not i_accept_unsandboxed_code)
             return float(verdict.passed == verdict.of)
 
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as several:
             return list(several.map(judged, range(len(texts))))
 
     return code_tests
+
+
+def _examined(text: str, tests: list[str], limits: Limits, is_shut_in: bool) -> Verdict:
+    """Raises RewardError where the sandbox does not start, which must not look like a wrong program."""
+    for _ in range(ATTEMPTS):
+        with suppress(NotStarted):
+            return examine(text, tests, limits, is_shut_in)
+    raise RewardError(f"code_tests: the sandbox did not start, {ATTEMPTS} times in a row", code="E-REWARD-0005",
+                      hint="is bubblewrap (bwrap) still there, and the machine not too busy?")  # fmt: skip
 
 
 def program_of(text: str) -> str:

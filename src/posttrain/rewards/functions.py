@@ -241,6 +241,7 @@ def deadline(seconds: float) -> Iterator[None]:
     is_profiled = profiler not in (signal.SIG_DFL, signal.SIG_IGN) or timed[0] > 0  # someone else's
     if not is_profiled:
         signal.signal(signal.SIGPROF, stop)
+        signal.siginterrupt(signal.SIGPROF, False)
         signal.setitimer(signal.ITIMER_PROF, seconds, EVERY)
     previous = signal.signal(signal.SIGUSR2, stop)
     is_free = previous in (signal.SIG_DFL, None)  # then `stop` stays: a signal that comes too late must not end us

@@ -11,6 +11,7 @@ import pytest
 from posttrain import ConfigError
 from posttrain.rewards import code, code_tests
 from posttrain.rewards.coding import program_of
+from posttrain.rewards.functions import RewardError
 from posttrain.rewards.sandbox import walls
 from posttrain.rewards.sandbox.run import Limits, Verdict, examine
 
@@ -161,6 +162,16 @@ def test_a_bubblewrap_that_shuts_nothing_in(monkeypatch: pytest.MonkeyPatch, tmp
 def test_what_is_no_test(columns: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         code(i_accept_unsandboxed_code=True)(completions=["x"], **columns)
+
+
+@needs_sandbox
+def test_a_sandbox_that_is_gone_is_no_wrong_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert code_tests(completions=["f = 1"], tests=["assert f == 1"]) == [1.0]
+    monkeypatch.setattr(walls.shutil, "which", lambda name: "/bin/false")
+    with pytest.raises(RewardError) as caught:
+        code_tests(completions=["f = 1"], tests=["assert f == 1"])
+    assert caught.value.code == "E-REWARD-0005"
+    assert caught.value.message == "code_tests: the sandbox did not start, 3 times in a row"
 
 
 def test_limits_must_be_some() -> None:

@@ -24,10 +24,16 @@ from posttrain.rewards.sandbox.walls import command, filter_file
 
 HERE = Path(__file__).parent
 PROGRAM, EXAMINER = HERE / "program.py", HERE / "examiner.py"
-STARTING = 10.0
+STARTING = 30.0
 """Seconds beside the program's own for two interpreters to start, on a machine that is busy."""
+BEGUN = b'"began": true'
+"""In the first line of the tests, before the program has run."""
 VERDICT = 1_000_000
 """Bytes that a verdict may take."""
+
+
+class NotStarted(Exception):
+    """The sandbox ended, or was not ready in time, before the program began."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,8 @@ class Verdict:
 
 
 def examine(text: str, tests: Sequence[str], limits: Limits, is_shut_in: bool = True) -> Verdict:
-    """Run `text` and hold it against `tests`. With `is_shut_in=False` there are no walls, only limits."""
+    """Run `text` and hold it against `tests`. With `is_shut_in=False` there are no walls, only limits. Raises
+    NotStarted where it does not come to that, for which no program can be blamed."""
     word = secrets.token_hex(16)
     until = time.monotonic() + limits.seconds + STARTING
     with ExitStack() as stack:
@@ -61,7 +68,7 @@ def examine(text: str, tests: Sequence[str], limits: Limits, is_shut_in: bool = 
         asked = {**common, "tests": list(tests), "word": word, "folder": folders[1]}
         if not (_sent(to_tests.writer, asked, until) and
                 _sent(to_program.writer, {**common, "text": text, "folder": folders[0]}, until)):  # fmt: skip
-            return Verdict(0, len(tests), "the sandbox did not start")
+            raise NotStarted
         for pipe in (to_tests, to_program):
             pipe.close_writer()
         return _verdict(*_read(verdict.reader, until, limits.seconds), word, len(tests))
@@ -140,19 +147,20 @@ def _sent(writer: int, message: dict[str, Any], until: float) -> bool:
 
 def _read(reader: int, until: float, seconds: float) -> tuple[bytes, bool]:
     """What is said until all who could are gone, and whether the time was over first. The first line tells that the
-    program begins, and its seconds with it."""
-    said, has_begun = b"", False
-    while len(said) < VERDICT:
+    program begins, and its seconds with it. Raises NotStarted."""
+    said, has_begun, is_late = b"", False, False
+    while len(said) < VERDICT and not is_late:
         ready, _, _ = select.select([reader], [], [], max(0.0, until - time.monotonic()))
-        if not ready:
-            return said, True
-        piece = os.read(reader, 65536)
+        is_late = not ready
+        piece = os.read(reader, 65536) if ready else b""
         if not piece:
             break
         said += piece
-        if b"\n" in said and not has_begun:
+        if BEGUN in said and not has_begun:
             has_begun, until = True, time.monotonic() + seconds
-    return said, False
+    if not has_begun:
+        raise NotStarted
+    return said, is_late
 
 
 def _verdict(said: bytes, is_late: bool, word: str, of: int) -> Verdict:
