@@ -59,6 +59,12 @@ RIGHT: dict[str, tuple[str, list[str]]] = {
     ),
     "names of one test in the next": ("def f(): return 1", ["def check(g): assert g() == 1", "check(f)"]),
     "it prints": ("def f():\n    print('x' * 10**6)\n    return input if False else 1", ["assert f() == 1"]),
+    "many names": ("for i in range(20_000): globals()[f'n{i}'] = i\ndef f(): return n7", ["assert f() == 7"]),
+    "threads": (
+        "import threading\ndef f():\n    t = threading.Thread(target=lambda: None)\n    t.start()\n    t.join()\n"
+        "    return 1",
+        ["assert f() == 1"],
+    ),
     "Unicode": ("def größe(): return '𝔘'", ["assert größe() == '𝔘'"]),
 }  # fmt: skip
 
@@ -87,6 +93,9 @@ WRONG: dict[str, tuple[str, str]] = {
         "def f():\n    x = []\n    for _ in range(5000): x = [x]\n    return x",
         "test 0: RecursionError",
     ),
+    "it says nonsense": ("import json\njson.dumps = lambda *a, **k: '{}'\ndef f(): return 1", "the program ended"),
+    "it names what it lacks": ("def __getattr__(name): return lambda: 1", "test 0: NameError"),
+    "it gives back a generator": ("def f(): yield 1", "test 0: AssertionError"),
     "NUL": ("def f(): return 1\x00", ""),
     "half a character": ("def f(): return '\ud83d'", ""),
 }

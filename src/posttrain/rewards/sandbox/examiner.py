@@ -100,24 +100,26 @@ class Remote:
         return self._ask("item", value=pack(key, number_of))
 
 
-def modules_of(tests: list[str]) -> set[str]:
-    """Modules of Python's that the tests use without importing them, since most programs do: never the program's."""
-    found = set()
+def names_of(tests: list[str]) -> tuple[set[str], set[str]]:
+    """Names that the tests use, and those among them that are modules of Python's: used without an import, since most
+    programs import them, and never the program's."""
+    names, modules = set(), set()
     for text in tests:
         try:
             tree = ast.parse(text)
         except (SyntaxError, ValueError, RecursionError):
             continue
-        found |= {node.value.id for node in ast.walk(tree) if isinstance(node, ast.Attribute)
+        names |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        modules |= {node.value.id for node in ast.walk(tree) if isinstance(node, ast.Attribute)
                   and isinstance(node.value, ast.Name) and node.value.id in sys.stdlib_module_names}  # fmt: skip
-    return found
+    return names, modules
 
 
 def run(program: Program, names: list[str], tests: list[str], folder: str) -> dict[str, Any]:
     """How many of the tests pass, and why the first that fails does."""
     shared: dict[str, Any] = {}
-    modules = modules_of(tests)
-    for name in names:
+    used, modules = names_of(tests)
+    for name in used.intersection(names):
         if name in modules:
             shared[name] = importlib.import_module(name)
         elif not hasattr(builtins, name):
@@ -158,7 +160,10 @@ def main() -> None:
             said = began if isinstance(began, dict) else {}
             verdict = {"passed": 0, "of": len(given["tests"]), "why": f"{said.get('error')}: {said.get('said')}"}
         else:
-            verdict = run(Program(channel), [str(name) for name in began["names"]], given["tests"], given["folder"])
+            names = began.get("names")
+            if not isinstance(names, list):
+                raise Broken
+            verdict = run(Program(channel), [str(name) for name in names], given["tests"], given["folder"])
     except Broken:
         verdict = {"passed": 0, "of": len(given["tests"]), "why": "the program ended"}
     verdicts.send({"word": given["word"], **verdict})
