@@ -27,6 +27,7 @@ from posttrain.models.weights import save_weights
 from posttrain.objectives.base import Objective
 from posttrain.planner import Workload
 from posttrain.reference import Reference, ReferenceModel
+from posttrain.rewards.check import SHORT_ROWS, Material, before_training
 from posttrain.rollout.advantages import Advantages
 from posttrain.rollout.engines.local import LocalEngine
 from posttrain.rollout.engines.vllm import VllmEngine
@@ -37,8 +38,9 @@ from posttrain.rollout.order import Rounds
 from posttrain.rollout.samplers import EngineSampler, FunctionSampler
 from posttrain.rollout.scoring import Judge
 from posttrain.rollout.source import Learning, Resampling, RolloutSource
-from posttrain.run import Run
+from posttrain.run import Run, TrainResult
 from posttrain.session import Session
+from posttrain.snapshot import capture_rng, restore_rng
 from posttrain.trainers.answers import Follow
 from posttrain.trainers.arguments import check_arguments
 from posttrain.trainers.base import PackedTrainer, make_events
@@ -128,6 +130,30 @@ class OnlineTrainer(PackedTrainer):
             self.add_callback(Follow(self.run.reference))
         if args.eval_strategy != IntervalStrategy.NO and not eval_sets:
             raise ConfigError(f"eval_strategy={args.eval_strategy.value!r} needs an eval_dataset")
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **refused: Any) -> TrainResult:
+        """Train as ever, after a short trial of the rewards (`reward_check`)."""
+        if self.args.reward_check and self.rollouts.rollout_func is None:
+            self._try_rewards()
+        return super().train(resume_from_checkpoint, **refused)
+
+    def _try_rewards(self) -> None:
+        """On a few rows, before anything is sampled. Raises RewardError; changes no random state."""
+        prompts = self.rollouts.prompts[:SHORT_ROWS]
+        names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
+        columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
+        self.rewards.extra = {"trainer_state": self.state, "log_extra": _ignore, "log_metric": _ignore}
+        material = Material.of([prompt.content for prompt in prompts], columns, encode=self._encode)
+        random = capture_rng()
+        try:
+            said = before_training(self.rewards, material, self.args.max_completion_length or 1)
+        finally:
+            restore_rng(random)
+        for sentence in said:
+            logger.warning("reward   tried before training: %s", sentence)
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _prompts(self, dataset: Any, name: str) -> list[Prompt]:
         args = self.args
@@ -297,6 +323,10 @@ class _Rollouts:
             return evaluate_rollouts(source, session.policy, self.trainer.run.objective, batch_done)
         except Stopped:
             return None
+
+
+def _ignore(*_: Any) -> None:
+    """What a reward logs of completions that no one has sampled."""
 
 
 def _not_open(places: Sequence[int], count: int, key: int, stopped: Callable[[], bool]) -> list[Rollout]:

@@ -112,6 +112,13 @@ class OnlineConfig(PackedConfig):
     reward_timeout: float = field(
         default=300.0, metadata={"help": "Seconds that a reward function may take over a step's completions."}
     )
+    reward_check: bool = field(
+        default=True,
+        metadata={
+            "help": "Try the rewards on right, wrong, empty and huge completions before the first step (not with "
+            "a rollout_func, which may give them more than the data has)."
+        },
+    )
     mask_truncated_completions: bool = field(
         default=False, metadata={"help": "Do not learn from completions that were cut off."}
     )
