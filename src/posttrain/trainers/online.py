@@ -38,7 +38,7 @@ from posttrain.rollout.order import Rounds
 from posttrain.rollout.samplers import EngineSampler, FunctionSampler
 from posttrain.rollout.scoring import Judge
 from posttrain.rollout.source import Learning, Resampling, RolloutSource
-from posttrain.run import Run, TrainResult
+from posttrain.run import Run
 from posttrain.session import Session
 from posttrain.snapshot import capture_rng, restore_rng
 from posttrain.trainers.answers import Follow
@@ -131,11 +131,11 @@ class OnlineTrainer(PackedTrainer):
         if args.eval_strategy != IntervalStrategy.NO and not eval_sets:
             raise ConfigError(f"eval_strategy={args.eval_strategy.value!r} needs an eval_dataset")
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **refused: Any) -> TrainResult:
-        """Train as ever, after a short trial of the rewards (`reward_check`)."""
+    def before_training(self) -> None:
+        """As ever, and a short trial of the rewards (`reward_check`)."""
+        super().before_training()
         if self.args.reward_check and self.rollouts.rollout_func is None:
             self._try_rewards()
-        return super().train(resume_from_checkpoint, **refused)
 
     def _try_rewards(self) -> None:
         """On a few rows, before anything is sampled. Raises RewardError; changes no random state."""

@@ -28,6 +28,11 @@ VLLM_FIELDS = (
     "vllm_server_model",
 )  # fmt: skip
 INSTEAD = {
+    "dataset_streaming": "prompts are read whole before training; they are short",
+    "dataset_format": "rows are prompts: a column `prompt`, text or messages (dataset_columns renames another)",
+    "truncation_mode": "max_prompt_length cuts off a prompt's beginning",
+    "train_sampling_strategy": "shuffle_dataset says whether prompts come in random order",
+    "label_smoothing_factor": "it is of supervised training",
     "cast_lm_head_to_fp32": "the soft-max and what follows it are in fp32 anyway",
     "max_length": "set max_prompt_length and max_completion_length",
     "log_completions_hub_repo": "completions are written to samples.jsonl in output_dir",
@@ -49,7 +54,8 @@ class OnlineConfig(PackedConfig):
         "transformers_continuous_batching_config",
     ]
     NOT_HONOURED: ClassVar[tuple[str, ...]] = (
-        "max_length", "log_completions_hub_repo",
+        "max_length", "log_completions_hub_repo", "dataset_streaming", "dataset_format", "truncation_mode",
+        "train_sampling_strategy", "label_smoothing_factor",
     )  # fmt: skip
 
     learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate."})
