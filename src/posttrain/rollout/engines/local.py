@@ -94,6 +94,20 @@ class LocalEngine:
                     flight.landed = 0
         return flight.done
 
+    def stream(self, request: Request, sampling: Sampling) -> Iterator[int]:
+        """The tokens of one completion as they are sampled, without the one that ends it."""
+        with _sampling(self.policy):
+            flight = _Flight(self, [request], sampling)
+            told = 0
+            while flight.is_flying:
+                flight.admit()
+                flight.step()
+                said = flight.rows[0].ids if flight.rows else flight.done[0][0].ids.tolist()
+                for token in said[told:]:
+                    if token not in self.end_ids:
+                        yield token
+                told = len(said)
+
     def lean(self) -> LeanWeights | None:
         """Weights for lean decoding, if the model is of a kind that can be decoded so."""
         if not self._is_tried:
