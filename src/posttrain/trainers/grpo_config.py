@@ -28,6 +28,7 @@ class GRPOConfig(OnlineConfig):
     }
     NOT_HONOURED: ClassVar[tuple[str, ...]] = (
         *OnlineConfig.NOT_HONOURED, "cast_lm_head_to_fp32", "max_tool_calling_iterations", "use_adaptive_entropy",
+        "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target",
     )  # fmt: skip
 
     loss_type: str = field(default="dapo", metadata={"help": f"One of: {', '.join(LOSSES)}."})
@@ -52,6 +53,10 @@ class GRPOConfig(OnlineConfig):
     )
     entropy_coef: float = field(default=0.0, metadata={"help": "Weight of a bonus for uncertainty."})
     use_adaptive_entropy: bool = field(default=False, metadata={"help": "Not honoured yet."})
+    entropy_coef_min: float = field(default=0.0, metadata={"help": "Of use_adaptive_entropy: not honoured yet."})
+    entropy_coef_max: float = field(default=1.0, metadata={"help": "Of use_adaptive_entropy: not honoured yet."})
+    entropy_coef_delta: float = field(default=0.005, metadata={"help": "Of use_adaptive_entropy: not honoured yet."})
+    entropy_target: float = field(default=0.2, metadata={"help": "Of use_adaptive_entropy: not honoured yet."})
     off_policy_mask_threshold: float | None = field(
         default=None, metadata={"help": "Leave out bad completions that the policy has left behind by more."}
     )

@@ -23,11 +23,17 @@ GENERATION_KWARGS = {
     "max_new_tokens": "max_tokens",
 }
 """What `generation_kwargs` may say, and what we call it."""
+OF_VLLM_HERE = "Not honoured: vLLM is no part of this process; give it to `vllm serve`."
+OF_VLLM = (
+    "vllm_model_impl", "vllm_enable_sleep_mode", "vllm_structured_outputs_regex", "vllm_group_port",
+    "vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_tensor_parallel_size",
+)  # fmt: skip
 VLLM_FIELDS = (
     "vllm_mode", "vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout",
     "vllm_server_model",
 )  # fmt: skip
 INSTEAD = {
+    **dict.fromkeys(OF_VLLM, "vLLM is no part of this process; give it to `vllm serve`"),
     "dataset_streaming": "prompts are read whole before training; they are short",
     "dataset_format": "rows are prompts: a column `prompt`, text or messages (dataset_columns renames another)",
     "truncation_mode": "max_prompt_length cuts off a prompt's beginning",
@@ -37,7 +43,10 @@ INSTEAD = {
     "max_length": "set max_prompt_length and max_completion_length",
     "log_completions_hub_repo": "completions are written to samples.jsonl in output_dir",
     "max_tool_calling_iterations": "calling tools is not built yet; rollout_func can do it",
-    "use_adaptive_entropy": "set entropy_coef to what it should be",
+    **dict.fromkeys(
+        ("use_adaptive_entropy", "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"),
+        "set entropy_coef to what it should be",
+    ),
 }
 """Settings that are not honoured, and what there is instead."""
 
@@ -55,7 +64,7 @@ class OnlineConfig(PackedConfig):
     ]
     NOT_HONOURED: ClassVar[tuple[str, ...]] = (
         "max_length", "log_completions_hub_repo", "dataset_streaming", "dataset_format", "truncation_mode",
-        "train_sampling_strategy", "label_smoothing_factor",
+        "train_sampling_strategy", "label_smoothing_factor", *OF_VLLM,
     )  # fmt: skip
 
     learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate."})
@@ -105,6 +114,13 @@ class OnlineConfig(PackedConfig):
     vllm_server_host: str = field(default="0.0.0.0", metadata={"help": "Without a base URL: its host."})
     vllm_server_port: int = field(default=8000, metadata={"help": "Without a base URL: its port."})
     vllm_server_timeout: float = field(default=240.0, metadata={"help": "Seconds to wait for an answer."})
+    vllm_model_impl: str = field(default="vllm", metadata={"help": OF_VLLM_HERE})
+    vllm_enable_sleep_mode: bool = field(default=False, metadata={"help": OF_VLLM_HERE})
+    vllm_structured_outputs_regex: str | None = field(default=None, metadata={"help": OF_VLLM_HERE})
+    vllm_group_port: int = field(default=51216, metadata={"help": OF_VLLM_HERE})
+    vllm_gpu_memory_utilization: float = field(default=0.3, metadata={"help": OF_VLLM_HERE})
+    vllm_max_model_length: int | None = field(default=None, metadata={"help": OF_VLLM_HERE})
+    vllm_tensor_parallel_size: int = field(default=1, metadata={"help": OF_VLLM_HERE})
     vllm_server_model: str | None = field(
         default=None, metadata={"help": "What the server calls the model. Default: the model's own name."}
     )

@@ -1,0 +1,139 @@
+"""Settings of GRPO and RLOO: TRL's are all known, what is not honoured is refused by name, sizes must fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import posttrain
+from posttrain.errors import ConfigError
+from tests.tiny_models import tiny_model
+from tests.tiny_tokenizers import chatml_tokenizer
+
+trl = pytest.importorskip("trl")
+GIVEN: dict[str, Any] = {"use_cpu": True, "bf16": False, "report_to": "none"}
+DEPRECATED = {"use_transformers_paged", "vllm_importance_sampling_cap"}
+
+
+@pytest.mark.parametrize("method", ["GRPO", "RLOO"])
+def test_every_field_of_theirs_is_known(method: str) -> None:
+    theirs = {field.name for field in dataclasses.fields(getattr(trl, f"{method}Config"))}
+    ours = {field.name for field in dataclasses.fields(getattr(posttrain, f"{method}Config"))}
+    assert theirs - ours <= DEPRECATED
+
+
+@pytest.mark.parametrize("method", ["GRPO", "RLOO"])
+def test_defaults_are_theirs(method: str, tmp_path: Path) -> None:
+    ours = getattr(posttrain, f"{method}Config")(str(tmp_path), **GIVEN)
+    theirs = getattr(trl, f"{method}Config")(str(tmp_path), **GIVEN)
+    ignored = {"bf16", "gradient_checkpointing", "activation_checkpointing", "logging_dir", "run_name", "report_to",
+               "accelerator_config"}  # fmt: skip
+        "bf16",
+        "gradient_checkpointing",
+        "activation_checkpointing",
+        "logging_dir",
+        "run_name",
+        "report_to",
+        "accelerator_config",
+    }
+    different = {
+        field.name: (getattr(ours, field.name), getattr(theirs, field.name))
+        for field in dataclasses.fields(theirs)
+        if hasattr(ours, field.name) and field.name not in ignored
+        and getattr(ours, field.name) != getattr(theirs, field.name)
+    }  # fmt: skip
+    assert set(different) <= {"epsilon_high", "remove_unused_columns"}, different  # ours says what None means
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"max_length": 512}, "max_length=512 is not honoured: set max_prompt_length"),
+    ({"truncation_mode": "keep_end"}, "truncation_mode='keep_end' is not honoured"),
+    ({"dataset_streaming": True}, "dataset_streaming=True is not honoured"),
+    ({"cast_lm_head_to_fp32": True}, "cast_lm_head_to_fp32=True is not honoured"),
+    ({"vllm_gpu_memory_utilization": 0.5}, "give it to `vllm serve`"),
+    ({"entropy_target": 0.5}, "entropy_target=0.5 is not honoured: set entropy_coef"),
+    ({"use_adaptive_entropy": True}, "use_adaptive_entropy=True is not honoured"),
+    ({"log_completions_hub_repo": "a/b"}, "samples.jsonl"),
+    ({"generation_kwargs": {"num_beams": 4}}, r"generation_kwargs\['num_beams'\] is not honoured"),
+    ({"generation_kwargs": {"temperature": 0.5}}, "set temperature alone"),
+    ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
+    ({"num_generations": 1}, "num_generations=1 must be at least 2"),
+    ({"num_generations": 3}, "no whole number of groups of num_generations=3"),
+    ({"generation_batch_size": 12}, "must be a multiple of per_device_train_batch_size=8"),
+    ({"generation_batch_size": 16, "steps_per_generation": 3}, "contradict each other"),
+    ({"sync_ref_model": True}, "moves a reference that beta=0 does not ask"),
+    ({"beta": -0.1}, "beta=-0.1 must be at least 0"),
+    ({"loss_type": "ppo"}, "loss_type='ppo' is unknown"),
+    ({"delta": 0.5}, r"delta=0.5 must be above 1 \+ epsilon"),
+    ({"top_p": 0.0}, "top_p=0.0 must be"),
+    ({"dynamic_sampling": "always"}, "dynamic_sampling='always' is unknown"),
+    ({"reward_timeout": 0}, "reward_timeout=0 must be above 0"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), REFUSED)
+def test_what_means_nothing_is_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        posttrain.GRPOConfig(str(tmp_path), **GIVEN, **settings)
+
+
+def make(folder: Path, rows: Any = None, **given: Any) -> posttrain.GRPOTrainer:
+    words = chatml_tokenizer()
+    args = given.pop("args", None) or posttrain.GRPOConfig(
+        str(folder), **GIVEN, num_generations=2, per_device_train_batch_size=2, max_completion_length=8, max_steps=1,
+        save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    return posttrain.GRPOTrainer(**{
+        "model": tiny_model("llama", len(words)), "reward_funcs": lambda completions, **_: [1.0] * len(completions),
+        "args": args, "train_dataset": [{"prompt": "Say 1"}] if rows is None else rows, "processing_class": words,
+        **given,
+    })  # fmt: skip
+
+
+GIVEN_WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"reward_funcs": None}, "reward_funcs is needed"),
+    ({"reward_funcs": [3]}, "reward_funcs has 3"),
+    ({"reward_funcs": "posttrain.nothing:here"}, "cannot be imported"),
+    ({"train_dataset": None}, "train_dataset is required"),
+    ({"tools": [print]}, "tools is not honoured yet"),
+    ({"environment_factory": print}, "environment_factory is not honoured yet"),
+    ({"rows": [{"question": "a"}]}, 'has no `prompt`[^=]*\n.*\n.*dataset_columns={"question": "prompt"}'),
+    ({"rows": [{"prompt": " "}]}, "is empty"),
+    ({"rows": [{"prompt": [{"role": "assistant", "content": "a"}]}]}, "ends with a turn of the assistant"),
+    ({"rows": [{"prompt": "a"}, {"prompt": [{"role": "user", "content": "a"}]}]}, "text and prompts that are messages"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), GIVEN_WRONG)
+def test_what_is_given_wrong_is_named(given: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises((ConfigError, posttrain.DataError), match=message):
+        make(tmp_path, **given)
+
+
+def test_long_prompts_lose_their_beginning(tmp_path: Path) -> None:
+    args = posttrain.GRPOConfig(str(tmp_path), **GIVEN, num_generations=2, per_device_train_batch_size=2,
+                                max_prompt_length=3)  # fmt: skip
+    trainer = make(tmp_path, rows=[{"prompt": "one two three four five six"}], args=args)
+    whole = chatml_tokenizer()("one two three four five six")["input_ids"]
+    assert trainer.rollouts.prompts[0].ids.tolist() == whole[-3:]
+    assert trainer.data_reports["train"].truncated.count == 1
+
+
+def test_tokenizer_and_old_spellings_are_read(tmp_path: Path) -> None:
+    words = chatml_tokenizer()
+    trainer = posttrain.GRPOTrainer(
+        model=tiny_model("llama", len(words)), tokenizer=words, train_dataset=[{"prompt": "Say 1"}],
+        reward_funcs=[lambda completions, **_: [1.0] * len(completions)],
+        args=posttrain.GRPOConfig(str(tmp_path), **GIVEN, num_generations=4, per_device_train_batch_size=4,
+                                  evaluation_strategy="no"),
+    )  # fmt: skip
+    assert trainer.processing_class is words
+    assert trainer.args.generation_batch_size == 4
+
+
+def test_two_rewards_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    trainer = make(tmp_path, reward_funcs=[lambda completions, **_: [1.0] * len(completions)] * 2)
+    assert list(trainer.rewards.functions) == ["<lambda>", "<lambda>_2"]
