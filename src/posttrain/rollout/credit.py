@@ -68,12 +68,13 @@ def credit(score_N: np.ndarray, rollouts: Sequence[Rollout], kl_coef: float, how
     kl_N = np.array([kl_R.sum() for kl_R in kls])
     surprise_N = np.array([-_double(one.old_logp_R).sum() for one in rollouts])
     found = {
-        "objective/kl": kl_N,
         "objective/entropy": surprise_N,
         "objective/non_score_reward": -kl_coef * kl_N,
         "objective/rlhf_reward": judged_N - kl_coef * kl_N,
         "objective/scores": judged_N,
     }
+    if kl_coef:  # else no reference was asked
+        found["objective/kl"] = kl_N
     metrics = {name: (float(value_N.sum()), len(rollouts)) for name, value_N in found.items()}
     metrics["objective/kl_coef"] = (kl_coef, 1)
     return Advantages(mean_N, score_N, None, metrics, tokens, float(kl_N.mean()))

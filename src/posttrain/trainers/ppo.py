@@ -125,10 +125,9 @@ class PPOTrainer(OnlineTrainer):
 
     def advantages(self, rewards_NF: np.ndarray, rollouts: Sequence[Rollout], group_size: int) -> Advantages:
         score_N = weighted_sum(rewards_NF, np.array(self.rewards.weights, dtype=np.float64))
-        if np.isnan(score_N).any():
-            place = rollouts[int(np.isnan(score_N).argmax())].prompt
-            raise RewardError(f"no reward says anything of the completion of {self.rollouts.prompts[place].origin}, "
-                              "and PPO learns from a score of each", hint="give it a number")  # fmt: skip
+        if missing := int(np.isnan(score_N).sum()):
+            raise RewardError(f"no reward says anything of {missing} of {len(score_N)} completions, and PPO learns from "
+                              "a score of each", hint="give numbers, or a second reward that always does")  # fmt: skip
         coef = self.args.kl_coef if self.kl is None else self.kl.coef
         return credit(score_N, rollouts, coef, self.args.credit())
 
