@@ -36,8 +36,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from posttrain.errors import ConfigError
     from posttrain.evaluate.accuracy import wilson
     from posttrain.evaluate.validation import NAME
-    from posttrain.models.load import load_model, load_tokenizer
-    from posttrain.models.scoring import is_classifier
+    from posttrain.models.load import load_tokenizer
     from posttrain.trainers.reward import RewardConfig, RewardTrainer
 
     name = options.reward_model
@@ -46,10 +45,7 @@ def _evaluate(options: argparse.Namespace) -> int:
                           hint="say where it goes: --out FILE.json, which PPO takes as reward_validation")  # fmt: skip
     path = options.out or Path(name) / NAME
     data = data_settings(options, [options.data])
-    model = load_model(name, dtype="auto", scorer=True)
-    if not is_classifier(model):
-        raise ConfigError(f"{name} is no reward model: it has no score",
-                          hint="posttrain train reward.yaml makes one")  # fmt: skip
+    model = _reward_model(name)
     with tempfile.TemporaryDirectory() as folder:
         args = RewardConfig(
             folder,
@@ -76,3 +72,19 @@ def _evaluate(options: argparse.Namespace) -> int:
               f"(95 % interval {low:.1%} to {high:.1%})")  # fmt: skip
         print(f"✔ saved    {path}")
     return 0
+
+
+def _reward_model(name: str) -> Any:
+    """Raises ConfigError for a model without a score. An adapter has its score beside it."""
+    from posttrain.errors import ConfigError
+    from posttrain.models.load import load_model
+    from posttrain.models.scoring import is_classifier
+    from posttrain.rewards.models import load_reward_model
+
+    if (Path(name) / "adapter_config.json").is_file():
+        return load_reward_model(name, None).model
+    model = load_model(name, dtype="auto", scorer=True)
+    if not is_classifier(model):
+        raise ConfigError(f"{name} is no reward model: it has no score",
+                          hint="posttrain train reward.yaml makes one")  # fmt: skip
+    return model
