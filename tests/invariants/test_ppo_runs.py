@@ -1,5 +1,5 @@
 """PPO runs: killed and resumed in the middle of a round they are the run that was not, value head and KL coefficient
-included; however a step is cut; values of packed sequences are those of each alone; what is saved is loaded by others."""
+included; however a step is cut; values of packed sequences are those of each alone; what is saved others load."""
 
 from __future__ import annotations
 
@@ -143,7 +143,9 @@ def test_what_is_saved(tmp_path: Path) -> None:
             stored = load_file(folder / "value_head.safetensors")
             assert all(torch.equal(tensor, head(trainer)[name]) for name, tensor in stored.items())
             base = tiny_model("llama", len(chatml_tokenizer()))
-            loaded = PeftModel.from_pretrained(base, folder) if adapter else AutoModelForCausalLM.from_pretrained(folder)
+            loaded = (
+                PeftModel.from_pretrained(base, folder) if adapter else AutoModelForCausalLM.from_pretrained(folder)
+            )
             assert loaded.state_dict().keys() == trainer.model.state_dict().keys()
 
 

@@ -1,5 +1,5 @@
-"""PPO beside a slow plain one, written from the papers in float64: one completion at a time, the model's own forward, no
-packing, sums written as loops. Whole runs of two rounds on the same completions; parameters agree to 1e-6.
+"""PPO beside a slow plain one, written from the papers in float64: one completion at a time, the model's own forward,
+no packing, sums written as loops. Whole runs of two rounds on the same completions; parameters agree to 1e-6.
 
 TRL has no PPO any more. What its last versions did otherwise is told in docs/ppo.md.
 """
@@ -98,7 +98,12 @@ class Plain:
     """`args` are a PPOConfig's fields; `model`, `reference` and the value head compute in float64."""
 
     def __init__(self, model: Any, reference: Any, words: Any, args: Any):
-        self.model, self.reference, self.words, self.args = model.double().eval(), reference.double().eval(), words, args
+        self.model, self.reference, self.words, self.args = (
+            model.double().eval(),
+            reference.double().eval(),
+            words,
+            args,
+        )
         self.weight = nn.Parameter(torch.zeros(model.config.hidden_size, dtype=torch.float64))
         self.bias = nn.Parameter(torch.zeros((), dtype=torch.float64))
         self.trained = [*(p for p in model.parameters() if p.requires_grad), self.weight, self.bias]
@@ -188,7 +193,9 @@ class Plain:
         a_round = size * args.num_mini_batches
         prompts = a_round // args.num_generations
         batches = args.gradient_accumulation_steps * args.num_mini_batches
-        rounds = Rounds(len(PROMPTS), prompts, batches, args.num_ppo_epochs, args.gradient_accumulation_steps, args.seed)
+        rounds = Rounds(
+            len(PROMPTS), prompts, batches, args.num_ppo_epochs, args.gradient_accumulation_steps, args.seed
+        )
         for number in range(args.total_episodes // a_round):
             said = self.round(number, rounds)
             order = rounds.deal(number, len(said))

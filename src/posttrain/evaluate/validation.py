@@ -92,10 +92,11 @@ def _plain(name: str) -> str:
     return name
 
 
-def check_validated(model: Any, given: str | None, least_accuracy: float, least_pairs: int) -> Validation:
-    """The record of reward model `model`, from `given` (a file, or a folder with one) or from the model's own folder.
+def check_validated(
+    model: nn.Module, name: str, given: str | None, least_accuracy: float, least_pairs: int
+) -> Validation:
+    """The record of reward model `model`, from `given` (a file, or a folder with one) or from `name`, its own folder.
     Raises ConfigError where there is none, or it is another model's, or it does not hold."""
-    name = str(model.config._name_or_path or "")
     folder = Path(given or name or ".")
     path = folder if folder.suffix == ".json" else folder / NAME
     named, way_out = name or "the reward model", _way_out(name)

@@ -1,6 +1,6 @@
 """Proximal policy optimisation (arXiv 1707.06347) with a value function, clipped as in arXiv 2005.12729.
 
-With `ratio = exp(log policy - log old policy)` of a token, its advantage A and the return R that its value V is to learn:
+With `ratio = exp(log policy - log old policy)` of a token, its advantage A, and the return R that its value V learns:
 
     policy   max(-A ratio, -A clip(ratio, 1 - cliprange, 1 + cliprange))
     value    max((V - R)^2, (clip(V, old V - cliprange_value, old V + cliprange_value) - R)^2) / 2

@@ -70,6 +70,7 @@ class RewardModel:
 def load_reward_model(name: str, tokenizer: Any) -> RewardModel:
     try:
         model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, dtype="auto")
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(name)  # of an adapter, not its base's
     except (OSError, ValueError) as error:
         raise ConfigError(f"reward_funcs names {name!r}, which is no reward model: {error}",
                           hint="a function of yours is named package.module:function") from None  # fmt: skip

@@ -22,8 +22,8 @@ class Rollout:
     `supervised` says which of its tokens the policy wrote and is trained on (`L` of them are ids in all, `R` of these);
     `sampled_logp_R` is what the sampler said of those, `old_logp_R` the policy before the round's first step, where it
     is needed, `ref_logp_R` the reference; `extra` is what a `rollout_func` tells the rewards of it. Of methods with a
-    value function, `old_value_R` is what that expected, `advantage_R` how much better each token was, and `return_R` what
-    it is to learn."""
+    value function, `old_value_R` is what that expected, `advantage_R` how much better each token was, and `return_R`
+    what it is to learn."""
 
     prompt: int
     group: int

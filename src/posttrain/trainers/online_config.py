@@ -153,8 +153,8 @@ class OnlineConfig(PackedConfig):
             value = getattr(self, name)
             if value != type(self).__dataclass_fields__[name].default:
                 raise ConfigError(f"{name}={value!r} is not honoured: {INSTEAD[name]}")
-        least = {"num_generations": self.LEAST_GENERATIONS, "max_completion_length": 1, "num_iterations": 1, "max_sampling_rows": 1,
-                 "ref_model_sync_steps": 1, "steps_per_generation": 1}  # fmt: skip
+        least = {"num_generations": self.LEAST_GENERATIONS, "max_completion_length": 1, "num_iterations": 1,
+                 "max_sampling_rows": 1, "ref_model_sync_steps": 1, "steps_per_generation": 1}  # fmt: skip
         for name, low in least.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:

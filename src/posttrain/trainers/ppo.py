@@ -88,9 +88,10 @@ class PPOTrainer(OnlineTrainer):
         self.value_head, self.kl = _value_head(self._model), self.args.control()
         rewards, tokenizers = self._rewards(reward_model, reward_funcs, reward_processing_classes)
         self._start(rewards, tokenizers, train_dataset, eval_dataset, callbacks, optimizers, rollout_func)
-        for one in self.reward_funcs:
+        for given, one in zip(rewards, self.reward_funcs, strict=True):
             if isinstance(one, RewardModel):
-                check_validated(one.model, self.args.reward_validation, self.args.reward_validation_accuracy,
+                name = given if isinstance(given, str) else str(one.config._name_or_path or "")
+                check_validated(one.model, name, self.args.reward_validation, self.args.reward_validation_accuracy,
                                 self.args.reward_validation_pairs)  # fmt: skip
 
     def _rewards(self, reward_model: Any, reward_funcs: Any, tokenizers: Any) -> tuple[list[Any], list[Any]]:
@@ -107,7 +108,9 @@ class PPOTrainer(OnlineTrainer):
             raise ConfigError(f"reward_processing_classes has {len(of_each)} entries for {len(given)} rewards")
         own = self._tokenizer
         return given, [
-            own if tokenizer is None and isinstance(one, nn.Module) and not one.config._name_or_path else tokenizer
+            own
+            if tokenizer is None and isinstance(one, PreTrainedModel) and not one.config._name_or_path
+            else tokenizer
             for one, tokenizer in zip(given, of_each, strict=True)
         ]
 
@@ -119,15 +122,13 @@ class PPOTrainer(OnlineTrainer):
         return self.args.objective()
 
     def learning(self) -> Learning:
-        return Learning(
-            skips_indifferent=False, skips_truncated=self.args.mask_truncated_completions, own_tokens=True
-        )
+        return Learning(skips_indifferent=False, skips_truncated=self.args.mask_truncated_completions, own_tokens=True)
 
     def advantages(self, rewards_NF: np.ndarray, rollouts: Sequence[Rollout], group_size: int) -> Advantages:
         score_N = weighted_sum(rewards_NF, np.array(self.rewards.weights, dtype=np.float64))
         if missing := int(np.isnan(score_N).sum()):
-            raise RewardError(f"no reward says anything of {missing} of {len(score_N)} completions, and PPO learns from "
-                              "a score of each", hint="give numbers, or a second reward that always does")  # fmt: skip
+            raise RewardError(f"no reward says anything of {missing} of {len(score_N)} completions, and PPO learns "
+                              "from a score of each", hint="give numbers, or a second reward that always does")  # fmt: skip
         coef = self.args.kl_coef if self.kl is None else self.kl.coef
         return credit(score_N, rollouts, coef, self.args.credit())
 

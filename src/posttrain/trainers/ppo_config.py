@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from posttrain.errors import ConfigError
 from posttrain.objectives.ppo import PPOLoss
@@ -62,7 +62,7 @@ class PPOConfig(OnlineConfig):
     num_generations: int | None = field(default=1, metadata={"help": "Completions of each prompt in a round."})
     temperature: float = field(default=0.7, metadata={"help": "Of sampling, and of the log-probabilities trained on."})
     num_ppo_epochs: int = field(default=4, metadata={"help": "How often each completion is learned from."})
-    num_mini_batches: int = field(default=1, metadata={"help": "Steps of the optimiser that a pass over a round takes."})
+    num_mini_batches: int = field(default=1, metadata={"help": "Steps of the optimiser in a pass over a round."})
     total_episodes: int | None = field(
         default=None, metadata={"help": "Completions to sample in all, instead of num_train_epochs or max_steps."}
     )
@@ -105,9 +105,7 @@ class PPOConfig(OnlineConfig):
     reward_validation_accuracy: float = field(
         default=0.6, metadata={"help": "Least accuracy on held-out pairs that a reward model is trusted with."}
     )
-    reward_validation_pairs: int = field(
-        default=50, metadata={"help": "Least number of held-out pairs that say so."}
-    )
+    reward_validation_pairs: int = field(default=50, metadata={"help": "Least number of held-out pairs that say so."})
     exp_name: str | None = field(default=None, metadata={"help": "Accepted; run_name names a run."})
     local_rollout_forward_batch_size: int = field(
         default=64, metadata={"help": "Accepted; batches hold token_budget tokens."}
@@ -144,7 +142,7 @@ class PPOConfig(OnlineConfig):
     def _check_own(self) -> None:
         """Under the names that people know them by."""
         for name in ("num_ppo_epochs", "num_mini_batches", "response_length", "reward_validation_pairs"):
-            value = getattr(self, name)
+            value: Any = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name}={value!r} must be at least 1")
         if self.total_episodes is not None and self.total_episodes < 1:

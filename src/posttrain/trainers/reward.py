@@ -163,7 +163,7 @@ class RewardTrainer(AnswerTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
-        self._saved.add(Path(output_dir or self.args.output_dir))
+        self._saved.add(Path(output_dir or str(self.args.output_dir)))
 
     @property
     def validation(self) -> Validation | None:

@@ -24,8 +24,9 @@ def rollouts(reference: bool = True) -> list[Rollout]:
     for place, length in enumerate(LENGTHS):
         old, ref, value = (draw.normal(size=length).astype(np.float32) for _ in range(3))
         ids = np.arange(length)
-        made.append(Rollout(place, place, ids, ids, np.ones(length, bool), place != 1, old_logp_R=old, old_value_R=value,
-                            ref_logp_R=ref if reference else None))  # fmt: skip
+        one = Rollout(place, place, ids, ids, np.ones(length, bool), place != 1, old_logp_R=old, old_value_R=value)
+        one.ref_logp_R = ref if reference else None
+        made.append(one)
     return made
 
 

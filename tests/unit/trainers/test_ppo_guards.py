@@ -1,5 +1,5 @@
-"""What PPO asks before it starts: a reward model that held-out pairs speak for, a KL coefficient or a reason for none, and
-settings that it honours."""
+"""What PPO asks before it starts: a reward model that held-out pairs speak for, a KL coefficient or a reason for none,
+and settings that it honours."""
 
 from __future__ import annotations
 
@@ -191,8 +191,8 @@ def test_a_record_that_does_not_hold(reward: Path, tmp_path: Path) -> None:
         (Validation(0.9, 200, "d", "another", "2026-01-01"), "is of other weights than"),
         (Validation(0.9, 20, "d", weights, "2026-01-01"), "rests on 20 held-out pairs, fewer than "
          "reward_validation_pairs=50"),
-        (Validation(0.55, 200, "d", weights, "2026-01-01"), "prefers the better of two held-out answers in 55.0% of 200 "
-         "pairs, less than reward_validation_accuracy=0.6"),
+        (Validation(0.55, 200, "d", weights, "2026-01-01"), "prefers the better of two held-out answers in 55.0% of "
+         "200 pairs, less than reward_validation_accuracy=0.6"),
         (Validation(0.9, 200, "d", weights, "2026-01-01", schema_version=9), "is no validation record of schema 1"),
     ]  # fmt: skip
     for record, message in cases:
@@ -243,7 +243,9 @@ def test_settings_that_are_refused(settings: dict[str, Any], message: str, tmp_p
 
 
 def test_older_spellings(tmp_path: Path) -> None:
-    args = PPOConfig(str(tmp_path), init_kl_coef=0.2, ppo_epochs=3, max_completion_length=9, epsilon=0.1, batch_size=None)
+    args = PPOConfig(
+        str(tmp_path), init_kl_coef=0.2, ppo_epochs=3, max_completion_length=9, epsilon=0.1, batch_size=None
+    )
     assert (args.kl_coef, args.num_ppo_epochs, args.response_length, args.cliprange) == (0.2, 3, 9, 0.1)
     assert (args.beta, args.num_iterations, args.max_completion_length, args.epsilon_high) == (0.2, 3, 9, 0.1)
 
