@@ -128,7 +128,7 @@ class PPOTrainer(OnlineTrainer):
         score_N = weighted_sum(rewards_NF, np.array(self.rewards.weights, dtype=np.float64))
         if missing := int(np.isnan(score_N).sum()):
             raise RewardError(f"no reward says anything of {missing} of {len(score_N)} completions, and PPO learns "
-                              "from a score of each", hint="give numbers, or a second reward that always does")  # fmt: skip
+                              "from a score of each", hint="give it numbers")  # fmt: skip
         coef = self.args.kl_coef if self.kl is None else self.kl.coef
         return credit(score_N, rollouts, coef, self.args.credit())
 

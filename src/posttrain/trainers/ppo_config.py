@@ -131,9 +131,8 @@ class PPOConfig(OnlineConfig):
         self.steps_per_generation = self.gradient_accumulation_steps * self.num_mini_batches
         super()._read_spellings()
         if self.total_episodes is not None:
-            assert self.generation_batch_size
-            rounds = math.ceil(self.total_episodes / self.generation_batch_size)
-            steps = rounds * self.num_ppo_epochs * self.num_mini_batches
+            a_round = self.per_device_train_batch_size * self.steps_per_generation
+            steps = math.ceil(self.total_episodes / a_round) * self.num_ppo_epochs * self.num_mini_batches
             if self.max_steps not in (-1, steps):
                 raise ConfigError(f"total_episodes={self.total_episodes} makes {steps} steps, and max_steps="
                                   f"{self.max_steps} contradicts it", hint="give one of them")  # fmt: skip
