@@ -215,8 +215,8 @@ class Outputs:
     """What the model says of a batch's supervised rows, all fp32 of shape `(R,)`: the log-probability of each target,
     whether it was the likeliest token, and where asked the entropy (nats), the mean log-probability over the vocabulary
     (what label smoothing pulls towards), the mean logit, the log of the sum of squared probabilities (of two draws
-    being the same), and what the value head expects of the state before the target. A reward model says `score_S` of each
-    sequence instead, `(S,)`, and nothing of the rows."""
+    being the same), and what the value head expects of the state before the target. A reward model says `score_S` of
+    each sequence instead, `(S,)`, and nothing of the rows."""
 
     logp_R: torch.Tensor
     is_top1_R: torch.Tensor

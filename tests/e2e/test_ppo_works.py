@@ -1,5 +1,5 @@
-"""It works: a reward model learns what is better from pairs, proves it on others, and PPO makes a model say that, as far
-from where it started as is allowed. Twenty words, seconds."""
+"""It works: a reward model learns from pairs what is better, proves it on others, and PPO makes a model say that, no
+further from where it started than is allowed. Sixteen words, seconds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import posttrain
 from tests.tiny_models import tiny_model
 
 GOOD, BAD = ("one", "two", "three", "four"), ("no", "never", "maybe", "later")
-WORDS = [*GOOD, *BAD, *"count on from please : ? <pad> </s>".split()]
+WORDS = [*GOOD, *BAD, "count", "on", "from", "please", ":", "?", "<pad>", "</s>"]
 QUIET: dict[str, Any] = {"bf16": False, "use_cpu": True, "save_strategy": "no", "report_to": "none",
                          "disable_tqdm": True, "logging_steps": 8}  # fmt: skip
 PROMPTS = [{"prompt": f"count on from {word} :"} for word in GOOD * 8]
@@ -82,7 +82,8 @@ def test_a_validated_reward_rises_and_the_divergence_is_bounded(reward: str, tmp
 
 
 def test_adaptive_control_holds_the_divergence_near_its_target(reward: str, tmp_path: Path) -> None:
-    before, after, trainer = run(tmp_path, reward, kl_coef=0.02, adap_kl_ctrl=True, target=1.5, horizon=32.0, total_episodes=1280)
+    control = {"kl_coef": 0.02, "adap_kl_ctrl": True, "target": 1.5, "horizon": 32.0}
+    before, after, trainer = run(tmp_path, reward, total_episodes=1280, **control)
     assert trainer.kl is not None
     assert trainer.kl.coef > 0.02
     assert 0.5 < after["eval_objective/kl"] < 3.0

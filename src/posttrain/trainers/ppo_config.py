@@ -136,7 +136,7 @@ class PPOConfig(OnlineConfig):
             if self.max_steps not in (-1, steps):
                 raise ConfigError(f"total_episodes={self.total_episodes} makes {steps} steps, and max_steps="
                                   f"{self.max_steps} contradicts it", hint="give one of them")  # fmt: skip
-            self.max_steps = steps
+            self.max_steps: int = steps
 
     def _check_own(self) -> None:
         """Under the names that people know them by."""
