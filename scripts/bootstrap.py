@@ -26,7 +26,7 @@ PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 OLDEST_PYTHON = (3, 11)
 BY_HAND = "sudo apt-get install python3-venv"
 
-EXTRAS = {"demo": "", "dev": "[data,dev,optimizers,parity]"}
+EXTRAS = {"demo": "", "dev": "[data,dev,optimizers,parity,rewards]"}
 """What each profile installs beside the core; a later profile has all of an earlier one."""
 
 

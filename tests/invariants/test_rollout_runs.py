@@ -124,3 +124,40 @@ def test_what_is_logged_of_a_round(tmp_path: Path) -> None:
     for group in (0, 1):
         assert sum(line["advantage"] for line in lines if line["group"] == group) == pytest.approx(0, abs=1e-6)
     assert trainer.state.log_history[0]["sampling/logp_difference"] < 1e-5
+
+
+def by_number(prompts: list[Any], **_: Any) -> list[float]:
+    """Completions of even prompts differ, those of odd ones do not."""
+    numbers = [int(prompt[0]["content"].split()[1]) for prompt in prompts]
+    return [float(i % 4) if number % 2 == 0 else 1.0 for i, number in enumerate(numbers)]
+
+
+@pytest.mark.parametrize("how", ["none", "skip", "replace"])
+def test_groups_without_signal_are_left_out_or_replaced(how: str, tmp_path: Path) -> None:
+    trainer = make(tmp_path, max_steps=6, save_strategy="no", dynamic_sampling=how, max_resampling_rounds=8)
+    trainer.rewards.functions = {"by_number": by_number}
+    divisors: list[float] = []
+    source = trainer.rollouts.source
+    inner = source.micro_batches
+
+    def watched(step: int) -> Any:
+        made = inner(step)
+        divisors.append(made[0].counts["tokens"] if made else 0)
+        return made
+
+    source.micro_batches = watched  # type: ignore[method-assign]
+    trainer.train()
+    lines = [json.loads(line) for line in samples(tmp_path)]
+    odd = [line for line in lines if int(line["prompt"][0]["content"].split()[1]) % 2]
+    per_step = [[line for line in lines if line["step"] == step] for step in range(1, 7)]
+    if how == "none":
+        assert odd
+        assert all(len(step) == 8 for step in per_step)
+    else:
+        assert not odd
+        if how == "replace":
+            assert all(len(step) == 8 for step in per_step)
+        else:
+            assert {len(step) for step in per_step} >= {4}
+    assert divisors == [sum(line["tokens"] for line in step) if any(line["advantage"] for line in step) else 0
+                        for step in per_step]  # fmt: skip

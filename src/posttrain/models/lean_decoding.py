@@ -1,208 +1,39 @@
 """Decoding without the detours, for models whose layers are of the usual kind (Llama, Mistral, Qwen 2 and 3, SmolLM).
 
 A step of decoding is a few hundred small products, so what costs is everything around them: module calls, copies, and
-weights that are laid out anew for every product. Here each layer's projections are joined (query, key and value; gate
-and up) and, on a CPU in bf16, packed once as oneDNN wants them: what is frozen once and for all, what is trained after
-each update. Every row has keys and values of its own, prompt included, in buffers that grow by whole blocks, so that
-shapes repeat and products find the kernels made for them.
+weights that are laid out anew for every product. Here each layer's projections are joined and packed
+(models/lean_weights.py), and every row has keys and values of its own, prompt included, in buffers that grow by whole
+blocks, so that shapes repeat and products find the kernels made for them.
 
 The arithmetic is the model's own, dtype for dtype. A model for which it is not, by its layers' names or by the numbers
 of a short trial, is decoded by its own forward (models/decoding.py).
 
-Shape suffixes: `B` rows, `K` key heads, `G` query heads of a key head, `E` head size, `S` places for tokens, `D` hidden.
+Shape suffixes: `B` rows, `K` key heads, `E` head size, `P` a prompt's tokens, `S` places for tokens, `D` hidden.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
-from posttrain.models.adapters import LeanLora
-from posttrain.models.available import total_memory
 from posttrain.models.decoding import Memory
 from posttrain.models.forward import Policy
+from posttrain.models.lean_weights import LeanLayer, LeanWeights
 
 BLOCK = 64
 """Places for tokens by which buffers grow."""
+TRIAL = 8
+"""Tokens that the trial of a model looks back on."""
 IDLE = 8
 """One row in so many may be idle before the others move together."""
-PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-GATED = ("gate_proj", "up_proj", "down_proj")
-
-
-class _Product:
-    """`y = x W' + b` of several layers with the same input, with their adapters' `s A' B'`."""
-
-    def __init__(self, layers: Sequence[nn.Module]):
-        self.layers = layers
-        bases = [_base(layer) for layer in layers]
-        self.is_frozen = not any(base.weight.requires_grad for base in bases)
-        self.weight: torch.Tensor | None = None
-        self.bias: torch.Tensor | None = None
-        self.is_packed = False
-        self.a: torch.Tensor | None = None
-        self.b: torch.Tensor | None = None
-
-    def take(self, packs: bool, rows: int) -> None:
-        """The weights as they are now."""
-        bases = [_base(layer) for layer in self.layers]
-        if self.weight is None or not self.is_frozen:
-            joined = torch.cat([base.weight.detach() for base in bases]) if len(bases) > 1 else bases[0].weight.detach()
-            self.is_packed = packs and joined.dtype == torch.bfloat16
-            self.weight = _packed(joined, rows) if self.is_packed else joined
-            self.bias = None
-            if bases[0].bias is not None:
-                self.bias = torch.cat([base.bias.detach() for base in bases])
-        self._take_adapters(self.bias.dtype if self.bias is not None else bases[0].weight.dtype)
-
-    def _take_adapters(self, dtype: torch.dtype) -> None:
-        found = [(layer, _adapter(layer)) for layer in self.layers]
-        if not any(name for _, name in found):
-            self.a = self.b = None
-            return
-        parts = []
-        for layer, name in found:
-            weight = _base(layer).weight
-            if name is None:
-                parts.append((weight.new_zeros(0, weight.shape[1]), weight.new_zeros(weight.shape[0], 0)))
-            else:
-                _, _, a, b, scale, _ = layer.parts(name)  # type: ignore[operator]
-                parts.append((a.detach().to(dtype), (b.detach() * scale).to(dtype)))
-        self.a = torch.cat([a for a, _ in parts]).t()
-        self.b = torch.block_diag(*(b for _, b in parts)).t().contiguous()
-
-    def __call__(self, x_BD: torch.Tensor) -> torch.Tensor:
-        assert self.weight is not None
-        if self.is_packed:
-            y = torch.ops.mkldnn._linear_pointwise(x_BD, self.weight, self.bias, "none", [], "")
-        else:
-            y = torch.nn.functional.linear(x_BD, self.weight, self.bias)
-        if self.a is not None and self.b is not None:
-            y.addmm_(x_BD @ self.a, self.b)
-        return y  # type: ignore[no-any-return]
-
-
-def _base(layer: nn.Module) -> Any:
-    return layer.base_layer if isinstance(layer, LeanLora) else layer
-
-
-def _adapter(layer: nn.Module) -> str | None:
-    return layer.ordinary_adapter() if isinstance(layer, LeanLora) else None
-
-
-def _packed(weight: torch.Tensor, rows: int) -> torch.Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight, rows)  # type: ignore[no-any-return]
-
-
-@dataclass
-class _Layer:
-    """`norms` before attention and before the feed-forward part, `head_norms` of queries and keys (Qwen 3)."""
-
-    index: Any
-    norms: tuple[Any, Any]
-    head_norms: tuple[Any, Any] | None
-    qkv: _Product
-    out: _Product
-    gate_up: _Product
-    down: _Product
-    width: int
-    window: int | None
-
-
-class LeanWeights:
-    """A policy's weights as lean decoding wants them; `take` after every update."""
-
-    def __init__(self, policy: Policy, layers: list[_Layer], sizes: tuple[int, int, int], scale: float):
-        self.policy, self.layers = policy, layers
-        self.heads, self.key_heads, self.head_size = sizes
-        self.scale = scale
-        self.head = _Product([policy.base.get_output_embeddings()])
-
-    @classmethod
-    def of(cls, policy: Policy) -> LeanWeights | None:
-        """None for a model with layers of another kind."""
-        body = policy.base.base_model
-        found = [_layer(layer) for layer in getattr(body, "layers", [])]
-        needed = all(hasattr(body, name) for name in ("rotary_emb", "norm", "embed_tokens"))
-        if not policy.is_packed or not needed or not found or any(layer is None for layer in found):
-            return None
-        layers = [layer for layer in found if layer is not None]
-        first = body.layers[0].self_attn
-        size = int(first.head_dim)
-        sizes = (_rows(first.q_proj) // size, _rows(first.k_proj) // size, size)
-        scales = {float(layer.self_attn.scaling) for layer in body.layers}
-        return cls(policy, layers, sizes, scales.pop()) if len(scales) == 1 else None
-
-    def take(self, rows: int) -> None:
-        """The weights as they are now. Packed where that is worth it and there is room for a second copy of them."""
-        size = sum(p.numel() * p.element_size() for p in self.policy.base.parameters())
-        on_cpu = self.policy.device.type == "cpu"
-        packs = on_cpu and torch.backends.mkldnn.is_available() and total_memory(self.policy.device) > 4 * size
-        with torch.no_grad():
-            for product in self._products():
-                product.take(packs, rows)
-
-    @property
-    def reach(self) -> int | None:
-        """How far back every layer looks; None for as far as there is anything."""
-        return min((layer.window for layer in self.layers if layer.window is not None), default=None)
-
-    def _products(self) -> list[_Product]:
-        each = (product for one in self.layers for product in (one.qkv, one.out, one.gate_up, one.down))
-        return [*each, self.head]
-
-
-def _layer(layer: Any) -> _Layer | None:
-    if {name for name, _ in layer.named_children()} != PARTS:
-        return None
-    attention, mlp = layer.self_attn, layer.mlp
-    linear = [getattr(attention, name, None) for name in PROJECTIONS] + [getattr(mlp, name, None) for name in GATED]
-    head_norms = (getattr(attention, "q_norm", None), getattr(attention, "k_norm", None))
-    norms = (layer.input_layernorm, layer.post_attention_layernorm)
-    is_usual = (
-        all(_is_linear(one) for one in linear)
-        and {name for name, _ in attention.named_children()} <= {*PROJECTIONS, "q_norm", "k_norm"}
-        and {name for name, _ in mlp.named_children()} <= {*GATED, "act_fn"}
-        and type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
-        and all(hasattr(norm, "variance_epsilon") for norm in norms)
-        and ((head_norms[0] is None) == (head_norms[1] is None))
-        and len({_base(one).bias is None for one in linear[:3]}) == 1
-    )
-    if not is_usual:
-        return None
-    q, k, v, out, gate, up, down = linear
-    return _Layer(
-        attention.layer_idx, norms, None if head_norms[0] is None else head_norms, _Product([q, k, v]), _Product([out]),
-        _Product([gate, up]), _Product([down]), _rows(gate),
-        getattr(attention, "sliding_window", None) or _window(attention),
-    )  # fmt: skip
-
-
-def _window(attention: Any) -> int | None:
-    """Mistral says it for all layers alike."""
-    config = attention.config
-    return None if hasattr(config, "layer_types") else getattr(config, "sliding_window", None)
-
-
-def _is_linear(layer: Any) -> bool:
-    if isinstance(layer, LeanLora):
-        return layer.ordinary_adapter() is not None or bool(layer._disable_adapters)
-    return type(layer) is nn.Linear
-
-
-def _rows(layer: nn.Module) -> int:
-    return int(_base(layer).weight.shape[0])
 
 
 def lean_weights(policy: Policy) -> LeanWeights | None:
     """For lean decoding of `policy`, if a short trial gives its own forward's numbers."""
     weights = LeanWeights.of(policy)
-    if weights is None:
+    if weights is None or (weights.reach is not None and weights.reach < TRIAL):
         return None
     weights.take(rows=2)
     vocabulary = policy.vocabulary
@@ -213,7 +44,7 @@ def lean_weights(policy: Policy) -> LeanWeights | None:
         found = []
         for lean in (False, True):
             memory = Memory(room=len(ids))
-            forward(policy, sum(prompts, []), torch.cat([torch.arange(n) for n in lengths]),
+            forward(policy, [*prompts[0], *prompts[1]], torch.cat([torch.arange(n) for n in lengths]),
                     memory.reading(lengths, [0, 1]))  # fmt: skip
             rows: Any = LeanRows(weights, memory, 2) if lean else SharedRows(policy, memory)
             for number in (0, 1):
@@ -255,7 +86,7 @@ def forward(policy: Policy, ids: Sequence[int], positions_T: torch.Tensor, layou
         layout=layout,
         use_cache=False,
     )
-    return output.last_hidden_state[0]  # type: ignore[no-any-return]
+    return output.last_hidden_state[0]
 
 
 class LeanRows:
@@ -351,12 +182,12 @@ class LeanRows:
         self.length_B += 1
         hidden_BD = body.norm(x_BD)
         if self.places == list(range(self.capacity)):
-            return hidden_BD  # type: ignore[no-any-return]
-        return hidden_BD[self.places]  # type: ignore[no-any-return]
+            return hidden_BD
+        return hidden_BD[self.places]
 
     def _turns(self, cos_B1E: torch.Tensor, sin_B1E: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotary embeddings (arXiv 2104.09864) of queries and keys, `(B, heads, E)`: what a vector is multiplied by, and
-        what its other half is. Queries take the scale of attention's scores along."""
+        """Rotary embeddings (arXiv 2104.09864) of queries and keys, `(B, heads, E)`: what a vector is multiplied by,
+        and what its other half is. Queries take the scale of attention's scores along."""
         weights = self.weights
         scale_H1 = torch.ones(weights.heads + weights.key_heads, 1, device=cos_B1E.device)
         scale_H1[: weights.heads] = weights.scale
@@ -366,7 +197,7 @@ class LeanRows:
 
     def _layer(
         self,
-        layer: _Layer,
+        layer: LeanLayer,
         x_BD: torch.Tensor,
         turns: tuple[torch.Tensor, torch.Tensor],
         keys_BKES: torch.Tensor,

@@ -25,6 +25,7 @@ import torch
 
 from posttrain.errors import ConfigError
 from posttrain.objectives.base import Metrics, Terms
+from posttrain.objectives.correction import Correction
 from posttrain.objectives.pairs import lengths, sum_by_sequence
 from posttrain.types import Batch, Needs, Outputs
 
@@ -114,7 +115,8 @@ class PolicyLoss:
     divergence to the reference, estimated per token (k3, http://joschu.net/blog/kl-approx.html), with `corrected_kl`
     times the ratio; `max_completion_length` is Dr. GRPO's divisor. `top_entropy` keeps the gradient of that share of
     each batch's tokens, the most uncertain ones (arXiv 2506.01939); `entropy_coef` weighs a bonus, the mean entropy of
-    the tokens of each batch of the user's size (of those that have the gradient)."""
+    the tokens of each batch of the user's size (of those that have the gradient). `correction` is for samplers that are
+    not quite the policy."""
 
     loss_type: str = "dapo"
     level: str = "token"
@@ -125,6 +127,7 @@ class PolicyLoss:
     top_entropy: float = 1.0
     entropy_coef: float = 0.0
     off_policy_threshold: float | None = None
+    correction: Correction | None = None
 
     def __post_init__(self) -> None:
         """Raises ConfigError for settings that mean nothing."""
@@ -160,6 +163,9 @@ class PolicyLoss:
             acting_R = _most_uncertain(outputs.entropy_R, self.top_entropy)
             loss_R = loss_R * acting_R
         metrics = self._watch(outputs, rows, batch)
+        if self.correction is not None:
+            weight_R, noted = self.correction(old_R, batch)
+            loss_R, metrics = loss_R * weight_R, metrics | noted
         if "sampled_logp_R" in batch.columns:
             gap_R = (old_R.detach() - batch.columns["sampled_logp_R"]).abs()
             metrics["sampling/logp_difference"] = (gap_R.sum(), len(gap_R))
@@ -249,6 +255,9 @@ def _check(loss: PolicyLoss) -> None:
         raise ConfigError(f"beta={loss.beta} must be at least 0")
     if not 0 < loss.top_entropy <= 1:
         raise ConfigError(f"top_entropy_quantile={loss.top_entropy} must be above 0 and at most 1")
+    if loss.correction is not None and loss.loss_type == "vespo":
+        raise ConfigError("vllm_importance_sampling_correction=True is not honoured with loss_type='vespo'",
+                          hint="set it to False, or choose another loss_type")  # fmt: skip
     if to.epsilon < 0 or to.epsilon_high < 0:
         raise ConfigError(f"epsilon={to.epsilon}, epsilon_high={to.epsilon_high} must be at least 0")
     if to.delta is not None and to.delta <= 1 + to.epsilon:

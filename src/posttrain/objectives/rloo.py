@@ -1,8 +1,8 @@
 """REINFORCE leave-one-out (arXiv 2402.14740): a completion is one action, worth its reward less that of its siblings.
 
-With `ratio = exp(log policy - log old policy)` of a whole completion the loss is `-min(ratio A, clip(ratio) A)`, averaged
-over completions; while the policy is the one that sampled, its gradient is that of REINFORCE. The KL penalty is part of
-the reward (`kl_penalty`), so it is in `advantage_S` already.
+With `ratio = exp(log policy - log old policy)` of a whole completion the loss is `-min(ratio A, clip(ratio) A)`,
+averaged over completions; while the policy is the one that sampled, its gradient is that of REINFORCE. The KL penalty
+is part of the reward (`kl_penalty`), so it is in `advantage_S` already.
 
 Shape suffixes: `R` supervised rows (tokens of completions), `S` sequences.
 """

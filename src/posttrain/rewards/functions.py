@@ -10,6 +10,7 @@ import asyncio
 import functools
 import inspect
 import math
+import os
 import signal
 import threading
 import time
@@ -27,6 +28,12 @@ from posttrain.types import Content
 RewardFunction = Callable[..., Any]
 DEADLINE = 300.0
 """Seconds that a function may take over the completions of a step."""
+EVERY = 0.5
+"""Processor seconds between two looks at the clock, once a function has used as many as it may take."""
+
+
+LATE = "E-REWARD-0002"
+"""The code of a function that does not answer in time."""
 
 
 class RewardError(UserError):
@@ -81,7 +88,7 @@ class Rewards:
         return values_NF
 
     def _called(self, name: str, asked: Completions) -> Any:
-        started = time.monotonic()
+        started, owner = time.monotonic(), os.getpid()
         try:
             with deadline(self.deadline):
                 return self.functions[name](**self._arguments(asked))
@@ -92,6 +99,8 @@ class Rewards:
         except Exception as error:
             raise self._failed(name, error) from error
         finally:
+            if os.getpid() != owner:  # the function has forked, and this is the child: it must not train as well
+                os._exit(1)
             self.seconds[name] = time.monotonic() - started
 
     def _together(self, names: Mapping[int, str], asked: Completions) -> dict[int, Any]:
@@ -100,7 +109,9 @@ class Rewards:
         async def one(name: str) -> Any:
             started = time.monotonic()
             try:
-                return await asyncio.wait_for(self.functions[name](**self._arguments(asked)), self.deadline)
+                given = await asyncio.wait_for(self.functions[name](**self._arguments(asked)), self.deadline)
+                waiting.discard(name)
+                return given
             except TimeoutError:
                 raise self._late(name) from None
             except UserError:
@@ -113,7 +124,12 @@ class Rewards:
         async def every() -> list[Any]:
             return await asyncio.gather(*(one(name) for name in names.values()))
 
-        return dict(zip(names, in_a_loop(every), strict=True))
+        waiting = set(names.values())
+        try:
+            with deadline(self.deadline + 1):  # one that waits without letting the others run
+                return dict(zip(names, in_a_loop(every), strict=True))
+        except Overdue:
+            raise self._late(" or ".join(sorted(waiting))) from None
 
     def _arguments(self, asked: Completions) -> dict[str, Any]:
         own = {"prompts": list(asked.prompts), "completions": list(asked.contents), "completion_ids": list(asked.ids)}
@@ -121,7 +137,7 @@ class Rewards:
 
     def _late(self, name: str) -> RewardError:
         return RewardError(f"reward function {name!r} has not answered within {self.deadline:g} s",
-                           code="E-REWARD-0002",
+                           code=LATE,
                            hint="give it a limit of its own, or raise reward_timeout")  # fmt: skip
 
     def _failed(self, name: str, error: Exception) -> RewardError:
@@ -207,17 +223,26 @@ class Overdue(BaseException):
 @contextmanager
 def deadline(seconds: float) -> Iterator[None]:
     """Raise Overdue in what runs inside after so many seconds. In the main thread alone: others cannot be interrupted.
-    Not SIGALRM, which math-verify and others use for limits of their own."""
+    Not SIGALRM, which math-verify and others use for limits of their own.
+
+    Two signals: what waits is reached by a thread's, what computes without letting another thread run (a regular
+    expression on hostile text) by the kernel's timer of processor time."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "pthread_kill"):
         yield
         return
-    main = threading.get_ident()
+    main, until = threading.get_ident(), time.monotonic() + seconds
     is_over = False
 
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        if not is_over:
+    def stop(number: int, _frame: FrameType | None) -> None:
+        if not is_over and (number == signal.SIGUSR2 or time.monotonic() >= until):
             raise Overdue
 
+    profiler, timed = signal.getsignal(signal.SIGPROF), signal.getitimer(signal.ITIMER_PROF)
+    is_profiled = profiler not in (signal.SIG_DFL, signal.SIG_IGN) or timed[0] > 0  # someone else's
+    if not is_profiled:
+        signal.signal(signal.SIGPROF, stop)
+        signal.siginterrupt(signal.SIGPROF, False)
+        signal.setitimer(signal.ITIMER_PROF, seconds, EVERY)
     previous = signal.signal(signal.SIGUSR2, stop)
     is_free = previous in (signal.SIG_DFL, None)  # then `stop` stays: a signal that comes too late must not end us
     timer = threading.Timer(seconds, lambda: None if is_over else signal.pthread_kill(main, signal.SIGUSR2))
@@ -228,5 +253,8 @@ def deadline(seconds: float) -> Iterator[None]:
     finally:
         is_over = True
         timer.cancel()
+        if not is_profiled:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            signal.signal(signal.SIGPROF, signal.SIG_IGN)  # one that comes too late must not end us
         if not is_free:
             signal.signal(signal.SIGUSR2, previous)

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from posttrain.errors import ConfigError
+from posttrain.rewards.library import LIBRARY
 from posttrain.types import Content
 
 BATCH = 16
@@ -72,6 +73,7 @@ def load_reward_model(name: str, tokenizer: Any) -> RewardModel:
         model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, dtype="auto")
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(name)  # of an adapter, not its base's
     except (OSError, ValueError) as error:
+        known = ", ".join(LIBRARY)
         raise ConfigError(f"reward_funcs names {name!r}, which is no reward model: {error}",
-                          hint="a function of yours is named package.module:function") from None  # fmt: skip
+                          hint=f"known by name: {known}; yours: package.module:function") from None  # fmt: skip
     return RewardModel.of(model, tokenizer)

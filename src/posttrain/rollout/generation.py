@@ -61,9 +61,9 @@ class Generation:
         return sum(rollout.num_rows for rollout in self.rollouts)
 
     def slice(self, number: int, of: int) -> list[Rollout]:
-        """Batch `number` of `of`."""
-        size = len(self.order) // of
-        return [self.rollouts[i] for i in self.order[number * size : (number + 1) * size]]
+        """Batch `number` of `of`, of equal size if nothing was left out."""
+        count = len(self.order)
+        return [self.rollouts[i] for i in self.order[number * count // of : (number + 1) * count // of]]
 
     def state(self) -> dict[str, Any]:
         """As plain values; numbers in fp32 come back bit for bit."""

@@ -20,18 +20,15 @@ FIELDS = ("prompt_ids", "completion_ids", "logprobs")
 
 @dataclass
 class EngineSampler:
-    """Each round draws other numbers, which follow from the seed and the round."""
+    """Random numbers follow from the seed and `key`, which differs from call to call."""
 
     engine: Engine
     prompts: Sequence[Prompt]
     sampling: Sampling
 
-    def __call__(self, places: Sequence[int], count: int, round_: int, stopped: Callable[[], bool]) -> list[Rollout]:
+    def __call__(self, places: Sequence[int], count: int, key: int, stopped: Callable[[], bool]) -> list[Rollout]:
         self.engine.update_weights()
-        requests = [
-            Request(self.prompts[place].ids.tolist(), round_ * len(places) + group, count)
-            for group, place in enumerate(places)
-        ]
+        requests = [Request(self.prompts[place].ids.tolist(), key + group, count) for group, place in enumerate(places)]
         made = self.engine.generate(requests, self.sampling, stopped)
         return [
             _rollout(place, group, self.prompts[place].ids, completion)
@@ -61,7 +58,7 @@ class FunctionSampler:
     prompts: Sequence[Prompt]
     end_ids: frozenset[int]
 
-    def __call__(self, places: Sequence[int], count: int, round_: int, stopped: Callable[[], bool]) -> list[Rollout]:
+    def __call__(self, places: Sequence[int], count: int, key: int, stopped: Callable[[], bool]) -> list[Rollout]:
         wanted = [(place, group) for group, place in enumerate(places) for _ in range(count)]
         given = self.function([self.prompts[place].content for place, _ in wanted], self.trainer)
         if inspect.isawaitable(given) or not isinstance(given, Mapping):

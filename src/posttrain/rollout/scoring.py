@@ -33,6 +33,25 @@ class Verdict:
     extra: dict[str, list[Any]]
     noted: dict[str, list[float]]
 
+    @property
+    def num_rollouts(self) -> int:
+        return len(self.contents)
+
+    def part(self, chosen: Sequence[int]) -> Verdict:
+        """Of some completions. What functions noted of all of them stays."""
+        extra = {
+            name: [values[i] for i in chosen] if len(values) == self.num_rollouts else values
+            for name, values in self.extra.items()
+        }
+        return Verdict(self.names, [self.contents[i] for i in chosen], self.rewards_NF[list(chosen)], extra, self.noted)
+
+    def and_(self, other: Verdict) -> Verdict:
+        """Of these completions and then those."""
+        extra = {name: self.extra.get(name, []) + other.extra.get(name, []) for name in {**self.extra, **other.extra}}
+        noted = {name: self.noted.get(name, []) + other.noted.get(name, []) for name in {**self.noted, **other.noted}}
+        rewards_NF = np.concatenate([self.rewards_NF, other.rewards_NF])
+        return Verdict(self.names, self.contents + other.contents, rewards_NF, extra, noted)
+
     def metrics(self, worth: Advantages) -> dict[str, tuple[float, int]]:
         """TRL's, by name: sums and counts."""
         made: dict[str, tuple[float, int]] = {}

@@ -31,11 +31,10 @@ Ask = Callable[[Batch], tuple[torch.Tensor, ...]]
 
 
 class Sampler(Protocol):
-    """The completions of these prompts (places in the data), `count` of each, for round `round_`. Raises Stopped."""
+    """The completions of these prompts (places in the data), `count` of each, with random numbers that follow from
+    `key`. Raises Stopped."""
 
-    def __call__(
-        self, places: Sequence[int], count: int, round_: int, stopped: Callable[[], bool]
-    ) -> list[Rollout]: ...
+    def __call__(self, places: Sequence[int], count: int, key: int, stopped: Callable[[], bool]) -> list[Rollout]: ...
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,22 @@ class Learning:
     skips_indifferent: bool = True
     skips_truncated: bool = False
     own_tokens: bool = False
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """DAPO's dynamic sampling (arXiv 2503.14476, section 3.2): with `leaves_out` groups without signal are no part of a
+    step, nor of what its loss is divided by; other prompts are sampled in their place, up to `attempts` times."""
+
+    leaves_out: bool = False
+    attempts: int = 0
+    seed: int = 0
+
+
+NO_RESAMPLING = Resampling()
+NOTHING = Advantages(np.zeros(0), np.zeros(0), 1.0)
+KEYS_OF_A_ROUND = 2**24
+"""Groups that a round may number."""
 
 
 @dataclass
@@ -70,6 +85,7 @@ class RolloutSource:
     needs_old: bool = False
     needs_reference: bool = False
     logps_first: bool = False
+    resampling: Resampling = NO_RESAMPLING
     log: Callable[[Generation, Verdict, int], None] | None = None
     of_policy: tuple[str, ...] = ("old_logp_R",)
     kl: KLControl | None = None
@@ -170,11 +186,10 @@ class RolloutSource:
     # --- a round ------------------------------------------------------------------------------------------------------
 
     def _generate(self, number: int, step: int, places: Sequence[int]) -> Generation:
-        started = time.monotonic()
-        rollouts = self.sample(places, self.count, number, self.stopped)
-        sampled = time.monotonic()
-        verdict = self.judge(rollouts)
-        judged = time.monotonic()
+        rollouts, verdict, seconds = self._judged(places, number * KEYS_OF_A_ROUND)
+        replaced: dict[str, tuple[float, int]] = {}
+        if self.resampling.leaves_out:
+            rollouts, verdict, replaced = self._with_signal(rollouts, verdict, places, number)
         lengths, tokens = _lengths(rollouts), sum(len(one.prompt_ids) + one.num_rows for one in rollouts)
         for one in rollouts:
             if self.learning.skips_truncated and not one.is_ended:
@@ -182,7 +197,7 @@ class RolloutSource:
                 one.sampled_logp_R = None
         if self.logps_first:
             self._annotate([one for one in rollouts if one.num_rows])
-        worth = self.advantages(verdict.rewards_NF, rollouts)
+        worth = self.advantages(verdict.rewards_NF, rollouts) if rollouts else NOTHING
         for one, advantage in zip(rollouts, worth.value_N.tolist(), strict=True):
             one.advantage = advantage
         for one, (advantage_R, return_R) in zip(rollouts, worth.tokens or (), strict=bool(worth.tokens)):
@@ -193,14 +208,65 @@ class RolloutSource:
             self._annotate([one for one in rollouts if self._teaches(one)])
         generation = Generation(number, rollouts, self.rounds.deal(number, len(rollouts)), tokens)
         generation.metrics = {**verdict.metrics(worth), **lengths}
-        generation.metrics |= {
-            "sampling/seconds": (sampled - started, 1),
-            "sampling/tokens_per_second": (sum(len(one.ids) for one in rollouts) / max(sampled - started, 1e-9), 1),
-            "rewards/seconds": (judged - sampled, 1),
-        }
+        generation.metrics |= {**replaced, **seconds}
         if self.log is not None:
             self.log(generation, verdict, step)
         return generation
+
+    def _judged(self, places: Sequence[int], key: int) -> tuple[list[Rollout], Verdict, dict[str, tuple[float, int]]]:
+        """Completions of these prompts, what the rewards say of them, and how long both took."""
+        started = time.monotonic()
+        rollouts = self.sample(places, self.count, key, self.stopped)
+        sampled = time.monotonic()
+        verdict = self.judge(rollouts)
+        took = max(sampled - started, 1e-9)
+        return rollouts, verdict, {
+            "sampling/seconds": (took, 1),
+            "sampling/tokens_per_second": (sum(len(one.ids) for one in rollouts) / took, 1),
+            "rewards/seconds": (time.monotonic() - sampled, 1),
+        }  # fmt: skip
+
+    def _with_signal(
+        self, rollouts: list[Rollout], verdict: Verdict, places: Sequence[int], number: int
+    ) -> tuple[list[Rollout], Verdict, dict[str, tuple[float, int]]]:
+        """The groups that have something to teach, of these prompts or of others."""
+        wanted, asked = len(places), len(places)
+        rollouts, verdict = self._teaching(rollouts, verdict)
+        for attempt in range(1, self.resampling.attempts + 1):
+            missing = wanted - len(rollouts) // self.count
+            if not missing:
+                break
+            others = self._others(places, missing, number, attempt)
+            key = number * KEYS_OF_A_ROUND + asked
+            more, said, _ = self._judged(others, key)
+            for one in more:
+                one.group += asked
+            asked += len(others)
+            more, said = self._teaching(more, said)
+            rollouts, verdict = rollouts + more, verdict.and_(said)
+        left = len(rollouts) // self.count
+        metrics = {
+            "dynamic_sampling/groups_sampled": (float(asked), 1),
+            "dynamic_sampling/groups_kept": (float(left), 1),
+        }
+        return rollouts, verdict, metrics
+
+    def _others(self, places: Sequence[int], count: int, number: int, attempt: int) -> list[int]:
+        """Other prompts of the data, at random."""
+        generator = np.random.default_rng([self.resampling.seed, number, attempt])
+        rest = np.setdiff1d(np.arange(len(self.prompts)), places)
+        return generator.permutation(rest if len(rest) >= count else np.arange(len(self.prompts)))[:count].tolist()
+
+    def _teaching(self, rollouts: list[Rollout], verdict: Verdict) -> tuple[list[Rollout], Verdict]:
+        """Whole groups in which one completion is worth more than another."""
+        reward_N = self.advantages(verdict.rewards_NF, rollouts).reward_N
+        chosen = [
+            i
+            for first in range(0, len(rollouts), self.count)
+            if _differ(reward_N[first : first + self.count])
+            for i in range(first, first + self.count)
+        ]
+        return [rollouts[i] for i in chosen], verdict.part(chosen)
 
     def _annotate(self, used: list[Rollout]) -> None:
         """What the policy and the reference say of every token that may be trained, as far as it is needed."""
@@ -244,8 +310,15 @@ def _counted(batches: list[Batch], counts: dict[str, float]) -> list[Batch]:
     return [replace(batch, counts=counts if batch is batches[0] else nothing) for batch in batches]
 
 
+def _differ(reward_K: np.ndarray) -> bool:
+    said = reward_K[~np.isnan(reward_K)]
+    return len(said) > 1 and not np.isclose(said.std(), 0)
+
+
 def _lengths(rollouts: Sequence[Rollout]) -> dict[str, tuple[float, int]]:
     """TRL's metrics of how long completions are, and how many were cut off."""
+    if not rollouts:
+        return {}
     length_N = np.array([one.num_rows for one in rollouts], dtype=np.float64)
     ended_N = length_N[[one.is_ended for one in rollouts]]
     whole_N = ended_N if len(ended_N) else np.zeros(1)

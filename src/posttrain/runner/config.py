@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from posttrain.errors import ConfigError
 from posttrain.runner.documents import parse_value, read_document
-from posttrain.runner.methods import METHODS
+from posttrain.runner.methods import METHODS, ONLINE
 
 ALL_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -89,6 +89,13 @@ class DatasetSection(_Section):
     num_proc: int | None = Field(None, description="Accepted; tokenization runs in the tokenizer's own threads.")
 
 
+class RewardSection(_Section):
+    """One of the rewards of GRPO and RLOO."""
+
+    function: str = Field(description="file.py[:function], package.module:function, a library's name or a model.")
+    weight: float = Field(1.0, description="Beside the other rewards' weights.")
+
+
 class SaveSection(_Section):
     """What is left behind."""
 
@@ -110,6 +117,7 @@ class RunConfig(_Section):
     model: ModelSection
     dataset: DatasetSection
     lora: LoraSection = LoraSection()
+    rewards: list[RewardSection] | None = Field(None, description="What completions are worth (grpo, rloo).")
     training: dict[str, Any] = Field(
         default_factory=dict, description="Fields of the method's config (SFTConfig, ...)."
     )
@@ -142,6 +150,11 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     if (config.dataset.path is None) == (config.dataset.mixture is None):
         both = "is missing" if config.dataset.path is None else "and dataset.mixture are both given"
         raise ConfigError(f"{path}: dataset.path {both}", hint="give one of dataset.path and dataset.mixture")
+    if (config.method in ONLINE) != bool(config.rewards):
+        if config.rewards:
+            raise ConfigError(f"{path}: rewards is not honoured with method {config.method}", hint="leave it out")
+        raise ConfigError(f"{path}: rewards is missing: what is a completion worth?",
+                          hint="rewards: [{function: rewards.py}]")  # fmt: skip
     for section, key, built, why in NOT_BUILT:
         value = getattr(getattr(config, section), key)
         if value != built:
@@ -192,8 +205,8 @@ def _known_keys(sections: list[str]) -> list[str]:
         if section.isdigit():  # an entry of a list of sections
             continue
         annotation = model.model_fields[section].annotation
-        if section == "mixture":
-            annotation = MixedSource
+        lists: dict[str, type[BaseModel]] = {"mixture": MixedSource, "rewards": RewardSection}
+        annotation = lists.get(section, annotation)
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return []
         model = annotation

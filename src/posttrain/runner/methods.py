@@ -13,8 +13,12 @@ METHODS = {
     "dpo": ("posttrain.trainers.dpo:DPOTrainer", "posttrain.trainers.dpo_config:DPOConfig"),
     "orpo": ("posttrain.trainers.orpo:ORPOTrainer", "posttrain.trainers.orpo:ORPOConfig"),
     "kto": ("posttrain.trainers.kto:KTOTrainer", "posttrain.trainers.kto:KTOConfig"),
+    "grpo": ("posttrain.trainers.grpo:GRPOTrainer", "posttrain.trainers.grpo_config:GRPOConfig"),
+    "rloo": ("posttrain.trainers.rloo:RLOOTrainer", "posttrain.trainers.rloo:RLOOConfig"),
     "reward": ("posttrain.trainers.reward:RewardTrainer", "posttrain.trainers.reward:RewardConfig"),
 }
+ONLINE = ("grpo", "rloo")
+"""Methods that sample their own completions and learn from rewards."""
 NOT_FOR = {
     "text_field": ("dataset_text_field", "text"),
     "train_on": ("assistant_only_loss", "assistant"),

@@ -12,7 +12,7 @@ from typing import Any
 from posttrain.data.mixing import Mixture, mix
 from posttrain.errors import ConfigError
 from posttrain.runner.config import LoraSection, RunConfig, unknown_key
-from posttrain.runner.methods import check_keys, config_of, fields_of, trainer_of
+from posttrain.runner.methods import ONLINE, check_keys, config_of, fields_of, trainer_of
 
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 
@@ -47,10 +47,11 @@ def train(config: RunConfig, source: Path, resume: str = "never", quiet: bool = 
         train_dataset=_source(config, root, args.seed),
         eval_dataset=_data_path(config.dataset.val_path, root) if config.dataset.val_path else None,
         peft_config=peft_config,
+        **({"reward_funcs": [_reward(one.function, root) for one in config.rewards]} if config.rewards else {}),
     )
     if quiet:
         trainer.remove_callback(PrinterCallback)
-    trainer.write_data_reports()
+    trainer.before_training()
     result = trainer.run.train(checkpoint)
     trainer.save_model(str(path))
     trainer.save_state()
@@ -92,12 +93,40 @@ def _training_arguments(config: RunConfig, root: Path, source: Path, quiet: bool
         "model_init_kwargs": _model_options(config),
         "dataset_format": data.format,
     }
+    if config.method in ONLINE:
+        _set_lengths(options, given, config.model.max_seq_length)
+        if config.rewards and "reward_weights" in given:
+            raise ConfigError(f"{source}: training.reward_weights is set as rewards[].weight")
+        options["reward_weights"] = [one.weight for one in config.rewards or []]
     if config.lora.use_gradient_checkpointing:
         options["gradient_checkpointing"] = True
     try:
         return config_of(config.method)(**given, **{name: value for name, value in options.items() if name in known})
     except ConfigError as error:
         raise ConfigError(f"{source}: {_by_its_key(error.message, known)}", hint=error.hint, code=error.code) from error
+
+
+def _set_lengths(options: dict[str, Any], given: dict[str, Any], longest: int | None) -> None:
+    """A prompt may have what a completion leaves of the longest sequence."""
+    del options["max_length"]
+    if longest is None or "max_prompt_length" in given:
+        return
+    completion = given.get("max_completion_length", 512)
+    if not isinstance(completion, int) or completion >= longest:
+        raise ConfigError(f"training.max_completion_length={completion!r} leaves no room for a prompt in "
+                          f"model.max_seq_length={longest}", hint="raise the latter")  # fmt: skip
+    options["max_prompt_length"] = longest - completion
+
+
+def _reward(name: str, root: Path) -> Any:
+    """A function of a file beside the configuration, or what the trainer knows by this name."""
+    before, _, after = name.rpartition(":")
+    file, function = (before, after) if before.endswith(".py") else (name, "")
+    if not file.endswith(".py"):
+        return name
+    from posttrain.runner.reward_test import find_reward
+
+    return find_reward(str(_path(file, root)), function or None)
 
 
 # Settings that other sections hold, so that each can be set in one place only.

@@ -71,7 +71,7 @@ class PackedTrainer:
         for name, value in refused.items():
             if value is not None:
                 raise ConfigError(f"train({name}=...) is not honoured")
-        self.write_data_reports()
+        self.before_training()
         try:
             return self.run.train(resume_from_checkpoint)
         except Interrupted as stopped:  # a SystemExit: Python ends with its status and prints nothing of its own
@@ -79,6 +79,10 @@ class PackedTrainer:
             if stopped.checkpoint:
                 print("Continue: trainer.train(resume_from_checkpoint=True)", file=sys.stderr)
             raise
+
+    def before_training(self) -> None:
+        """What a run leaves and finds out before it begins."""
+        self.write_data_reports()
 
     def write_data_reports(self) -> None:
         """`data_report.json` in `output_dir`: what became of the rows, and of each that is not used why."""

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from posttrain.objectives.policy import PolicyLoss
 from posttrain.rollout.advantages import Advantages, group_relative
 from posttrain.rollout.generation import Rollout
-from posttrain.rollout.source import Learning
+from posttrain.rollout.source import Learning, Resampling
 from posttrain.trainers.grpo_config import GRPOConfig
 from posttrain.trainers.online import OnlineTrainer
 from posttrain.trainers.opening import read_config
@@ -75,6 +75,11 @@ class GRPOTrainer(OnlineTrainer):
             skips_indifferent=objective.skips_indifferent,
             skips_truncated=self.args.mask_truncated_completions,
         )
+
+    def resampling(self) -> Resampling:
+        args = self.args
+        attempts = args.max_resampling_rounds if args.dynamic_sampling == "replace" else 0
+        return Resampling(args.dynamic_sampling != "none", attempts, args.seed)
 
     def advantages(self, rewards_NF: np.ndarray, rollouts: Sequence[Rollout], group_size: int) -> Advantages:
         weights_F = np.array(self.rewards.weights, dtype=np.float64)

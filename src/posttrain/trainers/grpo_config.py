@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from posttrain.errors import ConfigError
+from posttrain.objectives.correction import MODES, Correction
 from posttrain.objectives.policy import LOSSES, PolicyLoss, Settings
 from posttrain.rollout.advantages import AGGREGATIONS, SCALES
 from posttrain.trainers.config import accepts_old_spellings
@@ -23,6 +24,7 @@ class GRPOConfig(OnlineConfig):
         "importance_sampling_level": ("token", "sequence"),
         "scale_rewards": SCALES,
         "multi_objective_aggregation": AGGREGATIONS,
+        "dynamic_sampling": ("none", "skip", "replace"),
     }
     NOT_HONOURED: ClassVar[tuple[str, ...]] = (
         *OnlineConfig.NOT_HONOURED, "cast_lm_head_to_fp32", "max_tool_calling_iterations", "use_adaptive_entropy",
@@ -56,12 +58,18 @@ class GRPOConfig(OnlineConfig):
     use_bias_correction_kl: bool = field(
         default=True, metadata={"help": "Weigh the KL divergence by the ratio, so that its gradient is unbiased."}
     )
+    vllm_importance_sampling_correction: bool = field(
+        default=True, metadata={"help": "With use_vllm: weigh tokens by how likely the policy finds what was sampled."}
+    )
+    vllm_importance_sampling_mode: str = field(default="sequence_mask", metadata={"help": f"How: {', '.join(MODES)}."})
+    vllm_importance_sampling_clip_max: float | None = field(default=3.0, metadata={"help": "Greatest ratio."})
+    vllm_importance_sampling_clip_min: float | None = field(default=None, metadata={"help": "Least ratio."})
     cast_lm_head_to_fp32: bool = field(default=False, metadata={"help": "Not needed."})
     max_tool_calling_iterations: int | None = field(default=None, metadata={"help": "Not honoured yet."})
     dynamic_sampling: str = field(
         default="none",
-        metadata={"help": "DAPO: groups whose rewards do not differ are kept ('none') or replaced by other prompts' "
-                  "('replace')."},
+        metadata={"help": "DAPO: groups whose rewards do not differ count in the mean ('none'), are left out of it "
+                  "('skip'), or are replaced by groups of other prompts ('replace')."},
     )  # fmt: skip
     max_resampling_rounds: int = field(
         default=3, metadata={"help": "With dynamic_sampling='replace': how often groups are replaced before giving up."}
@@ -73,11 +81,16 @@ class GRPOConfig(OnlineConfig):
 
     def _check_choices(self) -> None:
         super()._check_choices()
-        if self.dynamic_sampling not in ("none", "replace"):
-            raise ConfigError(f"dynamic_sampling={self.dynamic_sampling!r} is unknown", hint="'none' or 'replace'")
         if self.max_resampling_rounds < 1:
             raise ConfigError(f"max_resampling_rounds={self.max_resampling_rounds} must be at least 1")
         self.objective()
+
+    def correction(self) -> Correction | None:
+        """Only another engine than our own needs one."""
+        if not (self.use_vllm and self.vllm_importance_sampling_correction):
+            return None
+        return Correction(self.vllm_importance_sampling_mode, self.vllm_importance_sampling_clip_min,
+                          self.vllm_importance_sampling_clip_max)  # fmt: skip
 
     def objective(self) -> PolicyLoss:
         """Raises ConfigError for settings that contradict each other."""
@@ -103,4 +116,5 @@ class GRPOConfig(OnlineConfig):
             top_entropy=self.top_entropy_quantile,
             entropy_coef=self.entropy_coef,
             off_policy_threshold=self.off_policy_mask_threshold,
+            correction=self.correction(),
         )

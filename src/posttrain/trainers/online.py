@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,11 +23,14 @@ from posttrain.data.templates import find_template
 from posttrain.errors import ConfigError, Stopped
 from posttrain.evaluate.generation import stop_ids
 from posttrain.models.forward import Policy
+from posttrain.models.weights import save_weights
 from posttrain.objectives.base import Objective
 from posttrain.planner import Workload
 from posttrain.reference import Reference, ReferenceModel
+from posttrain.rewards.check import SHORT_ROWS, Material, before_training
 from posttrain.rollout.advantages import Advantages
 from posttrain.rollout.engines.local import LocalEngine
+from posttrain.rollout.engines.vllm import VllmEngine
 from posttrain.rollout.evaluation import evaluate_rollouts
 from posttrain.rollout.generation import Rollout
 from posttrain.rollout.kl_control import KLControl
@@ -34,9 +38,10 @@ from posttrain.rollout.log import SamplesLog
 from posttrain.rollout.order import Rounds
 from posttrain.rollout.samplers import EngineSampler, FunctionSampler
 from posttrain.rollout.scoring import Judge
-from posttrain.rollout.source import Ask, Learning, RolloutSource
+from posttrain.rollout.source import Ask, Learning, Resampling, RolloutSource
 from posttrain.run import Run
 from posttrain.session import Session
+from posttrain.snapshot import capture_rng, restore_rng
 from posttrain.trainers.answers import Follow
 from posttrain.trainers.arguments import check_arguments
 from posttrain.trainers.base import PackedTrainer, make_events
@@ -70,6 +75,10 @@ class OnlineTrainer(PackedTrainer):
 
     def learning(self) -> Learning:
         raise NotImplementedError
+
+    def resampling(self) -> Resampling:
+        """What becomes of groups without signal."""
+        return Resampling()
 
     # --- opening ------------------------------------------------------------------------------------------------------
 
@@ -131,6 +140,30 @@ class OnlineTrainer(PackedTrainer):
             self.add_callback(Follow(self.run.reference))
         if args.eval_strategy != IntervalStrategy.NO and not eval_sets:
             raise ConfigError(f"eval_strategy={args.eval_strategy.value!r} needs an eval_dataset")
+
+    def before_training(self) -> None:
+        """As ever, and a short trial of the rewards (`reward_check`)."""
+        super().before_training()
+        if self.args.reward_check and self.rollouts.rollout_func is None:
+            self._try_rewards()
+
+    def _try_rewards(self) -> None:
+        """On a few rows, before anything is sampled. Raises RewardError; changes no random state."""
+        prompts = self.rollouts.prompts[:SHORT_ROWS]
+        names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
+        columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
+        self.rewards.extra = {"trainer_state": self.state, "log_extra": _ignore, "log_metric": _ignore}
+        material = Material.of([prompt.content for prompt in prompts], columns, encode=self._encode)
+        random = capture_rng()
+        try:
+            said = before_training(self.rewards, material, self.args.max_completion_length or 1)
+        finally:
+            restore_rng(random)
+        for sentence in said:
+            logger.warning("reward   tried before training: %s", sentence)
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _prompts(self, dataset: Any, name: str) -> list[Prompt]:
         args = self.args
@@ -196,7 +229,7 @@ class _Rollouts:
     def __init__(self, trainer: OnlineTrainer, prompts: list[Prompt], rounds: Rounds, rollout_func: Any):
         self.trainer, self.prompts, self.rounds, self.rollout_func = trainer, prompts, rounds, rollout_func
         self.log = SamplesLog(trainer.args.output_dir or ".", prompts)
-        self.engine: LocalEngine | None = None
+        self.engine: LocalEngine | VllmEngine | None = None
         self.source = self._source(prompts, rounds, trainer.args.num_generations or 1)
         self.source.log, self.source.kl = self.log, trainer.kl
 
@@ -212,10 +245,11 @@ class _Rollouts:
             advantages=lambda rewards_NF, rollouts: trainer.advantages(rewards_NF, rollouts, count),
             learning=learning,
             token_budget=args.token_budget or 0,
-            needs_old=trainer.logps_first or not rounds.is_on_policy,
+            needs_old=trainer.logps_first or not rounds.is_on_policy or args.use_vllm,
             needs_reference=bool(args.beta),
             logps_first=trainer.logps_first,
             of_policy=trainer.of_policy,
+            resampling=trainer.resampling() if count == args.num_generations else Resampling(),
         )
 
     @property
@@ -241,7 +275,10 @@ class _Rollouts:
     def open(self, session: Session, reference: Reference | None, stopped: Callable[[], bool]) -> None:
         args, source = self.trainer.args, self.source
         ends = stop_ids(session.policy.base, self.trainer._tokenizer)
-        self.engine = LocalEngine(session.policy, ends, self._decode, args.max_sampling_rows)
+        if args.use_vllm:
+            self.engine = self._server(session)
+        else:
+            self.engine = LocalEngine(session.policy, ends, self._decode, args.max_sampling_rows)
         source.sample = self._sampler(self.prompts, ends)
         source.ask_policy = _asked(session.policy, with_values="old_value_R" in source.of_policy)
         source.ask_reference = None if reference is None else lambda batch: (reference(batch),)
@@ -255,6 +292,24 @@ class _Rollouts:
             return FunctionSampler(self.rollout_func, self.trainer, prompts, end_ids)
         assert self.engine is not None
         return EngineSampler(self.engine, prompts, self.trainer.args.sampling())
+
+    def _server(self, session: Session) -> VllmEngine:
+        """One for all sessions, which gets the adapter of the present one."""
+        args, model = self.trainer.args, self.trainer._model
+        if not isinstance(model, PeftModel):
+            raise ConfigError("use_vllm=True is honoured with an adapter only: other weights are not sent there",
+                              hint="give peft_config, or leave use_vllm out")  # fmt: skip
+
+        def save(into: Path) -> None:
+            with session.precision.exported():
+                save_weights(model, into)
+
+        if isinstance(self.engine, VllmEngine):
+            self.engine.save_adapter = save
+            return self.engine
+        url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
+        name = args.vllm_server_model or model.get_base_model().config._name_or_path
+        return VllmEngine(url, name, args.vllm_server_timeout, save, Path(args.output_dir or ".") / "vllm")
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.trainer._tokenizer.decode(ids, skip_special_tokens=True))
@@ -281,7 +336,11 @@ class _Rollouts:
             return None
 
 
-def _not_open(places: Sequence[int], count: int, round_: int, stopped: Callable[[], bool]) -> list[Rollout]:
+def _ignore(*_: Any) -> None:
+    """What a reward logs of completions that no one has sampled."""
+
+
+def _not_open(places: Sequence[int], count: int, key: int, stopped: Callable[[], bool]) -> list[Rollout]:
     raise AssertionError("nothing can be sampled before the session is open")
 
 

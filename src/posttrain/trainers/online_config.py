@@ -23,8 +23,16 @@ GENERATION_KWARGS = {
     "max_new_tokens": "max_tokens",
 }
 """What `generation_kwargs` may say, and what we call it."""
+VLLM_FIELDS = (
+    "vllm_mode", "vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout",
+    "vllm_server_model",
+)  # fmt: skip
 INSTEAD = {
-    "use_vllm": "completions are sampled in this process",
+    "dataset_streaming": "prompts are read whole before training; they are short",
+    "dataset_format": "rows are prompts: a column `prompt`, text or messages (dataset_columns renames another)",
+    "truncation_mode": "max_prompt_length cuts off a prompt's beginning",
+    "train_sampling_strategy": "shuffle_dataset says whether prompts come in random order",
+    "label_smoothing_factor": "it is of supervised training",
     "cast_lm_head_to_fp32": "the soft-max and what follows it are in fp32 anyway",
     "max_length": "set max_prompt_length and max_completion_length",
     "log_completions_hub_repo": "completions are written to samples.jsonl in output_dir",
@@ -46,7 +54,8 @@ class OnlineConfig(PackedConfig):
         "transformers_continuous_batching_config",
     ]
     NOT_HONOURED: ClassVar[tuple[str, ...]] = (
-        "use_vllm", "max_length", "log_completions_hub_repo",
+        "max_length", "log_completions_hub_repo", "dataset_streaming", "dataset_format", "truncation_mode",
+        "train_sampling_strategy", "label_smoothing_factor",
     )  # fmt: skip
     MAKES_ROUNDS: ClassVar[tuple[str, ...]] = (
         "num_generations", "steps_per_generation", "num_iterations", "max_completion_length", "beta",
@@ -94,7 +103,17 @@ class OnlineConfig(PackedConfig):
     transformers_continuous_batching_config: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Accepted; rows leave and enter the batch as they end anyway."}
     )
-    use_vllm: bool = field(default=False, metadata={"help": "Not honoured yet: sampling is in the process."})
+    use_vllm: bool = field(
+        default=False, metadata={"help": "Let a vLLM server sample (vllm_mode='server'); with an adapter only."}
+    )
+    vllm_mode: str = field(default="colocate", metadata={"help": "With use_vllm only 'server' is honoured."})
+    vllm_server_base_url: str | None = field(default=None, metadata={"help": "Of the server: http://host:port."})
+    vllm_server_host: str = field(default="0.0.0.0", metadata={"help": "Without a base URL: its host."})
+    vllm_server_port: int = field(default=8000, metadata={"help": "Without a base URL: its port."})
+    vllm_server_timeout: float = field(default=240.0, metadata={"help": "Seconds to wait for an answer."})
+    vllm_server_model: str | None = field(
+        default=None, metadata={"help": "What the server calls the model. Default: the model's own name."}
+    )
     beta: float = field(default=0.0, metadata={"help": "Weight of the KL divergence to the reference."})
     num_iterations: int = field(default=1, metadata={"help": "How often each completion is learned from."})
     epsilon: float = field(default=0.2, metadata={"help": "How far a ratio may fall below 1 before it is clipped."})
@@ -104,6 +123,13 @@ class OnlineConfig(PackedConfig):
     )
     reward_timeout: float = field(
         default=300.0, metadata={"help": "Seconds that a reward function may take over a step's completions."}
+    )
+    reward_check: bool = field(
+        default=True,
+        metadata={
+            "help": "Try the rewards on right, wrong, empty and huge completions before the first step (not with "
+            "a rollout_func, which may give them more than the data has)."
+        },
     )
     mask_truncated_completions: bool = field(
         default=False, metadata={"help": "Do not learn from completions that were cut off."}
@@ -176,6 +202,13 @@ class OnlineConfig(PackedConfig):
                               hint="set beta, or leave it out")  # fmt: skip
         if self.temperature <= 0:
             raise ConfigError(f"temperature={self.temperature} must be above 0: completions of a prompt must differ")
+        if self.use_vllm and self.vllm_mode != "server":
+            raise ConfigError(f"use_vllm=True with vllm_mode={self.vllm_mode!r} is not honoured",
+                              hint="leave it out (sampling is in this process), or run `vllm serve MODEL "
+                                   "--enable-lora` and set vllm_mode='server'")  # fmt: skip
+        for name in VLLM_FIELDS:
+            if not self.use_vllm and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is heeded with use_vllm=True only")
         if not self.reward_timeout > 0:
             raise ConfigError(f"reward_timeout={self.reward_timeout} must be above 0")
         self.sampling()

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from posttrain.errors import ConfigError
+from posttrain.rewards import LIBRARY
 from posttrain.rewards.functions import Rewards, name_of
 from posttrain.rewards.models import RewardModel, load_reward_model
 from posttrain.trainers.online_config import OnlineConfig
@@ -40,7 +41,9 @@ def open_rewards(reward_funcs: Any, tokenizers: Any, args: OnlineConfig) -> Rewa
 
 def _opened(one: Any, tokenizer: Any) -> Callable[..., Any]:
     if isinstance(one, str):
-        return _named(one) if ":" in one else load_reward_model(one, tokenizer)
+        if one in LIBRARY:
+            return LIBRARY[one]
+        return named_reward(one) if ":" in one else load_reward_model(one, tokenizer)
     if isinstance(one, nn.Module):
         return RewardModel.of(one, tokenizer)
     if not callable(one):
@@ -48,7 +51,7 @@ def _opened(one: Any, tokenizer: Any) -> Callable[..., Any]:
     return one
 
 
-def _named(name: str) -> Callable[..., Any]:
+def named_reward(name: str) -> Callable[..., Any]:
     """`package.module:function`."""
     module, _, attribute = name.partition(":")
     try:

@@ -23,7 +23,8 @@ from posttrain.errors import Stopped
 from posttrain.models.decoding import Memory
 from posttrain.models.forward import Policy
 from posttrain.models.head import HeadShape
-from posttrain.models.lean_decoding import LeanRows, LeanWeights, SharedRows, forward, lean_weights
+from posttrain.models.lean_decoding import LeanRows, SharedRows, forward, lean_weights
+from posttrain.models.lean_weights import LeanWeights
 from posttrain.rollout.engines import Completion, Request
 from posttrain.rollout.sampling import Sampling, choose
 

@@ -1,0 +1,187 @@
+"""A policy's weights as lean decoding wants them (models/lean_decoding.py): projections with the same input joined, and
+on a CPU in bf16 packed as oneDNN wants them; what is frozen once and for all, what is trained after each update.
+
+Shape suffixes: `B` rows, `D` hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from posttrain.models.adapters import LeanLora
+from posttrain.models.available import total_memory
+from posttrain.models.forward import Policy
+
+PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+GATED = ("gate_proj", "up_proj", "down_proj")
+
+
+class Product:
+    """`y = x W' + b` of several layers with the same input, with their adapters' `s A' B'`."""
+
+    def __init__(self, layers: Sequence[nn.Module]):
+        self.layers = layers
+        bases = [_base(layer) for layer in layers]
+        self.is_frozen = not any(base.weight.requires_grad for base in bases)
+        self.weight: torch.Tensor | None = None
+        self.bias: torch.Tensor | None = None
+        self.is_packed = False
+        self.a: torch.Tensor | None = None
+        self.b: torch.Tensor | None = None
+
+    def take(self, packs: bool, rows: int) -> None:
+        """The weights as they are now."""
+        bases = [_base(layer) for layer in self.layers]
+        if self.weight is None or not self.is_frozen:
+            joined = torch.cat([base.weight.detach() for base in bases]) if len(bases) > 1 else bases[0].weight.detach()
+            self.is_packed = packs and joined.dtype == torch.bfloat16
+            self.weight = _packed(joined, rows) if self.is_packed else joined
+            self.bias = None
+            if bases[0].bias is not None:
+                self.bias = torch.cat([base.bias.detach() for base in bases])
+        self._take_adapters(self.bias.dtype if self.bias is not None else bases[0].weight.dtype)
+
+    def _take_adapters(self, dtype: torch.dtype) -> None:
+        found = [(layer, _adapter(layer)) for layer in self.layers]
+        if not any(name for _, name in found):
+            self.a = self.b = None
+            return
+        parts = []
+        for layer, name in found:
+            weight = _base(layer).weight
+            if name is None:
+                parts.append((weight.new_zeros(0, weight.shape[1]), weight.new_zeros(weight.shape[0], 0)))
+            else:
+                _, _, a, b, scale, _ = layer.parts(name)  # type: ignore[operator]
+                parts.append((a.detach().to(dtype), (b.detach() * scale).to(dtype)))
+        self.a = torch.cat([a for a, _ in parts]).t()
+        self.b = torch.block_diag(*(b for _, b in parts)).t().contiguous()
+
+    def __call__(self, x_BD: torch.Tensor) -> torch.Tensor:
+        assert self.weight is not None
+        if self.is_packed:
+            y = torch.ops.mkldnn._linear_pointwise(x_BD, self.weight, self.bias, "none", [], "")
+        else:
+            y = torch.nn.functional.linear(x_BD, self.weight, self.bias)
+        if self.a is not None and self.b is not None:
+            y.addmm_(x_BD @ self.a, self.b)
+        return y
+
+
+def _base(layer: nn.Module) -> Any:
+    return layer.base_layer if isinstance(layer, LeanLora) else layer
+
+
+def _adapter(layer: nn.Module) -> str | None:
+    return layer.ordinary_adapter() if isinstance(layer, LeanLora) else None
+
+
+def _packed(weight: torch.Tensor, rows: int) -> torch.Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+
+
+@dataclass
+class LeanLayer:
+    """`norms` before attention and before the feed-forward part, `head_norms` of queries and keys (Qwen 3)."""
+
+    index: Any
+    norms: tuple[Any, Any]
+    head_norms: tuple[Any, Any] | None
+    qkv: Product
+    out: Product
+    gate_up: Product
+    down: Product
+    width: int
+    window: int | None
+
+
+class LeanWeights:
+    """A policy's weights as lean decoding wants them; `take` after every update."""
+
+    def __init__(self, policy: Policy, layers: list[LeanLayer], sizes: tuple[int, int, int], scale: float):
+        self.policy, self.layers = policy, layers
+        self.heads, self.key_heads, self.head_size = sizes
+        self.scale = scale
+        self.head = Product([policy.base.get_output_embeddings()])
+
+    @classmethod
+    def of(cls, policy: Policy) -> LeanWeights | None:
+        """None for a model with layers of another kind."""
+        body = policy.base.base_model
+        found = [_layer(layer) for layer in getattr(body, "layers", [])]
+        needed = all(hasattr(body, name) for name in ("rotary_emb", "norm", "embed_tokens"))
+        if not policy.is_packed or not needed or not found or any(layer is None for layer in found):
+            return None
+        layers = [layer for layer in found if layer is not None]
+        first = body.layers[0].self_attn
+        size = int(first.head_dim)
+        sizes = (_rows(first.q_proj) // size, _rows(first.k_proj) // size, size)
+        scales = {float(layer.self_attn.scaling) for layer in body.layers}
+        return cls(policy, layers, sizes, scales.pop()) if len(scales) == 1 else None
+
+    def take(self, rows: int) -> None:
+        """The weights as they are now. Packed where that is worth it and there is room for a second copy of them."""
+        size = sum(p.numel() * p.element_size() for p in self.policy.base.parameters())
+        on_cpu = self.policy.device.type == "cpu"
+        packs = on_cpu and torch.backends.mkldnn.is_available() and total_memory(self.policy.device) > 4 * size
+        with torch.no_grad():
+            for product in self._products():
+                product.take(packs, rows)
+
+    @property
+    def reach(self) -> int | None:
+        """How far back every layer looks; None for as far as there is anything."""
+        return min((layer.window for layer in self.layers if layer.window is not None), default=None)
+
+    def _products(self) -> list[Product]:
+        each = (product for one in self.layers for product in (one.qkv, one.out, one.gate_up, one.down))
+        return [*each, self.head]
+
+
+def _layer(layer: Any) -> LeanLayer | None:
+    if {name for name, _ in layer.named_children()} != PARTS:
+        return None
+    attention, mlp = layer.self_attn, layer.mlp
+    linear: list[Any] = [getattr(attention, name, None) for name in PROJECTIONS]
+    linear += [getattr(mlp, name, None) for name in GATED]
+    head_norms = (getattr(attention, "q_norm", None), getattr(attention, "k_norm", None))
+    norms = (layer.input_layernorm, layer.post_attention_layernorm)
+    is_usual = (
+        all(_is_linear(one) for one in linear)
+        and {name for name, _ in attention.named_children()} <= {*PROJECTIONS, "q_norm", "k_norm"}
+        and {name for name, _ in mlp.named_children()} <= {*GATED, "act_fn"}
+        and type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
+        and all(hasattr(norm, "variance_epsilon") for norm in norms)
+        and ((head_norms[0] is None) == (head_norms[1] is None))
+        and len({_base(one).bias is None for one in linear[:3]}) == 1
+    )
+    if not is_usual:
+        return None
+    q, k, v, out, gate, up, down = linear
+    return LeanLayer(
+        attention.layer_idx, norms, None if head_norms[0] is None else head_norms, Product([q, k, v]), Product([out]),
+        Product([gate, up]), Product([down]), _rows(gate),
+        getattr(attention, "sliding_window", None) or _window(attention),
+    )  # fmt: skip
+
+
+def _window(attention: Any) -> int | None:
+    """Mistral says it for all layers alike."""
+    config = attention.config
+    return None if hasattr(config, "layer_types") else getattr(config, "sliding_window", None)
+
+
+def _is_linear(layer: Any) -> bool:
+    if isinstance(layer, LeanLora):
+        return layer.ordinary_adapter() is not None or bool(layer._disable_adapters)
+    return type(layer) is nn.Linear
+
+
+def _rows(layer: nn.Module) -> int:
+    return int(_base(layer).weight.shape[0])

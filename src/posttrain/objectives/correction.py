@@ -1,0 +1,59 @@
+"""What is made of a sampler that is not quite the policy: another engine, other kernels, another precision.
+
+The ratio of the policy (as it was when the round began) to the sampler weighs each token's loss, bounded so that a few
+tokens do not outweigh all others (truncated importance sampling, https://fengyao.notion.site/off-policy-rl), or taken
+out of the loss where it lies beyond the bounds (masked importance sampling).
+
+Shape suffixes: `R` supervised rows, `S` sequences.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from posttrain.errors import ConfigError
+from posttrain.objectives.base import Metrics
+from posttrain.objectives.pairs import sum_by_sequence
+from posttrain.types import Batch
+
+MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+
+
+@dataclass(frozen=True)
+class Correction:
+    """Ratios of tokens, or of whole sequences, that lie outside `least` to `most` are brought there (`truncate`) or
+    made 0 (`mask`). None: no bound."""
+
+    mode: str = "sequence_mask"
+    least: float | None = None
+    most: float | None = 3.0
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ConfigError(f"vllm_importance_sampling_mode={self.mode!r} is unknown", hint=f"known: {MODES}")
+        if self.least is not None and self.most is not None and self.least >= self.most:
+            raise ConfigError(f"vllm_importance_sampling_clip_min={self.least} must be below "
+                              f"vllm_importance_sampling_clip_max={self.most}")  # fmt: skip
+        if self.mode.endswith("truncate") and self.least is None and self.most is None:
+            raise ConfigError(f"vllm_importance_sampling_mode={self.mode!r} truncates to no bound",
+                              hint="set vllm_importance_sampling_clip_max")  # fmt: skip
+
+    def __call__(self, old_logp_R: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, Metrics]:
+        """The weight of each row. What the sampler has not said (NaN) is not corrected."""
+        gap_R = (old_logp_R - batch.columns["sampled_logp_R"]).detach().nan_to_num(nan=0.0)
+        is_whole = self.mode.startswith("sequence")
+        ratio = (sum_by_sequence(gap_R, batch) if is_whole else gap_R).exp()
+        low, high = -math.inf if self.least is None else self.least, math.inf if self.most is None else self.most
+        if self.mode.endswith("truncate"):
+            ratio = ratio.clamp(low, high)
+        else:
+            ratio = ratio.masked_fill((ratio < low) | (ratio > high), 0.0)
+        metrics: Metrics = {
+            "sampling/importance_sampling_ratio/mean": (ratio.sum(), len(ratio)),
+            "min_sampling/importance_sampling_ratio": (ratio.min(), 1),
+            "max_sampling/importance_sampling_ratio": (ratio.max(), 1),
+        }
+        return (ratio[batch.sequence_R] if is_whole else ratio), metrics
