@@ -33,7 +33,6 @@ from posttrain.models.load import load_model, load_tokenizer, set_pad_token
 from posttrain.models.scoring import as_classifier, is_classifier
 from posttrain.objectives.reward import RewardLoss
 from posttrain.planner import default_token_budget
-from posttrain.run import TrainResult
 from posttrain.session import Session
 from posttrain.trainers.answers import AnswerConfig, AnswerTrainer
 from posttrain.trainers.config import PackedConfig, accepts_old_spellings
@@ -144,11 +143,12 @@ class RewardTrainer(AnswerTrainer):
 
     # --- what it is trusted for -------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **refused: Any) -> TrainResult:
+    def before_training(self) -> None:
+        """As ever, and what is learned from now on is no longer held out."""
+        super().before_training()
         self._saved.clear()
         if not callable(self.run.train_samples):  # a stream says what it gives
             self._learned |= {fingerprint([sample]) for sample in self.run.train_samples}
-        return super().train(resume_from_checkpoint, **refused)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
