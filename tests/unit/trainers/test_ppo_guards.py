@@ -234,7 +234,7 @@ def test_no_kl_without_a_reason(tmp_path: Path) -> None:
         ({"total_episodes": 16, "max_steps": 3}, "total_episodes=16 makes 8 steps, and max_steps=3 contradicts it"),
         ({"missing_eos_penalty": 1.0, "mask_truncated_completions": True}, "missing_eos_penalty teaches from"),
         ({"adap_kl_ctrl": True, "kl_coef": 0.0, "no_kl_reason": "none"}, "kl_coef=0.0 must be above 0"),
-        ({"use_vllm": True}, "use_vllm=True is not honoured"),
+        ({"max_length": 512}, "max_length=512 is not honoured"),
     ],
 )
 def test_settings_that_are_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
