@@ -32,6 +32,7 @@ format: setup    ## put the code into shape
 bench: setup     ## posttrain and TRL side by side
 	$(BIN)/python benchmarks/sft.py
 	$(BIN)/python benchmarks/preference.py
+	$(BIN)/python benchmarks/rl.py
 
 clean:           ## remove what was built, .venv included
 	rm -rf .venv build dist outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis

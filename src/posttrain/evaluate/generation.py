@@ -1,7 +1,5 @@
-"""Greedy answers to many prompts, batched, through the model's own `generate`: what evaluation asks a model.
-
-Left out: sampling and speed beyond batching; rollouts have an engine of their own.
-"""
+"""Greedy answers to many prompts: what evaluation asks a model. The engine that samples in training answers; a model
+whose layers do not honour the packed layout is asked through its own `generate`, in batches."""
 
 from __future__ import annotations
 
@@ -12,6 +10,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from posttrain.errors import ConfigError
+from posttrain.models import adapters
+from posttrain.models.forward import Policy, open_policy
+from posttrain.rollout.engines import Request
+from posttrain.rollout.engines.local import LocalEngine
+from posttrain.rollout.sampling import Sampling
 from posttrain.types import Message
 
 
@@ -24,14 +28,49 @@ def generate_answers(
     progress: bool = True,
 ) -> list[str]:
     """The greedy completion of each conversation, in the order of `prompts`, without the tokens that end a turn.
-
-    Prompts of similar length share a batch, so that little is spent on padding.
-    """
+    `batch_size` of them are on their way at a time."""
     encoded = [_encode(tokenizer, prompt) for prompt in prompts]
-    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
     stops = stop_ids(model, tokenizer)
+    with tqdm(total=len(encoded), desc="answers", unit="", disable=not progress) as bar:
+        with _opened(model) as policy:
+            if policy is not None:
+                engine = LocalEngine(policy, stops, max_rows=batch_size)
+                requests = [Request(ids, number) for number, ids in enumerate(encoded)]
+                made = engine.generate(requests, Sampling(max_new_tokens, temperature=0.0), landed=bar.update)
+                rows = [group[0].ids.tolist() for group in made]
+                return [tokenizer.decode(_until_stop(row, stops), skip_special_tokens=True) for row in rows]
+        return _in_batches(model, tokenizer, encoded, max_new_tokens, stops, batch_size, bar)
+
+
+@contextmanager
+def _opened(model: Any) -> Iterator[Policy | None]:
+    """The model as the engine takes it, or None where it cannot; it is given back as it was."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    attention = base.config._attn_implementation
+    try:
+        adapters.specialise(model)
+        try:
+            policy = open_policy(model)
+        except ConfigError:
+            policy = None
+        yield policy if policy is not None and policy.is_packed else None
+    finally:
+        base.set_attn_implementation(attention)
+
+
+def _in_batches(
+    model: Any,
+    tokenizer: Any,
+    encoded: list[list[int]],
+    max_new_tokens: int,
+    stops: list[int],
+    batch_size: int,
+    bar: Any,
+) -> list[str]:
+    """Prompts of similar length share a batch, so that little is spent on padding."""
+    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
     answers = [""] * len(encoded)
-    with _evaluating(model), tqdm(total=len(encoded), desc="answers", unit="", disable=not progress) as bar:
+    with _evaluating(model):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             texts = _complete(model, tokenizer, [encoded[index] for index in chosen], max_new_tokens, stops)

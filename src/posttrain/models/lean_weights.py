@@ -63,12 +63,20 @@ class Product:
         self.a = torch.cat([a for a, _ in parts]).t()
         self.b = torch.block_diag(*(b for _, b in parts)).t().contiguous()
 
-    def __call__(self, x_BD: torch.Tensor) -> torch.Tensor:
+    @property
+    def width(self) -> int:
+        return int(_base(self.layers[0]).weight.shape[1])
+
+    def alone(self, x_BD: torch.Tensor) -> torch.Tensor:
+        """Without the adapters."""
         assert self.weight is not None
         if self.is_packed:
-            y = torch.ops.mkldnn._linear_pointwise(x_BD, self.weight, self.bias, "none", [], "")
-        else:
-            y = torch.nn.functional.linear(x_BD, self.weight, self.bias)
+            y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x_BD, self.weight, self.bias, "none", [], "")
+            return y
+        return torch.nn.functional.linear(x_BD, self.weight, self.bias)
+
+    def __call__(self, x_BD: torch.Tensor) -> torch.Tensor:
+        y = self.alone(x_BD)
         if self.a is not None and self.b is not None:
             y.addmm_(x_BD @ self.a, self.b)
         return y
@@ -131,7 +139,7 @@ class LeanWeights:
         on_cpu = self.policy.device.type == "cpu"
         packs = on_cpu and torch.backends.mkldnn.is_available() and total_memory(self.policy.device) > 4 * size
         with torch.no_grad():
-            for product in self._products():
+            for product in (*self.products(), self.head):
                 product.take(packs, rows)
 
     @property
@@ -139,9 +147,9 @@ class LeanWeights:
         """How far back every layer looks; None for as far as there is anything."""
         return min((layer.window for layer in self.layers if layer.window is not None), default=None)
 
-    def _products(self) -> list[Product]:
-        each = (product for one in self.layers for product in (one.qkv, one.out, one.gate_up, one.down))
-        return [*each, self.head]
+    def products(self) -> list[Product]:
+        """Those of all layers, in order."""
+        return [product for one in self.layers for product in (one.qkv, one.out, one.gate_up, one.down)]
 
 
 def _layer(layer: Any) -> LeanLayer | None:

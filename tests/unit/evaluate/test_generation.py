@@ -93,10 +93,20 @@ def test_model_and_tokenizer_come_back_as_they_were(model: Any, tokenizer: Any, 
 
 def test_the_mode_comes_back_after_an_error(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model.train()
-    monkeypatch.setattr(type(model), "generate", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("posttrain.rollout.engines.local._Flight.step", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         answer(model, tokenizer)
     assert model.training
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_model_that_cannot_be_packed_answers_by_its_own_generate(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = answer(model, tokenizer)
+    monkeypatch.setattr("posttrain.models.forward._keeps_segments_apart", lambda _: False)
+    monkeypatch.setattr("posttrain.rollout.engines.local.LocalEngine.generate", lambda *_, **__: 1 / 0)
+    assert answer(model, tokenizer, batch_size=2) == expected
 
 
 def test_training_goes_on_after_answers(model: Any, tokenizer: Any) -> None:

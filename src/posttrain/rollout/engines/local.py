@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from posttrain.errors import Stopped
+from posttrain.errors import ConfigError, Stopped
 from posttrain.models.decoding import Memory
 from posttrain.models.forward import Policy
 from posttrain.models.head import HeadShape
@@ -71,8 +71,17 @@ class LocalEngine:
         return None
 
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, stopped: Callable[[], bool] = lambda: False
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        stopped: Callable[[], bool] = lambda: False,
+        landed: Callable[[int], object] = lambda count: None,
     ) -> list[list[Completion]]:
+        """`landed` is told how many completions are done, whenever some are. Raises ConfigError for a model that does
+        not honour the packed layout: keys and values cannot be kept for it."""
+        if not self.policy.is_packed:
+            raise ConfigError(f"{type(self.policy.base).__name__} does not honour packed sequences: completions cannot "
+                              "be sampled from it in this process", hint="give a rollout_func")  # fmt: skip
         with _sampling(self.policy):
             flight = _Flight(self, requests, sampling)
             while flight.is_flying:
@@ -80,6 +89,9 @@ class LocalEngine:
                     raise Stopped
                 flight.admit()
                 flight.step()
+                if flight.landed:
+                    landed(flight.landed)
+                    flight.landed = 0
         return flight.done
 
     def lean(self) -> LeanWeights | None:
@@ -100,7 +112,7 @@ class _Flight:
             (number, place) for number, request in enumerate(requests) for place in range(request.count)
         )
         lean, room = engine.lean(), min(engine.max_rows, len(self.waiting))
-        longest = max(len(request.prompt_ids) for request in requests) + sampling.max_tokens
+        longest = max((len(request.prompt_ids) for request in requests), default=0) + sampling.max_tokens
         reaches = lean is not None and (lean.reach is None or longest <= lean.reach)
         self.lean = lean if reaches else None
         self.places: LeanRows | SharedRows = (
@@ -109,6 +121,7 @@ class _Flight:
         self.rows: list[_Row] = []
         self.first: dict[int, torch.Tensor] = {}
         """Of each prompt that was read and that rows still wait for: the logits of the first token after it."""
+        self.landed = 0
         self.left = [request.count for request in requests]
         self.done: list[list[Completion]] = [[None] * request.count for request in requests]  # type: ignore[list-item]
 
@@ -199,6 +212,7 @@ class _Flight:
         logps = np.array(row.logps, dtype=np.float32)
         self.done[row.request][row.place] = Completion(np.array(row.ids, dtype=np.int64), logps, is_ended, text)
         self.left[row.request] -= 1
+        self.landed += 1
         return True
 
     def _stopped_text(self, row: _Row) -> str | None:
