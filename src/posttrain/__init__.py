@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from posttrain.trainers.grpo_config import GRPOConfig
     from posttrain.trainers.kto import KTOConfig, KTOTrainer
     from posttrain.trainers.orpo import ORPOConfig, ORPOTrainer
+    from posttrain.trainers.ppo import PPOTrainer
+    from posttrain.trainers.ppo_config import PPOConfig
     from posttrain.trainers.reward import RewardConfig, RewardTrainer
     from posttrain.trainers.rloo import RLOOConfig, RLOOTrainer
     from posttrain.trainers.sft import SFTTrainer
@@ -42,6 +44,8 @@ _HOMES = {
     "KTOConfig": "posttrain.trainers.kto",
     "ORPOTrainer": "posttrain.trainers.orpo",
     "ORPOConfig": "posttrain.trainers.orpo",
+    "PPOTrainer": "posttrain.trainers.ppo",
+    "PPOConfig": "posttrain.trainers.ppo_config",
     "RLOOTrainer": "posttrain.trainers.rloo",
     "RLOOConfig": "posttrain.trainers.rloo",
     "RewardTrainer": "posttrain.trainers.reward",
@@ -71,6 +75,8 @@ __all__ = [
     "NonFiniteError",
     "ORPOConfig",
     "ORPOTrainer",
+    "PPOConfig",
+    "PPOTrainer",
     "RLOOConfig",
     "RLOOTrainer",
     "RewardConfig",

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from posttrain import __version__
-from posttrain.commands import COLORS, EXIT_CODES, chat, data, recipes, reward, train
+from posttrain.commands import COLORS, EXIT_CODES, chat, data, evaluate, recipes, reward, train
 from posttrain.commands.reading import in_flags
 from posttrain.commands.train import command_to_resume
 from posttrain.errors import DiskFullError, Interrupted, OutOfMemoryError, UserError
@@ -22,7 +22,7 @@ from posttrain.terminal import (
     wants_colour,
 )
 
-COMMANDS = (train, data, reward, chat, recipes)
+COMMANDS = (train, data, reward, evaluate, chat, recipes)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,12 +11,14 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy, TrainOutput, enable_full_determinism, set_seed, speed_metrics
 
@@ -47,6 +49,7 @@ from posttrain.signals import StopRequest
 from posttrain.types import Batch, Sample
 
 logger = logging.getLogger("posttrain")
+VALUE_HEAD = "value_head.safetensors"
 
 
 class Rollouts(Protocol):
@@ -96,7 +99,7 @@ class Run:
     metrics over an evaluation set; `schedule` has the objective for each moment, in epochs, where it changes;
     `first_look` is called before the first step, while the model is what it was. With `rollouts` completions are
     sampled as training goes: `train_samples` are the prompts alone, and evaluation sets are what it knows how to
-    evaluate."""
+    evaluate. A `value_head` is trained beside the model; `beside` writes what else belongs beside its weights."""
 
     model: Any
     processing_class: Any
@@ -111,6 +114,8 @@ class Run:
     schedule: Callable[[float], Objective] | None = None
     first_look: Callable[[Session], None] | None = None
     rollouts: Rollouts | None = None
+    value_head: nn.Linear | None = None
+    beside: Callable[[Path], None] | None = None
     optimizers: tuple[Any, Any] = (None, None)
     optimizer_choice: tuple[type, dict[str, Any]] | None = None
     session: Session | None = None
@@ -269,6 +274,8 @@ class Run:
             _check_holds(optimizer, session.trained)
         with session.precision.exported():  # the optimiser finds the masters in the model
             self.optimizer = optimizer or make_optimizer(args, self.model, session.trained, self.optimizer_choice)
+        if self.value_head is not None:
+            _check_holds_head(self.optimizer, self.value_head)
         self.scheduler = scheduler or make_scheduler(args, self.optimizer, max_steps)
         return Loop(
             annotate=self._annotate(session),
@@ -318,6 +325,8 @@ class Run:
         if args.load_best_model_at_end and state.best_model_checkpoint:
             with session.precision.exported():
                 load_weights(self.model, Path(state.best_model_checkpoint))
+            if self.value_head is not None:
+                self.value_head.load_state_dict(load_file(Path(state.best_model_checkpoint) / VALUE_HEAD))
             session.precision.publish()
         self.events.train_end()
         result = TrainResult(state.global_step, train_loss, metrics)
@@ -510,11 +519,12 @@ class Run:
         """Weights, tokenizer and settings, so that the folder can be loaded by PEFT or transformers as it is."""
         folder.mkdir(parents=True, exist_ok=True)
         session = session or self.session
-        if session is not None:
-            with session.precision.exported():
-                save_weights(self.model, folder)
-        else:
+        with nullcontext() if session is None else session.precision.exported():
             save_weights(self.model, folder)
+            if self.beside is not None:
+                self.beside(folder)
+        if self.value_head is not None:
+            save_file(self.value_head.state_dict(), folder / VALUE_HEAD)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         write_json(folder / "training_args.json", _plain(self.args.to_sanitized_dict()))
@@ -535,6 +545,8 @@ class Run:
         snapshot.check_same_run(folder, self.identity)
         with session.precision.exported():
             load_weights(self.model, folder)
+        if self.value_head is not None:
+            self.value_head.load_state_dict(load_file(folder / VALUE_HEAD))
         if self.reference is not None:
             self.reference.load(folder)
         saved = snapshot.read_training_state(folder, self.optimizer, self.scheduler)
@@ -617,6 +629,8 @@ class Run:
             yield self.session
             return
         self.session = Session.open(self.model, self.args)
+        if self.value_head is not None:
+            self.session.attach(self.value_head)
         try:
             yield self.session
         finally:
@@ -653,6 +667,14 @@ def _check_holds(optimizer: Any, trained: Mapping[str, Any]) -> None:
                           hint="make it from trainer.model, or give optimizer_cls_and_kwargs")  # fmt: skip
     if missing:
         logger.warning("optimizers: %d trained parameters are not in the optimiser, %s first", len(missing), missing[0])
+
+
+def _check_holds_head(optimizer: Any, value_head: nn.Linear) -> None:
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not all(id(parameter) in held for parameter in value_head.parameters()):
+        raise ConfigError(f"{type(optimizer).__name__} does not hold the value head, which would learn nothing",
+                          hint="make the optimiser of trainer.model's parameters and trainer.value_head's; of those "
+                          "with a name, optim='adamw_torch' does it")  # fmt: skip
 
 
 def _lengths(samples: Sequence[Sample]) -> tuple[int, ...]:

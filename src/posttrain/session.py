@@ -65,6 +65,11 @@ class Session:
         session.recompute(_asked(args))
         return session
 
+    def attach(self, value_head: torch.nn.Linear) -> None:
+        """Let the policy say values too; the head is trained beside the model, in its own precision."""
+        self.policy.value_head = value_head.to(self.policy.device)
+        self.trained |= {f"value_head.{name}": parameter for name, parameter in value_head.named_parameters()}
+
     def recompute(self, level: str) -> None:
         """From the next forward on, make again what `level` says (models/recomputation.py)."""
         base = self.policy.base

@@ -198,14 +198,15 @@ class Batch:
 @dataclass(frozen=True)
 class Needs:
     """What an objective wants of the forward pass beside `logp_R`. `entropy`, `mean_logit` and `log_collision` come
-    without gradient, the entropy with one where `entropy_gradient` is asked for. With `prompts` the tokens of prompts
-    are rows too."""
+    without gradient, the entropy with one where `entropy_gradient` is asked for; `value`, what a value head says, comes
+    with one. With `prompts` the tokens of prompts are rows too."""
 
     entropy: bool = False
     entropy_gradient: bool = False
     uniform_logp: bool = False
     mean_logit: bool = False
     log_collision: bool = False
+    value: bool = False
     prompts: bool = False
 
 
@@ -213,8 +214,9 @@ class Needs:
 class Outputs:
     """What the model says of a batch's supervised rows, all fp32 of shape `(R,)`: the log-probability of each target,
     whether it was the likeliest token, and where asked the entropy (nats), the mean log-probability over the vocabulary
-    (what label smoothing pulls towards), the mean logit, and the log of the sum of squared probabilities (of two draws
-    being the same). A reward model says `score_S` of each sequence instead, `(S,)`, and nothing of the rows."""
+    (what label smoothing pulls towards), the mean logit, the log of the sum of squared probabilities (of two draws
+    being the same), and what the value head expects of the state before the target. A reward model says `score_S` of
+    each sequence instead, `(S,)`, and nothing of the rows."""
 
     logp_R: torch.Tensor
     is_top1_R: torch.Tensor
@@ -222,6 +224,7 @@ class Outputs:
     uniform_logp_R: torch.Tensor | None = None
     mean_logit_R: torch.Tensor | None = None
     log_collision_R: torch.Tensor | None = None
+    value_R: torch.Tensor | None = None
     score_S: torch.Tensor | None = None
 
     def per_row(self, batch: Batch) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""`posttrain train` with GRPO and RLOO: rewards from a file, and what a configuration may say of them."""
+"""`posttrain train` with GRPO, RLOO and PPO: rewards from a file, and what a configuration may say of them."""
 
 from __future__ import annotations
 
@@ -102,3 +102,33 @@ def test_the_longest_sequence_is_a_prompt_and_a_completion(folder: Path, capsys:
     rewards = "[{function: 'rewards.py:short'}]"
     assert main(["train", str(write(folder, "grpo", rewards)), "--set", "model.max_seq_length=8", "--quiet"]) == 2
     assert "leaves no room for a prompt" in capsys.readouterr().err
+
+
+def test_from_pairs_to_a_reward_model_to_ppo(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What recipes/ppo.yaml does: refused without the record, and started with it."""
+    pairs = [{"prompt": f"Say {i}", "chosen": f"It is {i}.", "rejected": "Who knows?"} for i in range(70)]
+    for name, rows in (("pairs", pairs[:10]), ("held_out", pairs[10:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "reward.yaml").write_text(
+        "method: reward\nmodel: {name: model}\ndataset: {path: pairs.jsonl}\nlora: {r: 4, target_modules: all-linear}\n"
+        "training: {max_steps: 8, bf16: false, use_cpu: true, output_dir: reward_out, save_strategy: 'no', "
+        "learning_rate: 3e-3}\nsave: {lora_path: reward}\n"
+    )
+    assert main(["train", str(folder / "reward.yaml"), "--quiet"]) == 0
+    config = write(folder, "ppo", "[{function: reward}]", **{
+        "max_completion_length: 8": "response_length: 8", "beta: 0.1": "kl_coef: 0.1", "num_generations: 4, ": "",
+        "per_device_train_batch_size: 8": "per_device_train_batch_size: 3, num_mini_batches: 2, num_ppo_epochs: 1",
+    })  # fmt: skip
+    assert main(["train", str(config), "--quiet"]) == 2
+    refusal = capsys.readouterr().err
+    command = f"posttrain eval --reward-model {folder / 'reward'} --data"
+    assert command in refusal
+    assert main([*command.split()[1:], str(folder / "held_out.jsonl"), "--quiet"]) == 0
+    assert main(["train", str(config), "--quiet"]) == 0
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+    assert (folder / "adapter" / "value_head.safetensors").is_file()
+    lines = (folder / "out" / "samples.jsonl").read_text().splitlines()
+    assert len(lines) == 6
+    capsys.readouterr()
+    assert main(["train", str(config), "--set", "model.max_seq_length=8", "--set", "training.output_dir=o", "-q"]) == 2
+    assert "training.response_length=8 leaves no room for a prompt" in capsys.readouterr().err

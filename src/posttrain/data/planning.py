@@ -225,7 +225,14 @@ COLUMNS = {
     "advantage": ("advantage_S", torch.float32),
 }
 """What an example may carry for its objective: its name there, and in a batch."""
-OF_TOKENS = {"ref_logp": "ref_logp_R", "old_logp": "old_logp_R", "sampled_logp": "sampled_logp_R"}
+OF_TOKENS = {
+    "sampled_logp": "sampled_logp_R",
+    "old_logp": "old_logp_R",
+    "ref_logp": "ref_logp_R",
+    "old_value": "old_value_R",
+    "advantages": "advantage_R",
+    "returns": "return_R",
+}
 """What it may carry of every supervised token: an array a branch."""
 
 

@@ -20,17 +20,20 @@ BINS = 10
 
 
 @torch.no_grad()
-def judge_scores(
+def score_pairs(
     forward: Callable[[Batch, Needs], Outputs], samples: Sequence[Sample], token_budget: int, packing: Packing
-) -> dict[str, float]:
-    """Of pairs, each a sample of its own."""
+) -> np.ndarray:
+    """`(P, 2)`: of the chosen answer and the rejected one of each pair, a sample of its own."""
     scores: dict[int, list[float]] = {}
     for batch in plan(samples, token_budget, packing):
         score_S = forward(batch, Needs()).score_S
         assert score_S is not None
         for sample, score in zip(batch.sample_S, score_S.tolist(), strict=True):
             scores.setdefault(sample, []).append(score)
-    score_P2 = np.array([scores[index] for index in range(len(samples))])
+    return np.array([scores[index] for index in range(len(samples))])
+
+
+def judge_scores(score_P2: np.ndarray, samples: Sequence[Sample]) -> dict[str, float]:
     length_P2 = np.array([[len(branch.ids) for branch in sample[0].branches] for sample in samples])
     return {
         "calibration_error": calibration_error(score_P2[:, 0] - score_P2[:, 1]),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ class Policy:
     """`model` as the user knows it, `base` without the PEFT wrapper. `shares_prompts`: a prompt may stand in a batch
     once, before all its answers. `neftune_alpha` adds noise to the embeddings while training (NEFTune, arXiv
     2310.05914): uniform, of size `alpha / sqrt(length x D)`, each sequence's own length. `recomputes_cheap_parts`:
-    models/recomputation.py."""
+    models/recomputation.py. `value_head`, in fp32 and no part of the model, says what is to be expected of a state."""
 
     model: Any
     base: Any
@@ -38,6 +38,7 @@ class Policy:
     shares_prompts: bool = True
     neftune_alpha: float | None = None
     recomputes_cheap_parts: bool = False
+    value_head: torch.nn.Linear | None = None
 
     @property
     def device(self) -> torch.device:
@@ -50,7 +51,12 @@ class Policy:
             hidden_TD = self._packed(batch) if self.is_packed else self._padded(batch)
         head = self.base.get_output_embeddings()
         bias = getattr(head, "bias", None)  # PEFT's wrapper of a tied head with trainable tokens has none
-        return token_logps(hidden_TD[batch.rows_R], head.weight, bias, batch.target_R, self.shape, needs)
+        hidden_RD = hidden_TD[batch.rows_R]
+        outputs = token_logps(hidden_RD, head.weight, bias, batch.target_R, self.shape, needs)
+        if not needs.value:
+            return outputs
+        assert self.value_head is not None
+        return replace(outputs, value_R=self.value_head(hidden_RD.to(self.value_head.weight.dtype))[:, 0])
 
     @classmethod
     def of(cls, model: Any, base: Any) -> Policy:

@@ -71,6 +71,7 @@ class RewardModel:
 def load_reward_model(name: str, tokenizer: Any) -> RewardModel:
     try:
         model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, dtype="auto")
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(name)  # of an adapter, not its base's
     except (OSError, ValueError) as error:
         known = ", ".join(LIBRARY)
         raise ConfigError(f"reward_funcs names {name!r}, which is no reward model: {error}",

@@ -25,13 +25,17 @@ AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
 @dataclass(frozen=True)
 class Advantages:
     """`value_N` of each completion; `reward_N` what it is made of (NaN where nothing was said); `without_signal` the
-    share of completions whose rewards do not differ from those that they are compared with; `metrics` sums and counts
-    of what was found on the way."""
+    share of completions whose rewards do not differ from those that they are compared with (None: they are compared
+    with none); `metrics` sums and counts of what was found on the way. With a value function, `tokens` has an advantage
+    and a return for every token of each completion; `divergence` is the mean KL divergence of a completion from the
+    reference, where it is part of the reward."""
 
     value_N: np.ndarray
     reward_N: np.ndarray
-    without_signal: float
+    without_signal: float | None
     metrics: dict[str, tuple[float, int]] = field(default_factory=dict)
+    tokens: list[tuple[np.ndarray, np.ndarray]] | None = None
+    divergence: float = 0.0
 
 
 def weighted_sum(rewards_NF: np.ndarray, weights_F: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from posttrain.data.planning import OF_TOKENS
 from posttrain.data.prompts import Prompt
 from posttrain.types import Branch, Tokenized
 
@@ -20,7 +21,9 @@ class Rollout:
 
     `supervised` says which of its tokens the policy wrote and is trained on (`L` of them are ids in all, `R` of these);
     `sampled_logp_R` is what the sampler said of those, `old_logp_R` the policy before the round's first step, where it
-    is needed, `ref_logp_R` the reference; `extra` is what a `rollout_func` tells the rewards of it."""
+    is needed, `ref_logp_R` the reference; `extra` is what a `rollout_func` tells the rewards of it. Of methods with a
+    value function, `old_value_R` is what that expected, `advantage_R` how much better each token was, and `return_R`
+    what it is to learn."""
 
     prompt: int
     group: int
@@ -32,14 +35,14 @@ class Rollout:
     sampled_logp_R: np.ndarray | None = None
     old_logp_R: np.ndarray | None = None
     ref_logp_R: np.ndarray | None = None
+    old_value_R: np.ndarray | None = None
+    advantage_R: np.ndarray | None = None
+    return_R: np.ndarray | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:
         return int(self.supervised.sum())
-
-
-LOGPS = ("sampled_logp_R", "old_logp_R", "ref_logp_R")
 
 
 @dataclass
@@ -78,7 +81,10 @@ class Generation:
                     "supervised": one.supervised.astype(int).tolist(),
                     "is_ended": one.is_ended,
                     "advantage": one.advantage,
-                    **{name: None if (array := getattr(one, name)) is None else array.tolist() for name in LOGPS},
+                    **{
+                        name: None if (array := getattr(one, name)) is None else array.tolist()
+                        for name in OF_TOKENS.values()
+                    },
                 }
                 for one in self.rollouts
             ],
@@ -92,8 +98,8 @@ class Generation:
 
 
 def _rollout(one: Mapping[str, Any]) -> Rollout:
-    logps: dict[str, Any] = {
-        name: None if one[name] is None else np.array(one[name], dtype=np.float32) for name in LOGPS
+    of_tokens: dict[str, Any] = {
+        name: None if one.get(name) is None else np.array(one[name], dtype=np.float32) for name in OF_TOKENS.values()
     }
     return Rollout(
         prompt=one["prompt"],
@@ -103,7 +109,7 @@ def _rollout(one: Mapping[str, Any]) -> Rollout:
         supervised=np.array(one["supervised"], dtype=bool),
         is_ended=one["is_ended"],
         advantage=one["advantage"],
-        **logps,
+        **of_tokens,
     )
 
 
@@ -131,8 +137,8 @@ def _parts(members: list[Rollout], budget: int) -> list[list[Rollout]]:
 def together(members: list[Rollout], prompt: Prompt) -> Tokenized:
     """Rollouts of one prompt behind it."""
     columns: dict[str, Any] = {"advantage": [one.advantage for one in members]}
-    for name in ("sampled_logp", "old_logp", "ref_logp"):
-        values = [getattr(one, f"{name}_R") for one in members]
+    for name, attribute in OF_TOKENS.items():
+        values = [getattr(one, attribute) for one in members]
         if all(value is not None for value in values):
             columns[name] = values
     branches = tuple(Branch(one.ids, one.supervised) for one in members)

@@ -64,7 +64,8 @@ class Verdict:
         if len(total_N):
             made["reward"] = (float(total_N.sum()), len(total_N))
             made["reward_std"] = (_deviation(total_N), 1)
-        made["frac_reward_zero_std"] = (worth.without_signal, 1)
+        if worth.without_signal is not None:
+            made["frac_reward_zero_std"] = (worth.without_signal, 1)
         return made | worth.metrics | {name: (float(sum(values)), len(values)) for name, values in self.noted.items()}
 
 

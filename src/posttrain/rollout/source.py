@@ -15,18 +15,19 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from posttrain.data.planning import PLAIN, Packing, plan
+from posttrain.data.planning import OF_TOKENS, PLAIN, Packing, plan
 from posttrain.data.prompts import Prompt
 from posttrain.errors import Stopped
 from posttrain.objectives.base import Metrics
 from posttrain.rollout.advantages import Advantages
 from posttrain.rollout.generation import Generation, Rollout, grouped, together
+from posttrain.rollout.kl_control import KLControl
 from posttrain.rollout.order import Rounds
 from posttrain.rollout.scoring import Judge, Verdict
 from posttrain.types import Batch, Sample
 
-Ask = Callable[[Batch], torch.Tensor]
-"""A batch in, `logp_R` of its supervised rows out, without gradient."""
+Ask = Callable[[Batch], tuple[torch.Tensor, ...]]
+"""A batch in; numbers of its supervised rows out, without gradient."""
 
 
 class Sampler(Protocol):
@@ -40,11 +41,13 @@ class Sampler(Protocol):
 class Learning:
     """What a step learns from. `whole_batches`: the batches that the user's batch size names are kept, for losses that
     are no sums. `skips_indifferent`: completions without an advantage, which add nothing to the gradient, are not
-    computed; `skips_truncated`: nor are those that were cut off, which do not count among the tokens then either."""
+    computed; `skips_truncated`: nor are those that were cut off, which do not count among the tokens then either.
+    `own_tokens`: the unit is the step's own tokens; otherwise, as in TRL's GRPO, those of a mean batch of its round."""
 
     whole_batches: bool = False
     skips_indifferent: bool = True
     skips_truncated: bool = False
+    own_tokens: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,9 @@ KEYS_OF_A_ROUND = 2**24
 @dataclass
 class RolloutSource:
     """`advantages` turns a round's rewards into advantages; with `logps_first` it is told what the policy and the
-    reference said of every completion. `ask_policy` and `ask_reference` answer for the session that trains; `log` is
-    told of every round: its rollouts with their verdict."""
+    reference said of every completion. `ask_policy` and `ask_reference` answer for the session that trains, with what
+    `of_policy` names and with log-probabilities; `log` is told of every round: its rollouts with their verdict; `kl`
+    adapts to every round."""
 
     prompts: Sequence[Prompt]
     rounds: Rounds
@@ -83,7 +87,8 @@ class RolloutSource:
     logps_first: bool = False
     resampling: Resampling = NO_RESAMPLING
     log: Callable[[Generation, Verdict, int], None] | None = None
-    columns: tuple[str, ...] = ("advantage",)
+    of_policy: tuple[str, ...] = ("old_logp_R",)
+    kl: KLControl | None = None
     ask_policy: Ask | None = None
     ask_reference: Ask | None = None
     report: Callable[[Metrics], None] = lambda metrics: None
@@ -135,7 +140,9 @@ class RolloutSource:
     def _joined(self, slices: list[tuple[Generation, list[Rollout]]]) -> list[Batch]:
         """One pool for the whole step, cut as memory wants it. Where several rounds come together in a step, each has
         the same weight in means over tokens, as in TRL."""
-        tokens = sum(generation.num_tokens / self.rounds.batches for generation, _ in slices)
+        tokens: float = sum(generation.num_tokens / self.rounds.batches for generation, _ in slices)
+        if self.learning.own_tokens:
+            tokens = sum(one.num_rows for _, members in slices for one in members)
         counts = {"tokens": tokens, "sequences": sum(len(members) for _, members in slices)}
         rounds = list({generation.index: generation for generation, _ in slices}.values())
         made = []
@@ -172,10 +179,8 @@ class RolloutSource:
             return []
         budget = 2**62 if whole else self.token_budget
         parts = [together(members, self.prompts[members[0].prompt]) for members in grouped(used, budget)]
-        optional = (
-            name for name in ("sampled_logp", "old_logp", "ref_logp") if all(name in part.columns for part in parts)
-        )
-        packing = replace(self.packing, group_size=None, columns=(*self.columns, *optional))
+        known = (name for name in OF_TOKENS if all(name in part.columns for part in parts))
+        packing = replace(self.packing, group_size=None, columns=("advantage", *known))
         return plan([(part,) for part in parts], budget, packing)
 
     # --- a round ------------------------------------------------------------------------------------------------------
@@ -195,6 +200,10 @@ class RolloutSource:
         worth = self.advantages(verdict.rewards_NF, rollouts) if rollouts else NOTHING
         for one, advantage in zip(rollouts, worth.value_N.tolist(), strict=True):
             one.advantage = advantage
+        for one, (advantage_R, return_R) in zip(rollouts, worth.tokens or (), strict=bool(worth.tokens)):
+            one.advantage_R, one.return_R = advantage_R.astype(np.float32), return_R.astype(np.float32)
+        if self.kl is not None:
+            self.kl.follow(worth.divergence, len(rollouts))
         if not self.logps_first:
             self._annotate([one for one in rollouts if self._teaches(one)])
         generation = Generation(number, rollouts, self.rounds.deal(number, len(rollouts)), tokens)
@@ -262,11 +271,11 @@ class RolloutSource:
     def _annotate(self, used: list[Rollout]) -> None:
         """What the policy and the reference say of every token that may be trained, as far as it is needed."""
         if self.needs_old:
-            self._ask(used, "old_logp_R", self.ask_policy)
+            self._ask(used, self.of_policy, self.ask_policy)
         if self.needs_reference:
-            self._ask(used, "ref_logp_R", self.ask_reference)
+            self._ask(used, ("ref_logp_R",), self.ask_reference)
 
-    def _ask(self, used: list[Rollout], name: str, ask: Ask | None) -> None:
+    def _ask(self, used: list[Rollout], names: tuple[str, ...], ask: Ask | None) -> None:
         assert ask is not None
         groups = grouped(used, self.token_budget)
         samples: list[Sample] = [(together(members, self.prompts[members[0].prompt]),) for members in groups]
@@ -274,21 +283,25 @@ class RolloutSource:
         for batch in plan(samples, self.token_budget, packing) if samples else ():
             if self.stopped():
                 raise Stopped
-            logp_R, sequence_R = ask(batch).float().cpu().numpy(), batch.sequence_R.cpu().numpy()
+            answers, sequence_R = [one_R.float().cpu().numpy() for one_R in ask(batch)], batch.sequence_R.cpu().numpy()
             members = (one for sample in dict.fromkeys(batch.sample_S) for one in groups[sample])
             for sequence, one in enumerate(members):
-                setattr(one, name, logp_R[sequence_R == sequence])
+                for name, answer_R in zip(names, answers, strict=True):
+                    setattr(one, name, answer_R[sequence_R == sequence])
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
     def state(self, position: int) -> dict[str, Any]:
         """Rounds that step `position` goes on learning from."""
         wanted = {round_ for round_, _ in self.rounds.step(position)} if self.rounds.rounds_per_epoch else set()
-        return {"rounds": [one.state() for number, one in self._held.items() if number in wanted]}
+        state: dict[str, Any] = {"rounds": [one.state() for number, one in self._held.items() if number in wanted]}
+        return state if self.kl is None else {**state, "kl_coef": self.kl.coef}
 
     def load_state(self, state: dict[str, Any]) -> None:
         generations = [Generation.from_state(one) for one in state.get("rounds", [])]
         self._held = {one.index: one for one in generations}
+        if self.kl is not None and "kl_coef" in state:
+            self.kl.coef = state["kl_coef"]
 
 
 def _counted(batches: list[Batch], counts: dict[str, float]) -> list[Batch]:

@@ -90,7 +90,7 @@ class DatasetSection(_Section):
 
 
 class RewardSection(_Section):
-    """One of the rewards of GRPO and RLOO."""
+    """One of the rewards of GRPO, RLOO and PPO."""
 
     function: str = Field(description="file.py[:function], package.module:function, a library's name or a model.")
     weight: float = Field(1.0, description="Beside the other rewards' weights.")
@@ -117,7 +117,7 @@ class RunConfig(_Section):
     model: ModelSection
     dataset: DatasetSection
     lora: LoraSection = LoraSection()
-    rewards: list[RewardSection] | None = Field(None, description="What completions are worth (grpo, rloo).")
+    rewards: list[RewardSection] | None = Field(None, description="What completions are worth (grpo, rloo, ppo).")
     training: dict[str, Any] = Field(
         default_factory=dict, description="Fields of the method's config (SFTConfig, ...)."
     )

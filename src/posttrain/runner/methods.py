@@ -15,9 +15,10 @@ METHODS = {
     "kto": ("posttrain.trainers.kto:KTOTrainer", "posttrain.trainers.kto:KTOConfig"),
     "grpo": ("posttrain.trainers.grpo:GRPOTrainer", "posttrain.trainers.grpo_config:GRPOConfig"),
     "rloo": ("posttrain.trainers.rloo:RLOOTrainer", "posttrain.trainers.rloo:RLOOConfig"),
+    "ppo": ("posttrain.trainers.ppo:PPOTrainer", "posttrain.trainers.ppo_config:PPOConfig"),
     "reward": ("posttrain.trainers.reward:RewardTrainer", "posttrain.trainers.reward:RewardConfig"),
 }
-ONLINE = ("grpo", "rloo")
+ONLINE = ("grpo", "rloo", "ppo")
 """Methods that sample their own completions and learn from rewards."""
 NOT_FOR = {
     "text_field": ("dataset_text_field", "text"),

@@ -94,7 +94,7 @@ def _training_arguments(config: RunConfig, root: Path, source: Path, quiet: bool
         "dataset_format": data.format,
     }
     if config.method in ONLINE:
-        _set_lengths(options, given, config.model.max_seq_length)
+        _set_lengths(options, given, config.model.max_seq_length, config.method)
         if config.rewards and "reward_weights" in given:
             raise ConfigError(f"{source}: training.reward_weights is set as rewards[].weight")
         options["reward_weights"] = [one.weight for one in config.rewards or []]
@@ -106,24 +106,26 @@ def _training_arguments(config: RunConfig, root: Path, source: Path, quiet: bool
         raise ConfigError(f"{source}: {_by_its_key(error.message, known)}", hint=error.hint, code=error.code) from error
 
 
-def _set_lengths(options: dict[str, Any], given: dict[str, Any], longest: int | None) -> None:
+def _set_lengths(options: dict[str, Any], given: dict[str, Any], longest: int | None, method: str) -> None:
     """A prompt may have what a completion leaves of the longest sequence."""
     del options["max_length"]
     if longest is None or "max_prompt_length" in given:
         return
-    completion = given.get("max_completion_length", 512)
+    name = "response_length" if method == "ppo" else "max_completion_length"
+    completion = given.get(name, config_of(method).__dataclass_fields__[name].default)
     if not isinstance(completion, int) or completion >= longest:
-        raise ConfigError(f"training.max_completion_length={completion!r} leaves no room for a prompt in "
+        raise ConfigError(f"training.{name}={completion!r} leaves no room for a prompt in "
                           f"model.max_seq_length={longest}", hint="raise the latter")  # fmt: skip
     options["max_prompt_length"] = longest - completion
 
 
 def _reward(name: str, root: Path) -> Any:
-    """A function of a file beside the configuration, or what the trainer knows by this name."""
+    """A function of a file beside the configuration, a reward model's folder there, or what the trainer knows by this
+    name."""
     before, _, after = name.rpartition(":")
     file, function = (before, after) if before.endswith(".py") else (name, "")
     if not file.endswith(".py"):
-        return name
+        return str(_path(name, root)) if _path(name, root).is_dir() else name
     from posttrain.runner.reward_test import find_reward
 
     return find_reward(str(_path(file, root)), function or None)

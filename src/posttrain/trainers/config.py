@@ -26,12 +26,12 @@ from posttrain.trainers.values import check_values
 
 
 def accepts_old_spellings(config_class: type) -> type:
-    """Let a config class take yesterday's keyword arguments."""
+    """Let a config class take yesterday's keyword arguments: everybody's, and those of its own `SPELLINGS`."""
     original = config_class.__init__  # type: ignore[misc]
 
     @functools.wraps(original)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **modern_config(kwargs))
+        original(self, *args, **modern_config(kwargs, getattr(config_class, "SPELLINGS", {})))
 
     config_class.__init__ = init  # type: ignore[misc]
     return config_class

@@ -33,11 +33,12 @@ from posttrain.rollout.engines.local import LocalEngine
 from posttrain.rollout.engines.vllm import VllmEngine
 from posttrain.rollout.evaluation import evaluate_rollouts
 from posttrain.rollout.generation import Rollout
+from posttrain.rollout.kl_control import KLControl
 from posttrain.rollout.log import SamplesLog
 from posttrain.rollout.order import Rounds
 from posttrain.rollout.samplers import EngineSampler, FunctionSampler
 from posttrain.rollout.scoring import Judge
-from posttrain.rollout.source import Learning, Resampling, RolloutSource
+from posttrain.rollout.source import Ask, Learning, Resampling, RolloutSource
 from posttrain.run import Run
 from posttrain.session import Session
 from posttrain.snapshot import capture_rng, restore_rng
@@ -53,11 +54,18 @@ logger = logging.getLogger("posttrain")
 
 
 class OnlineTrainer(PackedTrainer):
-    """Base of GRPO and RLOO. A subclass says what its advantages are (`advantages`) and what its loss is (`objective`
-    of its config)."""
+    """Base of GRPO, RLOO and PPO. A subclass says what its advantages are (`advantages`) and what its loss is
+    (`objective` of its config). `of_policy` is what the policy is asked of a round before it learns from it."""
 
     args: OnlineConfig
-    logps_first: ClassVar[bool] = False
+    of_policy: ClassVar[tuple[str, ...]] = ("old_logp_R",)
+    value_head: nn.Linear | None = None
+    kl: KLControl | None = None
+
+    @property
+    def logps_first(self) -> bool:
+        """Whether advantages are made of what policy and reference say."""
+        return False
 
     def advantages(self, rewards_NF: np.ndarray, rollouts: Sequence[Rollout], group_size: int) -> Advantages:
         raise NotImplementedError
@@ -88,9 +96,10 @@ class OnlineTrainer(PackedTrainer):
             level = logging.INFO if said else logging.WARNING
             logger.log(
                 level,
-                "beta=0: nothing holds the policy to the model that training starts from%s%s",
+                "%s=0: nothing holds the policy to the model that training starts from%s%s",
+                args.KL_WEIGHT,
                 said,
-                "" if said else "; watch the rewards, or set beta (no_kl_reason='...' if it is meant)",
+                "" if said else f"; watch the rewards, or set {args.KL_WEIGHT} (no_kl_reason='...' if it is meant)",
             )
         self.data_reports: dict[str, DataReport] = {}
 
@@ -125,6 +134,7 @@ class OnlineTrainer(PackedTrainer):
             optimizers=optimizers,
             reference=self._reference() if args.beta else None,
             rollouts=self.rollouts,
+            value_head=self.value_head,
         )
         if self.run.reference is not None and self.run.reference.moves:
             self.add_callback(Follow(self.run.reference))
@@ -221,12 +231,11 @@ class _Rollouts:
         self.log = SamplesLog(trainer.args.output_dir or ".", prompts)
         self.engine: LocalEngine | VllmEngine | None = None
         self.source = self._source(prompts, rounds, trainer.args.num_generations or 1)
-        self.source.log = self.log
+        self.source.log, self.source.kl = self.log, trainer.kl
 
     def _source(self, prompts: Sequence[Prompt], rounds: Rounds, count: int) -> RolloutSource:
         trainer, args = self.trainer, self.trainer.args
         learning = trainer.learning()
-        logps_first = trainer.logps_first and bool(args.beta)
         return RolloutSource(
             prompts=prompts,
             rounds=rounds,
@@ -236,9 +245,10 @@ class _Rollouts:
             advantages=lambda rewards_NF, rollouts: trainer.advantages(rewards_NF, rollouts, count),
             learning=learning,
             token_budget=args.token_budget or 0,
-            needs_old=logps_first or not rounds.is_on_policy or args.use_vllm,
+            needs_old=trainer.logps_first or not rounds.is_on_policy or args.use_vllm,
             needs_reference=bool(args.beta),
-            logps_first=logps_first,
+            logps_first=trainer.logps_first,
+            of_policy=trainer.of_policy,
             resampling=trainer.resampling() if count == args.num_generations else Resampling(),
         )
 
@@ -255,10 +265,8 @@ class _Rollouts:
 
     def identity(self) -> dict[str, Any]:
         args, trainer = self.trainer.args, self.trainer
-        names = ("num_generations", "steps_per_generation", "num_iterations", "max_completion_length", "beta",
-                 "mask_truncated_completions")  # fmt: skip
         return {
-            **{name: getattr(args, name) for name in names},
+            **{name: getattr(args, name) for name in args.MAKES_ROUNDS},
             "sampling": args.sampling(),
             "rewards": dict(zip(trainer.rewards.functions, trainer.rewards.weights, strict=True)),
             "rollout_func": self.rollout_func is not None,
@@ -272,7 +280,8 @@ class _Rollouts:
         else:
             self.engine = LocalEngine(session.policy, ends, self._decode, args.max_sampling_rows)
         source.sample = self._sampler(self.prompts, ends)
-        source.ask_policy, source.ask_reference = _asked(session.policy), reference
+        source.ask_policy = _asked(session.policy, with_values="old_value_R" in source.of_policy)
+        source.ask_reference = None if reference is None else lambda batch: (reference(batch),)
         source.packing = self.trainer.run._packing(session)
         source.stopped = stopped
 
@@ -307,6 +316,8 @@ class _Rollouts:
 
     def resumed(self, step: int) -> None:
         self.log.forget_after(step)
+        if step == 0 and self.source.kl is not None:
+            self.source.kl.restart()
 
     def evaluate(
         self, session: Session, prompts: Any, stopped: Callable[[], bool], batch_done: Callable[[], None]
@@ -338,15 +349,16 @@ def _as_samples(prompts: Sequence[Prompt]) -> list[Sample]:
     return [(Tokenized(prompt.ids, (), prompt.origin),) for prompt in prompts]
 
 
-def _asked(policy: Policy) -> Callable[[Batch], torch.Tensor]:
-    """What the policy says as it is now, without dropout and gradient."""
+def _asked(policy: Policy, with_values: bool) -> Ask:
+    """What the policy says as it is now, without dropout and gradient: log-probabilities, and values."""
 
     @torch.no_grad()
-    def ask(batch: Batch) -> torch.Tensor:
+    def ask(batch: Batch) -> tuple[torch.Tensor, ...]:
         training = policy.model.training
         policy.model.eval()
         try:
-            return policy(batch, Needs()).logp_R
+            outputs = policy(batch, Needs(value=with_values))
+            return (outputs.logp_R,) if outputs.value_R is None else (outputs.logp_R, outputs.value_R)
         finally:
             policy.model.train(training)
 

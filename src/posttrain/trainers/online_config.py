@@ -66,6 +66,12 @@ class OnlineConfig(PackedConfig):
         "max_length", "log_completions_hub_repo", "dataset_streaming", "dataset_format", "truncation_mode",
         "train_sampling_strategy", "label_smoothing_factor", *OF_VLLM,
     )  # fmt: skip
+    MAKES_ROUNDS: ClassVar[tuple[str, ...]] = (
+        "num_generations", "steps_per_generation", "num_iterations", "max_completion_length", "beta",
+        "mask_truncated_completions",
+    )  # fmt: skip
+    KL_WEIGHT: ClassVar[str] = "beta"
+    LEAST_GENERATIONS: ClassVar[int] = 2
 
     learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate."})
     max_length: int | None = field(default=None, metadata={"help": "Not of this method."})
@@ -189,8 +195,8 @@ class OnlineConfig(PackedConfig):
             value = getattr(self, name)
             if value != type(self).__dataclass_fields__[name].default:
                 raise ConfigError(f"{name}={value!r} is not honoured: {INSTEAD[name]}")
-        least = {"num_generations": 2, "max_completion_length": 1, "num_iterations": 1, "max_sampling_rows": 1,
-                 "ref_model_sync_steps": 1, "steps_per_generation": 1}  # fmt: skip
+        least = {"num_generations": self.LEAST_GENERATIONS, "max_completion_length": 1, "num_iterations": 1,
+                 "max_sampling_rows": 1, "ref_model_sync_steps": 1, "steps_per_generation": 1}  # fmt: skip
         for name, low in least.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:

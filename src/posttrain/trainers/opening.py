@@ -44,7 +44,7 @@ def read_config(
         article = "an" if kind.__name__.startswith("S") else "a"
         raise ConfigError(f"args must be {article} {kind.__name__} or a TrainingArguments, got {type(args).__name__}")
     if not isinstance(args, kind):
-        known = {f.name for f in dataclasses.fields(kind)}
+        known = {f.name for f in dataclasses.fields(kind) if f.init}
         fields = [f for f in dataclasses.fields(args) if f.init]
         for field in fields:
             if field.name not in known and getattr(args, field.name) != field.default:

@@ -1,7 +1,8 @@
 """`RewardTrainer` and `RewardConfig`: TRL 1.16's arguments, posttrain's engine.
 
 The model is a causal language model, which gets a score in the place of its head, or a sequence-classification model
-with one label; that is what is saved. Pairs with an answer longer than `max_length` are left out, for an answer's score
+with one label; that is what is saved, with a validation record where it was evaluated on pairs that it was not trained
+on. Pairs with an answer longer than `max_length` are left out, for an answer's score
 is read at its end. A column `margin` says by how much the chosen answer is better.
 """
 
@@ -13,6 +14,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,10 +22,12 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from posttrain.data.codes import bad_row
+from posttrain.data.fingerprint import fingerprint
 from posttrain.data.planning import Packing
 from posttrain.data.settings import DataSettings
 from posttrain.errors import ConfigError
-from posttrain.evaluate.rewards import judge_scores
+from posttrain.evaluate.rewards import judge_scores, score_pairs
+from posttrain.evaluate.validation import NAME, Validation, hash_of_weights, validation_of
 from posttrain.models import adapters
 from posttrain.models.load import load_model, load_tokenizer, set_pad_token
 from posttrain.models.scoring import as_classifier, is_classifier
@@ -112,6 +116,10 @@ class RewardTrainer(AnswerTrainer):
             optimizer_choice=optimizer_cls_and_kwargs,
             predict=self._judge,
         )
+        self.run.beside = self._write_validation
+        self._learned: set[str] = set()
+        self._validations: dict[str, Validation] = {}
+        self._saved: set[Path] = set()
 
     def _opened(self, model: Any, tokenizer: Any, peft_config: Any, quantization_config: Any) -> tuple[Any, Any]:
         args = self.args
@@ -132,6 +140,39 @@ class RewardTrainer(AnswerTrainer):
             model = as_classifier(model)
         set_pad_token(model, tokenizer, args.pad_token)
         return model if peft_config is None else adapters.add_adapter(model, _with_score(peft_config)), tokenizer
+
+    # --- what it is trusted for -------------------------------------------------------------------------------------
+
+    def before_training(self) -> None:
+        """As ever, and what is learned from now on is no longer held out."""
+        super().before_training()
+        self._saved.clear()
+        if not callable(self.run.train_samples):  # a stream says what it gives
+            self._learned |= {fingerprint([sample]) for sample in self.run.train_samples}
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As ever; what was saved of these weights gets a record of it (`reward_validation.json`)."""
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if self.validation is None:
+            logger.warning("all of these pairs were trained on: the reward model has no validation record still")
+        for folder in self._saved:
+            self._write_validation(folder)
+        return metrics
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        self._saved.add(Path(output_dir or str(self.args.output_dir)))
+
+    @property
+    def validation(self) -> Validation | None:
+        """What held-out pairs say of the weights as they are."""
+        return self._validations.get(hash_of_weights(self.run.model)) if self._validations else None
+
+    def _write_validation(self, folder: Path) -> None:
+        if (found := self.validation) is not None:
+            found.write(folder / NAME)
 
     # --- data -------------------------------------------------------------------------------------------------------
 
@@ -162,7 +203,9 @@ class RewardTrainer(AnswerTrainer):
         for sample in super()._stream(dataset, number):
             if "margin" in sample[0].columns:
                 raise ConfigError("margins are not read from streams", hint="give the data as a list or a file")
-            yield self._readable(sample)
+            readable = self._readable(sample)
+            self._learned.add(fingerprint([readable]))
+            yield readable
 
     def _readable(self, sample: Sample) -> Sample:
         """Without the padding tokens behind its answers: transformers reads the score before them."""
@@ -177,7 +220,16 @@ class RewardTrainer(AnswerTrainer):
     def _judge(self, session: Any, samples: Sequence[Sample], prefix: str) -> dict[str, float]:
         policy = session.policy
         budget = self.args.token_budget or default_token_budget(policy.device)
-        judged = judge_scores(policy, samples, budget, Packing(shared=policy.shares_prompts))
+        score_P2 = score_pairs(policy, samples, budget, Packing(shared=policy.shares_prompts))
+        held_out = [index for index, sample in enumerate(samples) if fingerprint([sample]) not in self._learned]
+        if held_out:
+            right_P = score_P2[held_out, 0] > score_P2[held_out, 1]
+            with session.precision.exported():
+                found = validation_of(self.run.model, [samples[index] for index in held_out], right_P)
+            before = self._validations.get(found.weights)
+            if before is None or before.n <= found.n:  # of several sets the largest
+                self._validations[found.weights] = found
+        judged = judge_scores(score_P2, samples)
         return {f"{prefix}_{name}": value for name, value in judged.items()}
 
 

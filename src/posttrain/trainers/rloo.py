@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from transformers import TrainingArguments
@@ -50,7 +50,6 @@ class RLOOTrainer(OnlineTrainer):
     """REINFORCE with the mean reward of a completion's siblings as its baseline; the arguments are `GRPOTrainer`'s."""
 
     args: RLOOConfig
-    logps_first: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -74,6 +73,10 @@ class RLOOTrainer(OnlineTrainer):
         self._start(
             reward_funcs, reward_processing_classes, train_dataset, eval_dataset, callbacks, optimizers, rollout_func
         )
+
+    @property
+    def logps_first(self) -> bool:
+        return bool(self.args.beta)
 
     def objective(self) -> LeaveOneOutLoss:
         return self.args.objective()

@@ -7,7 +7,7 @@ today's transformers. Here they do.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from posttrain.errors import ConfigError
@@ -17,8 +17,19 @@ logger = logging.getLogger("posttrain")
 Rewrite = Callable[[Any], dict[str, Any]]
 
 
-def _renamed(new: str) -> Rewrite:
+def renamed(new: str) -> Rewrite:
     return lambda value: {new: value}
+
+
+def refused(name: str, instead: str) -> Rewrite:
+    """Set to anything at all, it is refused."""
+
+    def rewrite(value: Any) -> dict[str, Any]:
+        if value is not None:
+            raise ConfigError(f"{name}={value!r} is not honoured: {instead}")
+        return {}
+
+    return rewrite
 
 
 def _gone(_: Any) -> dict[str, Any]:
@@ -40,11 +51,11 @@ def _safetensors(value: Any) -> dict[str, Any]:
 
 
 CONFIG_SPELLINGS: dict[str, Rewrite] = {
-    "max_seq_length": _renamed("max_length"),
-    "evaluation_strategy": _renamed("eval_strategy"),
-    "no_cuda": _renamed("use_cpu"),
-    "per_gpu_train_batch_size": _renamed("per_device_train_batch_size"),
-    "per_gpu_eval_batch_size": _renamed("per_device_eval_batch_size"),
+    "max_seq_length": renamed("max_length"),
+    "evaluation_strategy": renamed("eval_strategy"),
+    "no_cuda": renamed("use_cpu"),
+    "per_gpu_train_batch_size": renamed("per_device_train_batch_size"),
+    "per_gpu_eval_batch_size": renamed("per_device_eval_batch_size"),
     "warmup_ratio": _warmup_ratio,
     "group_by_length": _group_by_length,
     "save_safetensors": _safetensors,
@@ -77,12 +88,13 @@ TRAINER_TO_CONFIG = {
 TRAINER_GONE = ("dataset_batch_size", "num_of_sequences", "chars_per_token", "infinite")
 
 
-def modern_config(given: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of a config, old spellings replaced. None for `max_steps` means that it is not set."""
-    modern: dict[str, Any] = {}
+def modern_config(given: dict[str, Any], own: Mapping[str, Rewrite]) -> dict[str, Any]:
+    """Keyword arguments of a config, old spellings replaced, its `own` too. None for `max_steps` means that it is not
+    set."""
+    known, modern = {**CONFIG_SPELLINGS, **own}, dict[str, Any]()
     for name, value in given.items():
-        if name in CONFIG_SPELLINGS:
-            rewritten = CONFIG_SPELLINGS[name](value)
+        if name in known:
+            rewritten = known[name](value)
             say_read_as(name, rewritten)
             modern |= rewritten
         elif name in ("max_steps", "num_train_epochs") and value is None:
