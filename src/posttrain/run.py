@@ -12,7 +12,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,15 +20,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainingArguments
-from transformers.trainer_utils import SaveStrategy, TrainOutput, enable_full_determinism, set_seed, speed_metrics
+from transformers.trainer_utils import TrainOutput, enable_full_determinism, set_seed, speed_metrics
 
-from posttrain import snapshot
+from posttrain import identity, snapshot
 from posttrain.backoff import BackOff
 from posttrain.checkpoint import Checkpoints, verify, write_json
 from posttrain.data.batches import Order, StaticSource, StreamSource
 from posttrain.data.fingerprint import fingerprint
 from posttrain.data.planning import Packing
 from posttrain.errors import ConfigError, DataError, OutOfMemoryError
+from posttrain.evaluate.best import find_best_again, note_best
 from posttrain.evaluate.loss import evaluate_loss
 from posttrain.events import Events
 from posttrain.locks import only_run_in
@@ -435,7 +436,7 @@ class Run:
         """An evaluation that is part of training, and so may find the best model."""
         metrics = self.evaluate(self.eval_sets, stop)
         if metrics is not None:
-            self._note_best(metrics)
+            note_best(self.events, metrics)
         return metrics
 
     def _evaluate_set(
@@ -470,26 +471,6 @@ class Run:
         steps = math.ceil(len(samples) / args.per_device_eval_batch_size)
         metrics |= speed_metrics(prefix, started, num_samples=len(samples), num_steps=steps)
         return metrics | {f"{prefix}_num_tokens": float(self.events.state.num_input_tokens_seen)}
-
-    def _note_best(self, metrics: Mapping[str, float]) -> None:
-        """Remember the best evaluation, as transformers does; `save_strategy="best"` saves when there is a new one."""
-        args, state = self.args, self.events.state
-        if args.metric_for_best_model is None:
-            return
-        name = args.metric_for_best_model
-        name = name if name.startswith("eval_") else f"eval_{name}"
-        if name not in metrics:
-            raise ConfigError(f"metric_for_best_model={name!r} is not among the metrics: {', '.join(sorted(metrics))}")
-        value, best = metrics[name], state.best_metric
-        if not math.isfinite(value):
-            logger.warning("%s is %s at step %d: that is never the best", name, value, state.global_step)
-            self.events.control.should_save &= args.save_strategy != SaveStrategy.BEST
-            return
-        better = best is None or (value > best if args.greater_is_better else value < best)
-        if better:
-            state.best_metric, state.best_global_step = value, state.global_step
-        if args.save_strategy == SaveStrategy.BEST:
-            self.events.control.should_save = better
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -527,7 +508,7 @@ class Run:
             save_file(self.value_head.state_dict(), folder / VALUE_HEAD)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
-        write_json(folder / "training_args.json", _plain(self.args.to_sanitized_dict()))
+        write_json(folder / "training_args.json", identity.plain(self.args.to_sanitized_dict()))
 
     def _resume_folder(self, resume: str | bool | None) -> Path | None:
         if not resume:
@@ -553,54 +534,27 @@ class Run:
         session.precision.publish()
         self.run_id = saved["run_id"]
         self.events.load_state(str(folder / "trainer_state.json"))
-        self._find_best_again()
+        find_best_again(self.events)
         loop.load_resume_state(saved["loop"])
         loop.last_checkpoint = str(folder)
         return saved["rng"]
 
-    def _find_best_again(self) -> None:
-        """The best checkpoint lies in `output_dir`, wherever that has been moved to since."""
-        state = self.events.state
-        if state.best_model_checkpoint is None or Path(state.best_model_checkpoint).is_dir():
-            return
-        moved = Path(self.args.output_dir) / Path(state.best_model_checkpoint).name
-        if not moved.is_dir():
-            logger.warning("the best checkpoint so far, %s, is gone; the next best one counts from here",
-                           state.best_model_checkpoint)  # fmt: skip
-            state.best_metric = None
-        state.best_model_checkpoint = str(moved) if moved.is_dir() else None
-
     def _identity(self, session: Session) -> dict[str, Any]:
-        """What must be the same for a resumed run to be the same run."""
-        args = self.args
-        return {
-            "per_device_train_batch_size": args.per_device_train_batch_size,
-            "gradient_accumulation_steps": args.gradient_accumulation_steps,
-            "data seed": self._data_seed(),
-            "training data (hash of its tokens)": None
-            if callable(self.train_samples)
-            else fingerprint(self.train_samples),
-            "compute dtype": "bfloat16" if args.bf16 else "float32",
+        args, samples = self.args, self.train_samples
+        made = {
+            **identity.of_settings(args),
+            "training data (hash of its tokens)": None if callable(samples) else fingerprint(samples),
             "number of trained parameters": sum(parameter.numel() for parameter in session.trained.values()),
             "optimizer": type(self.optimizer).__name__,
-            "loss_type": getattr(args, "loss_type", None),
-            **(
-                {"settings of the loss": _comparable([self.objective, getattr(args, "beta", None)])}
-                if is_dataclass(self.objective)
-                else {}
-            ),
-            **({} if self.reference is None else self._reference_identity(session, self.reference)),
-            "label_smoothing_factor": args.label_smoothing_factor,
-            "adapter": _adapter_settings(self.model),
-            **({} if self.rollouts is None else {"how completions are sampled": _comparable(self.rollouts.identity())}),
-            **({} if self.optimizers[0] or self.optimizer_choice else self._schedule()),
+            "adapter": identity.of_adapter(self.model),
+            **identity.of_objective(self.objective, args),
+            **identity.of_reference(self.reference, session, args),
         }
-
-    def _reference_identity(self, session: Session, reference: ReferenceModel) -> dict[str, Any]:
-        args = self.args
-        names = ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps")
-        follows = [getattr(args, name) for name in names] if reference.moves else None
-        return {"reference": reference.identity(session), "what moves the reference": follows}
+        if self.rollouts is not None:
+            made["how completions are sampled"] = identity.comparable(self.rollouts.identity())
+        if not (self.optimizers[0] or self.optimizer_choice):
+            made |= identity.of_schedule(args)
+        return made
 
     @contextmanager
     def _weights_to_use(self, session: Session) -> Iterator[None]:
@@ -612,13 +566,6 @@ class Run:
             session.precision.publish()
             yield
         session.precision.publish()
-
-    def _schedule(self) -> dict[str, Any]:
-        """Settings that live on in the checkpoint's optimiser and schedule: others would be read and not heeded."""
-        args = self.args
-        names = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
-        kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
-        return {name: getattr(args, name) for name in names} | {"lr_scheduler_type": kind}
 
     # --- the open model ---------------------------------------------------------------------------------------------
 
@@ -649,15 +596,6 @@ def _evaluating(session: Session) -> Iterator[None]:
         model.train(training)
 
 
-def _adapter_settings(model: Any) -> dict[str, Any] | None:
-    """What makes the same adapter weights another model."""
-    configs = getattr(model, "peft_config", None)
-    if not isinstance(configs, dict):
-        return None
-    names = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora")
-    return {key: {name: str(getattr(config, name, None)) for name in names} for key, config in configs.items()}
-
-
 def _check_holds(optimizer: Any, trained: Mapping[str, Any]) -> None:
     """An optimiser made before the adapter was, say, holds nothing that is trained, and nothing would be learned."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -679,21 +617,3 @@ def _check_holds_head(optimizer: Any, value_head: nn.Linear) -> None:
 
 def _lengths(samples: Sequence[Sample]) -> tuple[int, ...]:
     return tuple(sum(part.num_tokens for part in sample) for sample in samples)
-
-
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    plain = (str, int, float, bool, type(None))
-    finite = {name: value for name, value in values.items() if not isinstance(value, float) or math.isfinite(value)}
-    return {name: finite[name] if isinstance(finite.get(name), plain) and name in finite else str(values[name])
-            for name in values}  # fmt: skip
-
-
-def _comparable(value: Any) -> Any:
-    """As JSON has it, so that it can be compared with what a checkpoint says; of other objects their class."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {"kind": type(value).__name__, **_comparable(asdict(value))}
-    if isinstance(value, Mapping):
-        return {str(name): _comparable(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_comparable(one) for one in value]
-    return value if value is None or isinstance(value, str | int | float | bool) else type(value).__name__
