@@ -281,7 +281,12 @@ class Loop:
         self.events.log(logs | rates | {"num_tokens": float(self.events.state.num_input_tokens_seen)} | extra)
 
     def _evaluate(self, stop: StopRequest) -> None:
-        metrics = self.evaluate()
+        try:
+            metrics = self.evaluate()
+        except UserError as error:  # a reward failed, say; the evaluation is still due where the run is taken up again
+            self._save()
+            error.add_note(f"Everything up to step {self.events.state.global_step} is saved: {self.last_checkpoint}")
+            raise
         if metrics is None:  # a signal came; evaluation is still due, and the resumed run begins with it
             self._leave(stop)
         if follows_metrics(self.scheduler):

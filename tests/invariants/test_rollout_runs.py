@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import random
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -150,14 +153,101 @@ def test_groups_without_signal_are_left_out_or_replaced(how: str, tmp_path: Path
     lines = [json.loads(line) for line in samples(tmp_path)]
     odd = [line for line in lines if int(line["prompt"][0]["content"].split()[1]) % 2]
     per_step = [[line for line in lines if line["step"] == step] for step in range(1, 7)]
-    if how == "none":
-        assert odd
-        assert all(len(step) == 8 for step in per_step)
-    else:
-        assert not odd
-        if how == "replace":
-            assert all(len(step) == 8 for step in per_step)
-        else:
-            assert {len(step) for step in per_step} >= {4}
-    assert divisors == [sum(line["tokens"] for line in step) if any(line["advantage"] for line in step) else 0
-                        for step in per_step]  # fmt: skip
+    assert odd
+    assert all(len(step) == 8 if how != "replace" else len(step) >= 8 for step in per_step)
+    counted = [line for line in lines if how == "none" or int(line["prompt"][0]["content"].split()[1]) % 2 == 0]
+    expected = [sum(line["tokens"] for line in counted if line["step"] == step) for step in range(1, 7)]
+    assert divisors == [tokens if any(line["advantage"] for line in step) else 0
+                        for tokens, step in zip(expected, per_step, strict=True)]  # fmt: skip
+    assert all(line["advantage"] == 0 for line in odd)
+    if how == "replace":
+        assert sum(len(step) for step in per_step) > 48
+
+
+@pytest.mark.parametrize("loss", ["dapo", "bnpo", "grpo"])
+def test_rounds_that_are_left_out_dilute_nothing(loss: str, tmp_path: Path) -> None:
+    """Two rounds in a step, one of them without signal: the gradient is that of the other alone."""
+    norms = []
+    for rounds in (1, 2):
+        folder = tmp_path / str(rounds)
+        trainer = make(
+            folder, max_steps=1, save_strategy="no", dynamic_sampling="skip", loss_type=loss, shuffle_dataset=False,
+            per_device_train_batch_size=4, gradient_accumulation_steps=2, steps_per_generation=2 // rounds,
+        )  # fmt: skip
+        trainer.rewards.functions = {"by_number": by_number}
+        trainer.train()
+        norms.append(trainer.state.log_history[0]["grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_evaluation_counts_every_group(tmp_path: Path) -> None:
+    seen = []
+    for how in ("none", "skip", "replace"):
+        words = chatml_tokenizer()
+        trainer = posttrain.GRPOTrainer(
+            model=tiny_model("llama", len(words)), reward_funcs=by_number, train_dataset=ROWS, eval_dataset=ROWS,
+            args=posttrain.GRPOConfig(str(tmp_path / how), **{**SETTINGS, "dynamic_sampling": how}),
+            processing_class=words,
+        )  # fmt: skip
+        seen.append(trainer.evaluate()["eval_reward"])
+    assert seen[0] == seen[1] == seen[2]
+
+
+def noisy(completions: list[Any], **_: Any) -> list[float]:
+    return [-sum(c in "aeiou" for c in one[0]["content"]) / 4 + random.random() + float(torch.rand(()))
+            for one in completions]  # fmt: skip
+
+
+def test_a_signal_in_the_step_that_begins_a_round(tmp_path: Path) -> None:
+    """The round is sampled again, with the random state from before it: rewards may draw numbers."""
+    settings = {"steps_per_generation": 2, "num_iterations": 2, "token_budget": 40, "max_steps": 6}
+
+    def with_noise(folder: Path) -> posttrain.GRPOTrainer:
+        trainer = make(folder, adapter=True, **settings)
+        trainer.rewards.functions = {"noisy": noisy}
+        return trainer
+
+    whole = with_noise(tmp_path / "whole")
+    whole.train()
+    stopped = with_noise(tmp_path / "stopped")
+    loop_forward = stopped.run._loop
+    asked = iter(range(10_000))
+
+    def watched(*given: Any) -> Any:
+        loop = loop_forward(*given)
+        inner = loop.forward
+
+        def forward(batch: Any, needs: Any) -> Any:
+            if loop.position == 4 and next(asked) == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return inner(batch, needs)
+
+        loop.forward = forward
+        return loop
+
+    stopped.run._loop = watched  # type: ignore[method-assign]
+    with pytest.raises(posttrain.Interrupted):
+        stopped.train()
+    resumed = with_noise(tmp_path / "stopped")
+    resumed.train(resume_from_checkpoint=True)
+    assert weights(resumed) == weights(whole)
+    assert samples(tmp_path / "stopped") == samples(tmp_path / "whole")
+
+
+def test_a_reward_that_fails_in_evaluation_loses_nothing(tmp_path: Path) -> None:
+    words, calls = chatml_tokenizer(), iter(range(100))
+
+    def late(completions: list[Any], **_: Any) -> list[float]:
+        if next(calls) == 3:
+            raise RuntimeError("no more")
+        return [float(i) for i in range(len(completions))]
+
+    args = {**SETTINGS, "eval_strategy": "steps", "eval_steps": 3, "save_strategy": "no", "reward_check": False}
+    trainer = posttrain.GRPOTrainer(
+        model=tiny_model("llama", len(words)), reward_funcs=late, train_dataset=ROWS, eval_dataset=ROWS[:2],
+        args=posttrain.GRPOConfig(str(tmp_path), **args), processing_class=words,
+    )  # fmt: skip
+    with pytest.raises(posttrain.UserError, match="'late' failed") as raised:
+        trainer.train()
+    assert "step 3 is saved" in str(raised.value.__notes__)
+    assert (tmp_path / "checkpoint-3" / "MANIFEST.json").is_file()

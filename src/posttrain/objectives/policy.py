@@ -168,7 +168,7 @@ class PolicyLoss:
             loss_R, metrics = loss_R * weight_R, metrics | noted
         if "sampled_logp_R" in batch.columns:
             gap_R = (old_R.detach() - batch.columns["sampled_logp_R"]).abs()
-            metrics["sampling/logp_difference"] = (gap_R.sum(), len(gap_R))
+            metrics["sampling/logp_difference"] = (gap_R.nansum(), len(gap_R))
         if self.beta:
             kl_R = kl_divergence(outputs.logp_R, batch.columns["ref_logp_R"])
             if self.corrected_kl:
@@ -199,7 +199,8 @@ class PolicyLoss:
         assert self.off_policy_threshold is not None
         log_ratio_S = rows.log_ratio_S.detach()
         if "sampled_logp_R" in batch.columns:
-            log_ratio_S = sum_by_sequence(rows.logp_R.detach() - batch.columns["sampled_logp_R"], batch)
+            gap_R = rows.logp_R.detach() - batch.columns["sampled_logp_R"]
+            log_ratio_S = sum_by_sequence(gap_R.nan_to_num(nan=0.0), batch)  # what it has not said counts as agreed
         gone_S = -log_ratio_S / length_S.clamp(min=1)
         return ((rows.advantage_R >= 0) | (gone_S <= self.off_policy_threshold)[rows.sequence_R]).to(rows.logp_R.dtype)
 

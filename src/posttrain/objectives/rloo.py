@@ -58,5 +58,5 @@ class LeaveOneOutLoss:
                 metrics[f"clip_ratio/{name}_mean"] = (clipped_S.sum(), len(clipped_S))
             if "sampled_logp_R" in batch.columns:
                 gap_R = (old_R - batch.columns["sampled_logp_R"]).abs()
-                metrics["sampling/logp_difference"] = (gap_R.sum(), len(gap_R))
+                metrics["sampling/logp_difference"] = (gap_R.nansum(), len(gap_R))
         return {"sequences": loss_S.sum()}, metrics

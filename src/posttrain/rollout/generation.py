@@ -21,7 +21,8 @@ class Rollout:
 
     `supervised` says which of its tokens the policy wrote and is trained on (`L` of them are ids in all, `R` of these);
     `sampled_logp_R` is what the sampler said of those, `old_logp_R` the policy before the round's first step, where it
-    is needed, `ref_logp_R` the reference; `extra` is what a `rollout_func` tells the rewards of it. Of methods with a
+    is needed, `ref_logp_R` the reference; `extra` is what a `rollout_func` tells the rewards of it, `text` what
+    stands before the stop string that ended it. Of methods with a
     value function, `old_value_R` is what that expected, `advantage_R` how much better each token was, and `return_R`
     what it is to learn."""
 
@@ -39,6 +40,7 @@ class Rollout:
     advantage_R: np.ndarray | None = None
     return_R: np.ndarray | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    text: str | None = None
 
     @property
     def num_rows(self) -> int:

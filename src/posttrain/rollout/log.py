@@ -37,6 +37,9 @@ class SamplesLog:
 
     def _lines(self, generation: Generation, verdict: Verdict, step: int) -> list[dict[str, Any]]:
         extra = {name: values for name, values in verdict.extra.items() if len(values) == len(generation.rollouts)}
+        for name in verdict.extra.keys() - extra.keys():
+            logger.warning("log_extra(%r) was given %d values for %d completions; they are not in %s", name,
+                           len(verdict.extra[name]), len(generation.rollouts), NAME)  # fmt: skip
         return [
             {
                 "step": step + 1,
@@ -51,7 +54,7 @@ class SamplesLog:
                     for name, value in zip(verdict.names, rewards, strict=True)
                 },
                 "advantage": one.advantage,
-                **{name: values[i] for name, values in extra.items()},
+                **({"extra": {name: values[i] for name, values in extra.items()}} if extra else {}),
             }
             for i, (one, content, rewards) in enumerate(
                 zip(generation.rollouts, verdict.contents, verdict.rewards_NF.tolist(), strict=True)
@@ -65,6 +68,15 @@ class SamplesLog:
         partial = self.path.with_name(f".{NAME}.partial")
         with self.path.open(encoding="utf-8") as old, partial.open("w", encoding="utf-8") as new:
             for line in old:
-                if line.endswith("\n") and json.loads(line)["step"] <= step:
+                if line.endswith("\n") and _step_of(line) <= step:
                     new.write(line)
         os.replace(partial, self.path)
+
+
+def _step_of(line: str) -> float:
+    """The step that a line is of; a line that is not ours stays."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return -math.inf
+    return step if isinstance(step, int) else -math.inf

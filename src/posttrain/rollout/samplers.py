@@ -10,10 +10,17 @@ from typing import Any
 import numpy as np
 
 from posttrain.data.prompts import Prompt
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, UserError
 from posttrain.rollout.engines import Completion, Engine, Request
 from posttrain.rollout.generation import Rollout
 from posttrain.rollout.sampling import Sampling
+
+
+class RolloutError(UserError):
+    """A `rollout_func` that failed."""
+
+    code = "E-ENGINE-0003"
+
 
 FIELDS = ("prompt_ids", "completion_ids", "logprobs")
 
@@ -41,43 +48,61 @@ class EngineSampler:
 
 
 def _rollout(place: int, group: int, prompt_ids: np.ndarray, said: Completion) -> Rollout:
-    extra = {} if said.text is None else {"text": said.text}
     supervised = np.ones(len(said.ids), dtype=bool)
     return Rollout(place, group, prompt_ids, said.ids, supervised, said.is_ended, sampled_logp_R=said.logps,
-                   extra=extra)  # fmt: skip
+                   text=said.text)  # fmt: skip
 
 
 @dataclass
 class FunctionSampler:
     """`function(prompts, trainer)` gives `prompt_ids`, `completion_ids` and `logprobs`, a list each, as in TRL;
     `env_mask` says which tokens the model wrote, and every other list goes to the rewards. It is called once with the
-    prompt of each completion. `end_ids` tell what has ended."""
+    prompt of each completion. `end_ids` tell what has ended; `vocabulary` is how many tokens the model knows."""
 
     function: Callable[..., Mapping[str, Any]]
     trainer: Any
     prompts: Sequence[Prompt]
     end_ids: frozenset[int]
+    vocabulary: int
 
     def __call__(self, places: Sequence[int], count: int, key: int, stopped: Callable[[], bool]) -> list[Rollout]:
         wanted = [(place, group) for group, place in enumerate(places) for _ in range(count)]
-        given = self.function([self.prompts[place].content for place, _ in wanted], self.trainer)
+        given = self._called([self.prompts[place].content for place, _ in wanted])
         if inspect.isawaitable(given) or not isinstance(given, Mapping):
             raise ConfigError(f"rollout_func gave {type(given).__name__}, not a dict of lists")
         if missing := [name for name in FIELDS if name not in given]:
             raise ConfigError(f"rollout_func gave no {', '.join(missing)}", hint=f"it must give {', '.join(FIELDS)}")
         extra = {name: value for name, value in given.items() if name not in (*FIELDS, "env_mask")}
         for name, values in {**extra, **{name: given[name] for name in (*FIELDS, "env_mask") if name in given}}.items():
-            if isinstance(values, list) and len(values) != len(wanted):
+            has_length = isinstance(values, list) or (name in FIELDS and hasattr(values, "__len__"))
+            if has_length and len(values) != len(wanted):
                 raise ConfigError(f"rollout_func gave {len(values)} of {name} for {len(wanted)} completions")
         return [
             self._rollout(place, group, i, given, {name: _of(value, i) for name, value in extra.items()})
             for i, (place, group) in enumerate(wanted)
         ]
 
-    def _rollout(self, place: int, group: int, i: int, given: Mapping[str, Any], extra: dict[str, Any]) -> Rollout:
-        ids = np.array(given["completion_ids"][i], dtype=np.int64)
+    def _called(self, prompts: list[Any]) -> Mapping[str, Any]:
+        try:
+            return self.function(prompts, self.trainer)
+        except UserError:
+            raise
+        except Exception as error:
+            raise RolloutError(f"rollout_func failed: {type(error).__name__}: {error}",
+                               hint="it is called as rollout_func(prompts, trainer)") from error  # fmt: skip
+
+    def _ids(self, name: str, given: Mapping[str, Any], i: int, place: int) -> np.ndarray:
+        """Token ids that the model knows, at least one."""
+        ids = _array(name, given[name][i], np.int64)
         if not len(ids):
-            raise ConfigError(f"rollout_func gave an empty completion for {self.prompts[place].origin}")
+            raise ConfigError(f"rollout_func gave empty {name} for {self.prompts[place].origin}")
+        if ids.min() < 0 or ids.max() >= self.vocabulary:
+            wrong = ids[(ids < 0) | (ids >= self.vocabulary)][0]
+            raise ConfigError(f"rollout_func gave token {wrong} in {name}; the model knows 0 to {self.vocabulary - 1}")
+        return ids
+
+    def _rollout(self, place: int, group: int, i: int, given: Mapping[str, Any], extra: dict[str, Any]) -> Rollout:
+        ids = self._ids("completion_ids", given, i, place)
         supervised = np.ones(len(ids), dtype=bool)
         if given.get("env_mask") is not None:
             supervised = np.array(given["env_mask"][i], dtype=bool)
@@ -85,10 +110,21 @@ class FunctionSampler:
             if values is not None and len(values) != len(ids):
                 raise ConfigError(f"rollout_func gave {len(values)} of {name} for a completion of {len(ids)} tokens")
         logps = _row(given["logprobs"], i)
-        sampled = None if logps is None else np.array(logps, dtype=np.float32)[supervised]
-        prompt_ids = np.array(given["prompt_ids"][i], dtype=np.int64)
+        sampled = None if logps is None else _array("logprobs", logps, np.float32)[supervised]
+        prompt_ids = self._ids("prompt_ids", given, i, place)
         return Rollout(place, group, prompt_ids, ids, supervised, int(ids[-1]) in self.end_ids, sampled_logp_R=sampled,
                        extra=extra)  # fmt: skip
+
+
+def _array(name: str, values: Any, kind: type) -> np.ndarray:
+    """One number a token; None is NaN, as vLLM says what it does not know."""
+    try:
+        array: np.ndarray = np.array([np.nan if value is None else value for value in values], dtype=kind)
+    except (TypeError, ValueError):
+        array = np.zeros((0, 0))
+    if array.ndim != 1:
+        raise ConfigError(f"rollout_func gave {name} that are no list of numbers, one a token: {str(values)[:60]}")
+    return array
 
 
 def _row(values: Any, i: int) -> Any:

@@ -42,7 +42,18 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("max_tokens", "top_k", "seed"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ConfigError(f"{name}={value!r} must be a whole number")
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ConfigError(f"{name}={value!r} must be a number")
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise ConfigError(f"stop={list(self.stop)!r} must be texts that are not empty")
         ranges = {
+            "seed": (self.seed >= 0, "at least 0"),
             "max_tokens": (self.max_tokens >= 1, "at least 1"),
             "temperature": (0 <= self.temperature < math.inf, "0 (the likeliest token) or above"),
             "top_k": (self.top_k >= 0, "at least 0 (all tokens)"),

@@ -101,7 +101,7 @@ class Judge:
     def contents(self, rollouts: Sequence[Rollout]) -> list[Content]:
         """The text of each completion without special tokens; a message where its prompt is messages."""
         texts = self.tokenizer.batch_decode([one.ids for one in rollouts], skip_special_tokens=True)
-        said = [one.extra.get("text", text) for one, text in zip(rollouts, texts, strict=True)]
+        said = [text if one.text is None else one.text for one, text in zip(rollouts, texts, strict=True)]
         return [
             [{"role": "assistant", "content": text}] if self.prompts[one.prompt].is_conversational else text
             for one, text in zip(rollouts, said, strict=True)

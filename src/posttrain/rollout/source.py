@@ -94,6 +94,7 @@ class RolloutSource:
     report: Callable[[Metrics], None] = lambda metrics: None
     stopped: Callable[[], bool] = lambda: False
     _held: dict[int, Generation] = field(default_factory=dict)
+    _kl_before: tuple[int, float] = (-1, 0.0)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -149,7 +150,7 @@ class RolloutSource:
         for one in rounds:
             mine = [members for generation, members in slices if generation is one]
             batches = self._planned([rollout for members in mine for rollout in members if self._teaches(rollout)])
-            if len(rounds) > 1:
+            if len(rounds) > 1 and not self.resampling.leaves_out:
                 own = one.num_tokens * len(mine) / self.rounds.batches
                 weight = torch.tensor(len(mine) / len(slices) * tokens / max(own, 1.0))
                 batches = [batch.with_columns(round_weight=weight) for batch in batches]
@@ -166,7 +167,8 @@ class RolloutSource:
             (batch,) = self._planned(used, whole=True)
             own = {"tokens": sum(one.num_rows for one in members), "batches": 0, "sequences": 0}
             made.append(replace(batch, counts=own, can_be_cut=False))
-        totals = {"batches": len(slices), "sequences": sum(len(members) for _, members in slices)}
+        counted = [members for _, members in slices if members or not self.resampling.leaves_out]
+        totals = {"batches": len(counted), "sequences": sum(len(members) for _, members in slices)}
         if made:
             made[0] = replace(made[0], counts={**made[0].counts, **totals})
         return made
@@ -186,11 +188,13 @@ class RolloutSource:
     # --- a round ------------------------------------------------------------------------------------------------------
 
     def _generate(self, number: int, step: int, places: Sequence[int]) -> Generation:
-        rollouts, verdict, seconds = self._judged(places, number * KEYS_OF_A_ROUND)
+        sampled, said, seconds = self._judged(places, number * KEYS_OF_A_ROUND)
+        kept = list(range(len(sampled)))
         replaced: dict[str, tuple[float, int]] = {}
         if self.resampling.leaves_out:
-            rollouts, verdict, replaced = self._with_signal(rollouts, verdict, places, number)
-        lengths, tokens = _lengths(rollouts), sum(len(one.prompt_ids) + one.num_rows for one in rollouts)
+            sampled, said, kept, replaced = self._with_signal(sampled, said, places, number)
+        rollouts, verdict = [sampled[i] for i in kept], said.part(kept)
+        lengths, tokens = _lengths(sampled), sum(len(one.prompt_ids) + one.num_rows for one in sampled)
         for one in rollouts:
             if self.learning.skips_truncated and not one.is_ended:
                 one.supervised = np.zeros_like(one.supervised)
@@ -203,14 +207,15 @@ class RolloutSource:
         for one, (advantage_R, return_R) in zip(rollouts, worth.tokens or (), strict=bool(worth.tokens)):
             one.advantage_R, one.return_R = advantage_R.astype(np.float32), return_R.astype(np.float32)
         if self.kl is not None:
+            self._kl_before = number, self.kl.coef
             self.kl.follow(worth.divergence, len(rollouts))
         if not self.logps_first:
             self._annotate([one for one in rollouts if self._teaches(one)])
         generation = Generation(number, rollouts, self.rounds.deal(number, len(rollouts)), tokens)
-        generation.metrics = {**verdict.metrics(worth), **lengths}
-        generation.metrics |= {**replaced, **seconds}
+        followed = worth if len(kept) == len(sampled) else self.advantages(said.rewards_NF, sampled)
+        generation.metrics = {**said.metrics(followed), **lengths, **replaced, **seconds}
         if self.log is not None:
-            self.log(generation, verdict, step)
+            self.log(Generation(number, sampled, []), said, step)
         return generation
 
     def _judged(self, places: Sequence[int], key: int) -> tuple[list[Rollout], Verdict, dict[str, tuple[float, int]]]:
@@ -228,12 +233,13 @@ class RolloutSource:
 
     def _with_signal(
         self, rollouts: list[Rollout], verdict: Verdict, places: Sequence[int], number: int
-    ) -> tuple[list[Rollout], Verdict, dict[str, tuple[float, int]]]:
-        """The groups that have something to teach, of these prompts or of others."""
+    ) -> tuple[list[Rollout], Verdict, list[int], dict[str, tuple[float, int]]]:
+        """All that was sampled, of these prompts and of others in the place of those that teach nothing, and which of
+        it is kept."""
         wanted, asked = len(places), len(places)
-        rollouts, verdict = self._teaching(rollouts, verdict)
+        kept = self._teaching(rollouts, verdict)
         for attempt in range(1, self.resampling.attempts + 1):
-            missing = wanted - len(rollouts) // self.count
+            missing = wanted - len(kept) // self.count
             if not missing:
                 break
             others = self._others(places, missing, number, attempt)
@@ -242,14 +248,14 @@ class RolloutSource:
             for one in more:
                 one.group += asked
             asked += len(others)
-            more, said = self._teaching(more, said)
+            kept += [len(rollouts) + i for i in self._teaching(more, said)]
             rollouts, verdict = rollouts + more, verdict.and_(said)
-        left = len(rollouts) // self.count
+        left = len(kept) // self.count
         metrics = {
             "dynamic_sampling/groups_sampled": (float(asked), 1),
             "dynamic_sampling/groups_kept": (float(left), 1),
         }
-        return rollouts, verdict, metrics
+        return rollouts, verdict, kept, metrics
 
     def _others(self, places: Sequence[int], count: int, number: int, attempt: int) -> list[int]:
         """Other prompts of the data, at random."""
@@ -257,16 +263,15 @@ class RolloutSource:
         rest = np.setdiff1d(np.arange(len(self.prompts)), places)
         return generator.permutation(rest if len(rest) >= count else np.arange(len(self.prompts)))[:count].tolist()
 
-    def _teaching(self, rollouts: list[Rollout], verdict: Verdict) -> tuple[list[Rollout], Verdict]:
-        """Whole groups in which one completion is worth more than another."""
+    def _teaching(self, rollouts: list[Rollout], verdict: Verdict) -> list[int]:
+        """Those of whole groups in which one completion is worth more than another."""
         reward_N = self.advantages(verdict.rewards_NF, rollouts).reward_N
-        chosen = [
+        return [
             i
             for first in range(0, len(rollouts), self.count)
             if _differ(reward_N[first : first + self.count])
             for i in range(first, first + self.count)
         ]
-        return [rollouts[i] for i in chosen], verdict.part(chosen)
 
     def _annotate(self, used: list[Rollout]) -> None:
         """What the policy and the reference say of every token that may be trained, as far as it is needed."""
@@ -292,10 +297,16 @@ class RolloutSource:
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
     def state(self, position: int) -> dict[str, Any]:
-        """Rounds that step `position` goes on learning from."""
-        wanted = {round_ for round_, _ in self.rounds.step(position)} if self.rounds.rounds_per_epoch else set()
+        """Rounds that step `position` goes on learning from. One that it begins is sampled again, with the random state
+        from before it."""
+        dealt = {round_ for round_, _ in self.rounds.step(position)} if self.rounds.rounds_per_epoch else set()
+        wanted = {number for number in dealt if not self._begins(number, position)}
         state: dict[str, Any] = {"rounds": [one.state() for number, one in self._held.items() if number in wanted]}
-        return state if self.kl is None else {**state, "kl_coef": self.kl.coef}
+        if self.kl is None:
+            return state
+        begun, before = self._kl_before
+        sampled_again = begun in dealt - wanted and begun in self._held
+        return {**state, "kl_coef": before if sampled_again else self.kl.coef}
 
     def load_state(self, state: dict[str, Any]) -> None:
         generations = [Generation.from_state(one) for one in state.get("rounds", [])]

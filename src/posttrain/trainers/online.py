@@ -38,7 +38,7 @@ from posttrain.rollout.log import SamplesLog
 from posttrain.rollout.order import Rounds
 from posttrain.rollout.samplers import EngineSampler, FunctionSampler
 from posttrain.rollout.scoring import Judge
-from posttrain.rollout.source import Ask, Learning, Resampling, RolloutSource
+from posttrain.rollout.source import NO_RESAMPLING, Ask, Learning, Resampling, RolloutSource
 from posttrain.run import Run
 from posttrain.session import Session
 from posttrain.snapshot import capture_rng, restore_rng
@@ -200,6 +200,30 @@ class OnlineTrainer(PackedTrainer):
         return ReferenceModel(None, None, False, None, moves=args.sync_ref_model)
 
     @property
+    def reward_func_names(self) -> list[str]:
+        return list(self.rewards.functions)
+
+    @property
+    def reward_weights(self) -> list[float]:
+        return list(self.rewards.weights)
+
+    @property
+    def num_generations(self) -> int | None:
+        return self.args.num_generations
+
+    @property
+    def max_completion_length(self) -> int | None:
+        return self.args.max_completion_length
+
+    @property
+    def temperature(self) -> float:
+        return self.args.temperature
+
+    @property
+    def beta(self) -> float:
+        return self.args.beta
+
+    @property
     def reward_funcs(self) -> list[Any]:
         return list(self.rewards.functions.values())
 
@@ -230,10 +254,12 @@ class _Rollouts:
         self.trainer, self.prompts, self.rounds, self.rollout_func = trainer, prompts, rounds, rollout_func
         self.log = SamplesLog(trainer.args.output_dir or ".", prompts)
         self.engine: LocalEngine | VllmEngine | None = None
-        self.source = self._source(prompts, rounds, trainer.args.num_generations or 1)
+        self.source = self._source(prompts, rounds, trainer.args.num_generations or 1, trainer.resampling())
         self.source.log, self.source.kl = self.log, trainer.kl
 
-    def _source(self, prompts: Sequence[Prompt], rounds: Rounds, count: int) -> RolloutSource:
+    def _source(
+        self, prompts: Sequence[Prompt], rounds: Rounds, count: int, resampling: Resampling = NO_RESAMPLING
+    ) -> RolloutSource:
         trainer, args = self.trainer, self.trainer.args
         learning = trainer.learning()
         return RolloutSource(
@@ -249,7 +275,7 @@ class _Rollouts:
             needs_reference=bool(args.beta),
             logps_first=trainer.logps_first,
             of_policy=trainer.of_policy,
-            resampling=trainer.resampling() if count == args.num_generations else Resampling(),
+            resampling=resampling,
         )
 
     @property
@@ -274,7 +300,7 @@ class _Rollouts:
 
     def open(self, session: Session, reference: Reference | None, stopped: Callable[[], bool]) -> None:
         args, source = self.trainer.args, self.source
-        ends = stop_ids(session.policy.base, self.trainer._tokenizer)
+        ends = self._ends(session)
         if args.use_vllm:
             self.engine = self._server(session)
         else:
@@ -285,11 +311,18 @@ class _Rollouts:
         source.packing = self.trainer.run._packing(session)
         source.stopped = stopped
 
+    def _ends(self, session: Session) -> list[int]:
+        """What ends a completion: the model's own tokens, and stop strings that are tokens, which no text shows."""
+        known = self.trainer._tokenizer.get_added_vocab()
+        stops = [known[text] for text in self.trainer.args.sampling().stop if text in known]
+        return sorted({*stop_ids(session.policy.base, self.trainer._tokenizer), *stops})
+
     def _sampler(self, prompts: Sequence[Prompt], ends: Sequence[int]) -> Any:
         if self.rollout_func is not None:
             pad = self.trainer._tokenizer.pad_token_id
             end_ids = frozenset({*ends, *(() if pad is None else (pad,))})  # as in TRL
-            return FunctionSampler(self.rollout_func, self.trainer, prompts, end_ids)
+            vocabulary = self.trainer._model.get_input_embeddings().weight.shape[0]
+            return FunctionSampler(self.rollout_func, self.trainer, prompts, end_ids, vocabulary)
         assert self.engine is not None
         return EngineSampler(self.engine, prompts, self.trainer.args.sampling())
 
@@ -326,7 +359,7 @@ class _Rollouts:
         count = args.num_generations_eval or args.num_generations or 1
         a_round = max(1, args.per_device_eval_batch_size // count)
         source = self._source(prompts, Rounds(len(prompts), min(a_round, len(prompts)), 1, 1, 1, None), count)
-        source.sample = self._sampler(prompts, stop_ids(session.policy.base, self.trainer._tokenizer))
+        source.sample = self._sampler(prompts, self._ends(session))
         source.ask_policy, source.ask_reference = self.source.ask_policy, self.source.ask_reference
         source.packing, source.stopped = self.source.packing, stopped
         source.token_budget = self.trainer.run._budget()

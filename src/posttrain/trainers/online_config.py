@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -23,6 +24,7 @@ GENERATION_KWARGS = {
     "max_new_tokens": "max_tokens",
 }
 """What `generation_kwargs` may say, and what we call it."""
+logger = logging.getLogger("posttrain")
 OF_VLLM_HERE = "Not honoured: vLLM is no part of this process; give it to `vllm serve`."
 OF_VLLM = (
     "vllm_model_impl", "vllm_enable_sleep_mode", "vllm_structured_outputs_regex", "vllm_group_port",
@@ -64,7 +66,7 @@ class OnlineConfig(PackedConfig):
     ]
     NOT_HONOURED: ClassVar[tuple[str, ...]] = (
         "max_length", "log_completions_hub_repo", "dataset_streaming", "dataset_format", "truncation_mode",
-        "train_sampling_strategy", "label_smoothing_factor", *OF_VLLM,
+        "train_sampling_strategy", "label_smoothing_factor",
     )  # fmt: skip
     MAKES_ROUNDS: ClassVar[tuple[str, ...]] = (
         "num_generations", "steps_per_generation", "num_iterations", "max_completion_length", "beta",
@@ -201,6 +203,10 @@ class OnlineConfig(PackedConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:
                 raise ConfigError(f"{name}={value!r} must be at least {low}")
+        if self.num_generations_eval is not None and (
+            not isinstance(self.num_generations_eval, int) or self.num_generations_eval < 1
+        ):
+            raise ConfigError(f"num_generations_eval={self.num_generations_eval!r} must be at least 1")
         assert self.generation_batch_size is not None
         assert self.num_generations is not None
         if self.generation_batch_size % self.num_generations:
@@ -222,9 +228,14 @@ class OnlineConfig(PackedConfig):
             raise ConfigError(f"use_vllm=True with vllm_mode={self.vllm_mode!r} is not honoured",
                               hint="leave it out (sampling is in this process), or run `vllm serve MODEL "
                                    "--enable-lora` and set vllm_mode='server'")  # fmt: skip
-        for name in VLLM_FIELDS:
-            if not self.use_vllm and getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                raise ConfigError(f"{name}={getattr(self, name)!r} is heeded with use_vllm=True only")
+        for name in (*VLLM_FIELDS, *OF_VLLM):
+            value = getattr(self, name)
+            if value == type(self).__dataclass_fields__[name].default:
+                continue
+            if not self.use_vllm:  # as in many scripts, where it means nothing either
+                logger.info("%s=%r is not needed: completions are sampled in this process", name, value)
+            elif name in OF_VLLM:
+                raise ConfigError(f"{name}={value!r} is not honoured: {INSTEAD[name]}")
         if not self.reward_timeout > 0:
             raise ConfigError(f"reward_timeout={self.reward_timeout} must be above 0")
         self.sampling()
@@ -232,6 +243,7 @@ class OnlineConfig(PackedConfig):
     def sampling(self) -> Sampling:
         """Raises ConfigError for values that mean nothing."""
         given = self.generation_kwargs if isinstance(self.generation_kwargs, dict) else {}
+        given = {name: value for name, value in given.items() if (name, value) != ("do_sample", True)}
         for name in given:
             if name not in GENERATION_KWARGS:
                 raise ConfigError(f"generation_kwargs[{name!r}] is not honoured",
@@ -247,7 +259,12 @@ class OnlineConfig(PackedConfig):
             **{GENERATION_KWARGS[name]: value for name, value in given.items()},
         }
         stop = values.get("stop", ())
+        if stop is not None and not isinstance(stop, str | list | tuple):
+            raise ConfigError(f"generation_kwargs['stop']={stop!r} must be a text or a list of them")
         values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop or ())
+        if values["max_tokens"] != self.max_completion_length:
+            raise ConfigError(f"generation_kwargs says {values['max_tokens']!r} tokens, max_completion_length "
+                              f"{self.max_completion_length}", hint="set max_completion_length alone")  # fmt: skip
         if values["temperature"] != self.temperature:
             raise ConfigError("generation_kwargs['temperature'] differs from temperature, which training uses",
                               hint="set temperature alone")  # fmt: skip

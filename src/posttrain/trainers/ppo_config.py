@@ -151,7 +151,7 @@ class PPOConfig(OnlineConfig):
                               "end-of-sequence token", hint="set generation_kwargs={'stop': [...]}")  # fmt: skip
         if self.kl_coef < 0:
             raise ConfigError(f"kl_coef={self.kl_coef} must be at least 0")
-        if not self.kl_coef and not self.no_kl_reason:
+        if not self.kl_coef and not (self.no_kl_reason or "").strip():
             raise ConfigError("kl_coef=0: nothing holds the policy to where it started, and it will find what is wrong "
                               "with the reward", hint="set kl_coef (0.05 is usual), or say why not: "
                               "no_kl_reason='...'")  # fmt: skip

@@ -35,6 +35,8 @@ def open_rewards(reward_funcs: Any, tokenizers: Any, args: OnlineConfig) -> Rewa
         while unique in functions:
             unique, number = f"{name}_{number}", number + 1
         functions[unique] = function
+    if args.reward_weights is not None and not isinstance(args.reward_weights, list | tuple):
+        raise ConfigError(f"reward_weights={args.reward_weights!r} must be a list with a number for each function")
     weights = args.reward_weights if args.reward_weights is not None else [1.0] * len(functions)
     return Rewards(functions, list(weights), deadline=args.reward_timeout)
 

@@ -208,8 +208,6 @@ def test_what_is_refused(server: Server, tmp_path: Path) -> None:
         trainer(server, tmp_path, adapter=False).train()
     with pytest.raises(ConfigError, match="vllm_mode='colocate' is not honoured"):
         posttrain.GRPOConfig(str(tmp_path), use_vllm=True, use_cpu=True)
-    with pytest.raises(ConfigError, match="vllm_server_port=1 is heeded with use_vllm=True only"):
-        posttrain.GRPOConfig(str(tmp_path), vllm_server_port=1, use_cpu=True)
     with pytest.raises(ConfigError, match="truncates to no bound"):
         settings(server, tmp_path, vllm_importance_sampling_mode="token_truncate",
                  vllm_importance_sampling_clip_max=None)  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import posttrain
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, UserError
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import chatml_tokenizer
 
@@ -45,7 +45,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"truncation_mode": "keep_end"}, "truncation_mode='keep_end' is not honoured"),
     ({"dataset_streaming": True}, "dataset_streaming=True is not honoured"),
     ({"cast_lm_head_to_fp32": True}, "cast_lm_head_to_fp32=True is not honoured"),
-    ({"vllm_gpu_memory_utilization": 0.5}, "give it to `vllm serve`"),
+    ({"use_vllm": True, "vllm_mode": "server", "vllm_gpu_memory_utilization": 0.5}, "give it to `vllm serve`"),
+    ({"generation_kwargs": {"stop": [""]}}, "must be texts that are not empty"),
+    ({"generation_kwargs": {"stop": [3]}}, "must be texts that are not empty"),
+    ({"generation_kwargs": {"max_new_tokens": 900}}, "set max_completion_length alone"),
+    ({"generation_kwargs": {"top_k": "a"}}, "top_k='a' must be a whole number"),
+    ({"generation_kwargs": {"seed": -1}}, "seed=-1 must be at least 0"),
+    ({"num_generations_eval": 0}, "num_generations_eval=0 must be at least 1"),
     ({"entropy_target": 0.5}, "entropy_target=0.5 is not honoured: set entropy_coef"),
     ({"use_adaptive_entropy": True}, "use_adaptive_entropy=True is not honoured"),
     ({"log_completions_hub_repo": "a/b"}, "samples.jsonl"),
@@ -76,7 +82,7 @@ def make(folder: Path, rows: Any = None, **given: Any) -> posttrain.GRPOTrainer:
     words = chatml_tokenizer()
     args = given.pop("args", None) or posttrain.GRPOConfig(
         str(folder), **GIVEN, num_generations=2, per_device_train_batch_size=2, max_completion_length=8, max_steps=1,
-        save_strategy="no", disable_tqdm=True,
+        save_strategy="no", disable_tqdm=True, logging_steps=1,
     )  # fmt: skip
     return posttrain.GRPOTrainer(**{
         "model": tiny_model("llama", len(words)), "reward_funcs": lambda completions, **_: [1.0] * len(completions),
@@ -103,6 +109,68 @@ GIVEN_WRONG: list[tuple[dict[str, Any], str]] = [
 def test_what_is_given_wrong_is_named(given: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises((ConfigError, posttrain.DataError), match=message):
         make(tmp_path, **given)
+
+
+def test_what_means_nothing_without_vllm_is_taken(tmp_path: Path) -> None:
+    args = posttrain.GRPOConfig(
+        str(tmp_path), **GIVEN, use_vllm=False, vllm_gpu_memory_utilization=0.6, vllm_server_port=1,
+        generation_kwargs={"do_sample": True},
+    )  # fmt: skip
+    assert args.sampling().temperature == 1.0
+
+
+def given_by(folder: Path, **changes: Any) -> posttrain.GRPOTrainer:
+    def rollout(prompts: list[Any], _: Any) -> dict[str, Any]:
+        made = {"prompt_ids": [[5, 6]] * len(prompts), "completion_ids": [[7, 8, 9]] * len(prompts)}
+        return {**made, "logprobs": [[-1.0] * 3] * len(prompts), **changes}
+
+    rewards = iter(range(100))
+    return make(folder, rollout_func=rollout,
+                reward_funcs=lambda completions, **_: [float(next(rewards)) for _ in completions])  # fmt: skip
+
+
+MISTAKES: list[tuple[dict[str, Any], str]] = [
+    ({"completion_ids": [[7, 99999]] * 2, "logprobs": [[-1.0] * 2] * 2}, "gave token 99999 in completion_ids"),
+    ({"completion_ids": [[7, -1]] * 2, "logprobs": [[-1.0] * 2] * 2}, "gave token -1 in completion_ids"),
+    ({"prompt_ids": [[], []]}, "gave empty prompt_ids"),
+    ({"completion_ids": [[], []], "logprobs": [[], []]}, "gave empty completion_ids"),
+    ({"logprobs": [[[-1.0]] * 3] * 2}, "gave logprobs that are no list of numbers"),
+    ({"completion_ids": [[7, 8, 9]]}, "gave 1 of completion_ids for 2 completions"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), MISTAKES)
+def test_mistakes_of_a_rollout_func_are_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        given_by(tmp_path, **changes).train()
+
+
+def test_a_rollout_func_that_fails_is_named(tmp_path: Path) -> None:
+    trainer = make(tmp_path, rollout_func=lambda prompts: None)
+    with pytest.raises(UserError, match="rollout_func failed: TypeError"):
+        trainer.train()
+
+
+def test_log_probabilities_may_be_missing(tmp_path: Path) -> None:
+    trainer = given_by(tmp_path, logprobs=[[None, -1.0, None]] * 2)
+    trainer.train()
+    assert trainer.state.log_history[0]["grad_norm"] > 0
+
+
+def test_a_column_called_text_reaches_the_rewards(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def reward(completions: list[Any], text: list[str], **_: Any) -> list[float]:
+        seen.extend(text)
+        return [float(i) for i in range(len(completions))]
+
+    args = posttrain.GRPOConfig(
+        str(tmp_path), **GIVEN, num_generations=2, per_device_train_batch_size=2, max_completion_length=30, max_steps=1,
+        generation_kwargs={"stop": ["a", "e", "<|im_start|>"]}, reward_check=False,
+    )  # fmt: skip
+    trainer = make(tmp_path, rows=[{"prompt": "Say 1", "text": "DATA"}], args=args, reward_funcs=reward)
+    trainer.train()
+    assert seen == ["DATA", "DATA"]
 
 
 def test_long_prompts_lose_their_beginning(tmp_path: Path) -> None:
