@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from posttrain.data.chat import Chat
 from posttrain.data.codes import REASONS, SKIP, UNFORESEEN, Row, bad_row, broken_promise, excerpt, kind
 from posttrain.data.columns import read_columns, rename_columns
+from posttrain.data.conversation import is_answered, unanswered
 from posttrain.data.encode import Encoded, Encoder
 from posttrain.data.formats import all_formats, choose, detect, formats_of, require
 from posttrain.data.mixing import Mixture, check_used
@@ -317,6 +318,9 @@ def _with_progress(rows: Rows, dataset: Any, name: str) -> Rows:
 
 
 def _nothing_supervised(whole: Tokenized, item: Rendered | Tokenized) -> DataError:
+    turns = item.example.completions[0] if isinstance(item, Rendered) else None
+    if isinstance(turns, list) and any(m["role"] == "assistant" for m in turns) and not is_answered(turns):
+        return unanswered(turns, None, excerpt(item.full if isinstance(item, Rendered) else ""), whole.origin)
     seen = item.full if isinstance(item, Rendered) else whole.branches[0].ids.tolist()
     what, hint = "no token of the row would be trained", f"drop such rows, or skip them ({SKIP})"
     if isinstance(item, Rendered) and item.cuts:

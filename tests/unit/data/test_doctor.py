@@ -107,6 +107,7 @@ ELSEWHERE = {
     "W-DATA-0151",
     "W-DATA-0154",
     "W-DATA-0159",
+    "W-DATA-0160",
     *(f"W-DATA-01{n}" for n in range(21, 29)),
 }
 """Tested in test_doctor_lengths.py, test_doctor_near.py, test_duplicates.py, test_marks.py, test_flags.py and

@@ -13,7 +13,7 @@ from typing import Any
 
 from posttrain.data.codes import SKIP, UNFORESEEN, Row, bad_row, broken_promise
 from posttrain.data.columns import read_columns, rename_columns
-from posttrain.data.conversation import SYSTEM, is_answered
+from posttrain.data.conversation import SYSTEM, is_answered, unanswered
 from posttrain.data.formats import all_formats, choose, detect, require
 from posttrain.data.oddities import oddities
 from posttrain.data.passed_over import NOTHING, PassedOver, of_tokens, passed_over
@@ -78,7 +78,7 @@ class RowReader:
     def trainable(self, row: Row, origin: Origin) -> tuple[Example, Said]:
         """With what it says."""
         example, what = self.parsed(row, origin)
-        check_trainable(what, row, origin)
+        check_trainable(example, what, row, origin)
         return example, what
 
     def parsed(self, row: Row, origin: Origin) -> tuple[Example, Said]:
@@ -118,11 +118,11 @@ class RowReader:
         return what
 
 
-def check_trainable(said: Said, row: Row, origin: Origin) -> None:
+def check_trainable(example: Example, said: Said, row: Row, origin: Origin) -> None:
     """Raises DataError for a row that is right in form, and that no model can be trained on."""
     if not said.is_answered:
-        hint = "add the answer, or drop the row; a prompt alone is data for GRPO, RLOO or PPO"
-        raise bad_row("E-DATA-0022", origin, "the row holds no turn of the assistant to train", row=row, hint=hint)
+        silent = next(one for one in example.completions if isinstance(one, list) and not is_answered(one))
+        raise unanswered(silent, None, row, origin)
     rest = json.dumps(json.loads(said.rest), ensure_ascii=False) if "\\ud" in said.rest else ""
     for text in (said.prompt, *said.answers, rest):
         if text.isascii():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from typing import Protocol
 
-from posttrain.data.codes import SKIP, UNFORESEEN, Row, bad_row, excerpt
+from posttrain.data.codes import FILL, UNFORESEEN, Row, bad_row, excerpt
 from posttrain.data.formats import alpaca, messages, preference, prompt_completion, rated, sharegpt, single
 from posttrain.data.formats.renaming import likely_names
 from posttrain.data.formats.text import TextFormat
@@ -109,8 +109,7 @@ def _check_not_empty(row: Row, origin: Origin) -> None:
     """An empty conversation is told by no shape."""
     for column in CONVERSATIONS:
         if row.get(column) == []:
-            hint = f"fill it or drop the row ({SKIP} drops and counts such rows)"
-            raise bad_row("E-DATA-0011", origin, "is an empty conversation", field=column, row=row, hint=hint)
+            raise bad_row("E-DATA-0011", origin, "is an empty conversation", field=column, row=row, hint=FILL)
 
 
 def require(found: Format, name: str, row: Row, origin: Origin) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from posttrain.data.codes import Row, bad_row, kind
+from posttrain.data.codes import FILL, Row, bad_row, kind
 from posttrain.data.conversation import check_answered, clean_messages, says_something
 from posttrain.data.formats.build import build, filled_text
 from posttrain.data.formats.sharegpt import read_turns, wrap_tools
@@ -114,7 +114,7 @@ def _pair(
 
 def _filled(messages: list[Message], column: str, row: Row, origin: Origin) -> list[Message]:
     if not says_something(messages[-1]):
-        raise bad_row("E-DATA-0013", origin, "is empty", field=column, row=row, hint="fill it or drop the row")
+        raise bad_row("E-DATA-0013", origin, "is empty", field=column, row=row, hint=FILL)
     return messages
 
 
