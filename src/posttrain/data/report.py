@@ -36,7 +36,7 @@ REMARKS = {
     "only if all its characters are. Let a range hold whole words, each with the space before it",
     "others_trained": "are conversations in one text (Human: ... Assistant: ...), read as text, in which what others "
     "say is trained as well: make `messages` of them",
-    "transcripts": "are conversations in one text (Human: ... Assistant: ...), read as text that no chat template "
+    "transcripts": "hold conversations in one text (Human: ... Assistant: ...), read as text that no chat template "
     "writes: make `messages` of them, if the model is to chat",
     "prompt_repeated": "have an answer that begins with its whole prompt, which then stands there twice: leave it out "
     "of the answer",

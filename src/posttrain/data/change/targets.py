@@ -8,8 +8,14 @@ from collections.abc import Callable
 from posttrain.data.codes import Row, bad_row
 from posttrain.data.conversation import is_answered
 from posttrain.data.doctor.content import as_messages
+from posttrain.data.formats.transcripts import begins_as_one, is_transcript
 from posttrain.errors import DataError
 from posttrain.types import Example, Message
+
+TRANSCRIPT = (
+    "make messages of its turns first (the guide has the lines that do it: docs/data.md, Conversations in one text), "
+    "or --to prompt-completion, which keeps the text"
+)
 
 
 def cannot(example: Example, to: str, why: str, hint: str | None = "choose another format") -> DataError:
@@ -21,6 +27,9 @@ def _messages(example: Example, to: str) -> list[Message]:
     (completion,) = example.completions
     if isinstance(completion, str) and example.prompt is None:
         raise cannot(example, to, "plain text has no turns")
+    if isinstance(example.prompt, str) and begins_as_one(example.prompt) and is_transcript(example):
+        why = "its text is a conversation (Human: ... Assistant: ...), which would become one message"
+        raise cannot(example, to, why, TRANSCRIPT)
     return [*_given(example), *as_messages(completion, "assistant")]
 
 

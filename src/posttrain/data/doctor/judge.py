@@ -25,7 +25,7 @@ MARKS = {
     "W-DATA-0152": ("hold", "messages as JSON in a text ({share}), read as the messages that it stands for"),
     "W-DATA-0153": ("hold", "messages written into a text, which is trained as the text that it is"),
     "W-DATA-0155": ("are", "conversations in one text (Human: ... Assistant: ...): what others say is trained as well"),
-    "W-DATA-0156": ("are", "conversations in one text (Human: ... Assistant: ...), which no chat template writes"),
+    "W-DATA-0156": ("hold", "conversations in one text (Human: ... Assistant: ...), which no chat template writes"),
     "W-DATA-0157": ("have", "an answer that begins with its whole prompt, which then stands there twice"),
     "W-DATA-0158": ("hold", "turns of a user or the system that say nothing"),
     "W-DATA-0129": ("have", "several system turns, or one that does not come first: few templates know what to do"),
