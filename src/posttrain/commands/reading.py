@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from posttrain.data.settings import DataSettings
 
 READING: dict[str, Any] = {"format": "auto", "text_field": "text", "map": []}
@@ -36,6 +39,20 @@ def data_settings(options: argparse.Namespace, sources: Iterable[Any], **more: A
     settings = DataSettings(format=options.format, text_field=options.text_field, column_map=names, **more)
     check_columns(names, sources)
     return settings
+
+
+def open_tokenizer(options: argparse.Namespace) -> tuple[PreTrainedTokenizerBase | None, str | None]:
+    """The tokenizer of `--model`, and the template of `--chat-template`. Where that is a folder, it is a tokenizer's,
+    whose template becomes the tokenizer's own, as training takes it."""
+    from posttrain.models.load import load_tokenizer, take_chat_template
+
+    if not options.model:
+        return None, options.chat_template
+    tokenizer = load_tokenizer(options.model)
+    if options.chat_template and Path(options.chat_template).is_dir():
+        take_chat_template(tokenizer, options.chat_template)
+        return tokenizer, None
+    return tokenizer, options.chat_template
 
 
 def given(options: argparse.Namespace, defaults: dict[str, Any]) -> list[str]:

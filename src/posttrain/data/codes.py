@@ -66,6 +66,7 @@ REASONS: dict[str, str] = {
     "E-DATA-0150": "tool call of another than the assistant",
     "E-DATA-0151": "several splits in one folder",
     "E-DATA-0152": "one message of a conversation",
+    "E-DATA-0160": "a pair beside its question",
 }
 
 SKIP = "on_bad_row=skip"

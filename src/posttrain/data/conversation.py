@@ -39,6 +39,13 @@ ALIASES: dict[str, str] = {
     "tool_output": "tool",
 }
 
+SPEAKERS = (*SYSTEM, "user", "assistant", *(alias for alias, role in ALIASES.items() if role in ("user", "assistant")))
+"""Those that are suggested. What a tool says is not trained: `response` is more likely an answer than a `tool_response`,
+and which is meant cannot be told by the letters."""
+MISSPELT = 0.8
+"""How much a role must be like a known one to be taken for a slip of the pen: `assitant` is 0.94, `moderator` and
+`observation` are 0.6."""
+
 
 def clean_messages(messages: Any, field: str, row: Row, origin: Origin) -> list[Message]:
     """The `role`/`content` messages in column `field` of `row`, checked and without nulls."""
@@ -76,7 +83,7 @@ def map_role(role: Any, field: str, row: Row, origin: Origin, extra: tuple[str, 
     if spelt in ALIASES:
         return ALIASES[spelt]
     known = (*ROLES, *ALIASES, *extra)
-    similar = difflib.get_close_matches(spelt, known, n=1)
+    similar = difflib.get_close_matches(spelt, SPEAKERS, n=1, cutoff=MISSPELT)
     hint = f'did you mean "{similar[0]}"?' if similar else f"roles: {', '.join(known)}"
     if Path(origin.source).suffix:  # a file, that a command can be given
         words = ["posttrain", "data", "fix", origin.source, "--rule", f"rename-role:{spelt}={[*similar, 'ROLE'][0]}"]

@@ -18,6 +18,7 @@ from posttrain.data.columns import read_columns, rename_columns
 from posttrain.data.conversation import is_answered, unanswered
 from posttrain.data.encode import Encoded, Encoder
 from posttrain.data.formats import all_formats, choose, detect, formats_of, require
+from posttrain.data.formats.rated import is_unrated
 from posttrain.data.mixing import Mixture, check_used
 from posttrain.data.oddities import oddities
 from posttrain.data.pairs import join, limit_pair, split
@@ -184,7 +185,7 @@ class Pipeline:
         over = passed_over(example, self.all_formats, self.settings.columns, self.format is not None)
         remark_on_rest(over, origin, self.report)
         remark_on_oddities(oddities(example, given, row), origin, self.report)
-        if self.settings.method == "sft" and "label" in row and row["label"] is None:
+        if self.settings.method == "sft" and is_unrated(row):
             self.report.unrated.add(origin)
         return example, chosen.describe(row)
 

@@ -88,7 +88,7 @@ class DataReport:
     `others_trained` and `transcripts` are conversations in one text, `prompt_repeated` rows whose answer begins
     with the prompt, `silent_turns` those with an empty turn of a user or the system, `unknown_arguments` those
     whose `chat_template_kwargs` the template does not know (`unknown` counts each), `other_formats` those that each
-    other format could be read from as well; `unrated` have a `label` that is null."""
+    other format could be read from as well; `unrated` have a `label` that is no rating."""
 
     source: str
     rows: int = 0
@@ -196,7 +196,7 @@ class DataReport:
             what = f"could be read as {name} too, which is passed over: format=... (--format) names what is meant"
             yield _about(cases, what)
         if self.unrated.count and REASONS["E-DATA-0017"] in self.skipped:
-            yield _about(self.unrated, "have a `label` that is null, among rows of another method: broken ratings, "
+            yield _about(self.unrated, "have a `label` that is no rating, among rows of another method: broken ratings, "
                                        "which are trained as plain examples")  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:

@@ -52,9 +52,12 @@ class Turns:
         """`spans` that a template marks, none of which begins before the end of what the model is given there. One that
         holds several turns is left as it is."""
         begins = [begin for i in self.of_assistant if (begin := self._begin(i)) is not None]
-        inside = [[begin for begin in begins if start <= begin < end] for start, end in spans]
-        return [(found[0] if len(found) == 1 else start, end)
-                for (start, end), found in zip(spans, inside, strict=True)]  # fmt: skip
+        return [(self._behind(span, begins), span[1]) for span in spans]
+
+    def _behind(self, span: Span, begins: list[int]) -> int:
+        """White space that a template marks before what is said stays marked: TRL's own templates do that."""
+        found = [begin for begin in begins if span[0] <= begin < span[1]]
+        return found[0] if len(found) == 1 and self.full[span[0] : found[0]].strip() else span[0]
 
     def _begin(self, i: int) -> int | None:
         """Where turn `i` begins by what the model is given; None where that cannot be told."""

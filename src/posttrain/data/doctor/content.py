@@ -15,6 +15,7 @@ from posttrain.data.codes import SKIP, UNFORESEEN, Row, bad_row, broken_promise
 from posttrain.data.columns import read_columns, rename_columns
 from posttrain.data.conversation import SYSTEM, is_answered, unanswered
 from posttrain.data.formats import all_formats, choose, detect, require
+from posttrain.data.formats.rated import is_unrated
 from posttrain.data.oddities import oddities
 from posttrain.data.passed_over import NOTHING, PassedOver, of_tokens, passed_over
 from posttrain.data.places import half_a_character
@@ -39,7 +40,7 @@ class Said:
     """`prompt` and `answers` in canonical form, for comparing; `asked` (the last user turn) and `spoken` (the last turn
     of each answer) as written; `length` counts the characters of all texts. `rest` is what else makes a row another
     row: tools and template arguments, never a column of the user's own. `is_answered`: the assistant says something
-    that may be trained. `over` is what nothing is made of; `is_unrated`: there is a `label`, and it is null. `odd`
+    that may be trained. `over` is what nothing is made of; `is_unrated`: there is a `label`, and it is no rating. `odd`
     names what was perhaps not meant as it is read (oddities.py)."""
 
     format: str
@@ -91,7 +92,7 @@ class RowReader:
             if what.method == "rated":
                 ratings_of(example)  # raises where there is no answer to rate
             what.over = passed_over(example, self.formats, OF_METHODS[what.method], self.format is not None)
-            what.is_unrated = what.method == "sft" and "label" in row and row["label"] is None
+            what.is_unrated = what.method == "sft" and is_unrated(row)
             what.odd = tuple(oddities(example, given, row))
             return example, what
         except UserError:

@@ -24,10 +24,16 @@ KINDS: dict[str, Kind] = {
     "E-DATA-0062": Kind("error", "rated both good and bad", "keep one rating of each answer"),
     "E-DATA-0063": Kind("error", "all ratings alike", "KTO needs good and bad answers; to train on all, use SFT"),
     "E-DATA-0064": Kind("error", "data for several methods", "put them into a file each"),
-    "E-DATA-0065": Kind("error", "ratings that are null", "rate these rows or drop them: KTO refuses them"),
+    "E-DATA-0065": Kind(
+        "error", "ratings that are none", "rate these rows (true, false) or drop them: KTO refuses them"
+    ),
     "W-DATA-0101": Kind("warning", "exact duplicates", FIX),
     "W-DATA-0102": Kind("warning", "near duplicates", "look at the pairs; drop what says the same twice"),
-    "W-DATA-0103": Kind("warning", "nearly rows of the validation data", "take them out of one of the two"),
+    "W-DATA-0103": Kind(
+        "warning",
+        "nearly rows of the validation data",
+        "take them out of one of the two; posttrain data split --near keeps them together",
+    ),
     "W-DATA-0104": Kind(
         "warning", "same prompt, another answer", "decide which answer is right, or keep all on purpose"
     ),

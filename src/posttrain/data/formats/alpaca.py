@@ -19,9 +19,21 @@ def matches(row: Row) -> bool:
     return isinstance(row.get("instruction"), str) and "output" in row
 
 
+def is_rendered(row: Row) -> bool:
+    """Whether a column `text` beside it says the same in the prompt of 2023, as in the data set on the hub."""
+    if not matches(row) or not isinstance(text := row.get("text"), str):
+        return False
+    words = [part for column in ("instruction", "input", "output") if isinstance(part := row.get(column), str)]
+    said = "".join(text.split())
+    return bool(row["output"]) and all("".join(part.split()) in said for part in words)
+
+
 def describe(row: Row) -> str:
     """One description for all rows: those without `input`, `system` or `history` are of no other format."""
-    return "read as Alpaca: columns `instruction`, `input`, `output`, as a conversation"
+    rendered = "; `text`, which says the same, is left out (format=text reads it)"
+    return "read as Alpaca: columns `instruction`, `input`, `output`, as a conversation" + (
+        rendered if is_rendered(row) else ""
+    )
 
 
 def parse(row: Row, origin: Origin) -> Example:
@@ -34,7 +46,8 @@ def parse(row: Row, origin: Origin) -> Example:
     if not question:
         raise bad_row("E-DATA-0014", origin, "is empty, and so is `input`", field="instruction", row=row)
     prompt = [*_history(row, origin), {"role": "user", "content": question}]
-    return build(row, origin, prompt, [{"role": "assistant", "content": output}], COLUMNS)
+    used = COLUMNS | {"text"} if is_rendered(row) else COLUMNS
+    return build(row, origin, prompt, [{"role": "assistant", "content": output}], used)
 
 
 def _history(row: Row, origin: Origin) -> list[Message]:
