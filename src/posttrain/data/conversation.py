@@ -40,8 +40,8 @@ ALIASES: dict[str, str] = {
 }
 
 SPEAKERS = (*SYSTEM, "user", "assistant", *(alias for alias, role in ALIASES.items() if role in ("user", "assistant")))
-"""Those that are suggested. What a tool says is not trained: `response` is more likely an answer than a `tool_response`,
-and which is meant cannot be told by the letters."""
+"""Those that are suggested. Not what tools say, which is not trained: whether `response` is an answer or meant as
+`tool_response` cannot be told by the letters."""
 MISSPELT = 0.8
 """How much a role must be like a known one to be taken for a slip of the pen: `assitant` is 0.94, `moderator` and
 `observation` are 0.6."""

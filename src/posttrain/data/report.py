@@ -196,7 +196,7 @@ class DataReport:
             what = f"could be read as {name} too, which is passed over: format=... (--format) names what is meant"
             yield _about(cases, what)
         if self.unrated.count and REASONS["E-DATA-0017"] in self.skipped:
-            yield _about(self.unrated, "have a `label` that is no rating, among rows of another method: broken ratings, "
+            yield _about(self.unrated, "have a `label` that is no rating, among rows of another method: broken ones, "
                                        "which are trained as plain examples")  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:

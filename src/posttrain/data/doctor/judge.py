@@ -103,7 +103,8 @@ def _unrated(tally: Tally) -> Iterator[Finding]:
     own."""
     cases = tally.unrated
     if cases.count and "rated" in tally.methods:
-        sentence = f"{rows(cases.count, 'have')} a `label` that is null, or no rating, among rated ones: read as plain examples"
+        about = "a `label` that is null, or no rating, among rated ones: read as plain examples"
+        sentence = f"{rows(cases.count, 'have')} {about}"
         yield finding("E-DATA-0065", cases.count, cases.first, sentence)
 
 
