@@ -82,13 +82,16 @@ def test_alpaca_beside_its_text_is_alpaca() -> None:
     [
         {**ALPACA, "text": "Another text."},
         {**RENDERED, "output": "43"},
-        {**RENDERED, "output": ""},
         {**RENDERED, "output": None},
         {**RENDERED, "input": "22"},
     ],
 )
 def test_another_text_beside_alpaca_is_read_as_text(row: dict[str, Any]) -> None:
     assert read(row).completions == (row["text"],)
+
+
+def test_an_empty_output_beside_its_text_is_not_trained_as_text() -> None:
+    assert codes([{**RENDERED, "output": "", "text": FRAME.format("Double it.", "21", "")}]) == ["E-DATA-0013"]
 
 
 def test_a_text_column_that_was_named_is_read() -> None:

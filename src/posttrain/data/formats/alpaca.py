@@ -25,7 +25,7 @@ def is_rendered(row: Row) -> bool:
         return False
     words = [part for column in ("instruction", "input", "output") if isinstance(part := row.get(column), str)]
     said = "".join(text.split())
-    return bool(row["output"]) and all("".join(part.split()) in said for part in words)
+    return isinstance(row["output"], str) and all("".join(part.split()) in said for part in words)
 
 
 def describe(row: Row) -> str:
