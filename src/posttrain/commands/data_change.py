@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.commands import EXIT_CODES
-from posttrain.commands.reading import add_policy, add_reading, data_settings, open_tokenizer, whole_number
+from posttrain.commands.reading import (
+    add_policy,
+    add_reading,
+    data_settings,
+    open_tokenizer,
+    template_name,
+    whole_number,
+)
 from posttrain.commands.skipped import Report
 
 if TYPE_CHECKING:
@@ -145,8 +152,8 @@ def _stats(options: argparse.Namespace) -> int:
     if options.chat_template is not None and options.model is None:
         raise ConfigError("--chat-template is what tokens are made with, so it needs --model",
                           hint="--model PATH-OR-NAME")  # fmt: skip
-    tokenizer, template = open_tokenizer(options)
-    found = stats(options.file, _settings(options, chat_template=template), tokenizer, report.skipped)
+    tokenizer = open_tokenizer(options)
+    found = stats(options.file, _settings(options, chat_template=template_name(options)), tokenizer, report.skipped)
     report.write(found)
     if options.json:
         print(json.dumps(found if report.is_written else {**found, "skipped_rows": [*report.rows()]}))

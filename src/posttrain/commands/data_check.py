@@ -20,6 +20,7 @@ from posttrain.commands.reading import (
     given,
     in_flags,
     open_tokenizer,
+    template_name,
     whole_number,
 )
 
@@ -76,14 +77,13 @@ def _check(options: argparse.Namespace) -> int:
         check_report(options.report, "--report", [*sources, *([options.fix] if options.fix else [])])
     if options.fix:
         check_target(sources, options.fix)
-    tokenizer, template = open_tokenizer(options)
     data = data_settings(options, sources, on_bad_row=options.policy, max_length=options.max_length,
-                         chat_template=template)  # fmt: skip
+                         chat_template=template_name(options))  # fmt: skip
     common: dict[str, Any] = {
         "val": options.val,
         "data": data,
         "settings": settings,
-        "tokenizer": tokenizer,
+        "tokenizer": open_tokenizer(options),
         "max_errors": options.max_errors,
         "processes": _processes(options.processes),
         "progress": not (options.quiet or options.json),

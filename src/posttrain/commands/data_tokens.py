@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.commands import EXIT_CODES
-from posttrain.commands.reading import add_reading, data_settings, open_tokenizer
+from posttrain.commands.reading import add_reading, data_settings, open_tokenizer, template_name
 from posttrain.terminal import wants_colour
 
 ABOUT = "show every token of a row: trained, masked, special, cut off"
@@ -56,15 +56,15 @@ def _tokens(options: argparse.Namespace) -> int:
     rows = parse_rows(options.rows)
     if options.html is not None:
         check_report(options.html, "--html", [options.file])
-    tokenizer, template = open_tokenizer(options)
-    assert tokenizer is not None  # --model is required
     settings = data_settings(
         options,
         [options.file],
         max_length=options.max_length,
         truncation_mode=options.truncation,
-        chat_template=template,
+        chat_template=template_name(options),
     )
+    tokenizer = open_tokenizer(options)
+    assert tokenizer is not None  # --model is required
     views = view_rows(options.file, rows, tokenizer, settings, options.mask)
     if options.html is not None:
         options.html.write_text(as_html(views, f"{options.file} as {options.model} sees it"), "utf-8")

@@ -41,18 +41,23 @@ def data_settings(options: argparse.Namespace, sources: Iterable[Any], **more: A
     return settings
 
 
-def open_tokenizer(options: argparse.Namespace) -> tuple[PreTrainedTokenizerBase | None, str | None]:
-    """The tokenizer of `--model`, and the template of `--chat-template`. Where that is a folder, it is a tokenizer's,
-    whose template becomes the tokenizer's own, as training takes it."""
+def template_name(options: argparse.Namespace) -> str | None:
+    """What `--chat-template` names, unless it is a tokenizer's folder: that is for `open_tokenizer`."""
+    name: str | None = options.chat_template
+    return None if name and Path(name).is_dir() else name
+
+
+def open_tokenizer(options: argparse.Namespace) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of `--model`. Where `--chat-template` is another tokenizer's folder, its template becomes this
+    one's own, as training takes it."""
     from posttrain.models.load import load_tokenizer, take_chat_template
 
     if not options.model:
-        return None, options.chat_template
+        return None
     tokenizer = load_tokenizer(options.model)
-    if options.chat_template and Path(options.chat_template).is_dir():
+    if options.chat_template and template_name(options) is None:
         take_chat_template(tokenizer, options.chat_template)
-        return tokenizer, None
-    return tokenizer, options.chat_template
+    return tokenizer
 
 
 def given(options: argparse.Namespace, defaults: dict[str, Any]) -> list[str]:

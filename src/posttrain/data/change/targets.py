@@ -129,7 +129,11 @@ def _to_alpaca(example: Example) -> Row:
     *before, answer = _messages(example, "Alpaca")
     messages = [*(_without_usual_flag(m, is_last=False) for m in before), _without_usual_flag(answer, is_last=True)]
     if found := {what for message in messages for what in _no_place_in_alpaca(message)}:
-        raise cannot(example, "Alpaca", f"it has no place for {', '.join(sorted(found))}")
+        raise cannot(
+            example,
+            "Alpaca",
+            f"it has no place for {', '.join(sorted(found, key=lambda what: (what[0] == '`', what)))}",
+        )
     row: Row = {}
     if messages[0]["role"] == "system":
         row["system"] = messages[0]["content"]
