@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.commands import EXIT_CODES
-from posttrain.commands.reading import add_policy, add_reading, data_settings, whole_number
+from posttrain.commands.reading import (
+    add_policy,
+    add_reading,
+    data_settings,
+    open_tokenizer,
+    template_name,
+    whole_number,
+)
 from posttrain.commands.skipped import Report
 
 if TYPE_CHECKING:
@@ -41,6 +48,8 @@ def add(verbs: Any, common: argparse.ArgumentParser) -> None:
     split.add_argument("--val", type=float, default=0.1, metavar="SHARE", help="share of the rows (default: 0.1)")
     split.add_argument("--seed", type=whole_number, default=0)
     split.add_argument("--by-group", metavar="COLUMN", help="rows of one value stay together (default: of one prompt)")
+    split.add_argument("--near", action="store_true", help="rows that are nearly the same stay together, too")
+    split.add_argument("--similarity", type=float, metavar="S", help="with --near: how near, up to 1 (default: 0.8)")
     split.set_defaults(command=_split)
 
     dedup = verbs.add_parser("dedup", parents=[writing], help="leave out rows that say the same", epilog=EXIT_CODES)
@@ -75,6 +84,7 @@ def _split(options: argparse.Namespace) -> int:
     from posttrain.data.writing import check_new_file
     from posttrain.errors import ConfigError
 
+    near = _similarity(options)
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -84,24 +94,33 @@ def _split(options: argparse.Namespace) -> int:
         check_new_file(file, options.force, [options.file])
     report = Report(options, options.out / "split.report.json", files)
     counts = split(
-        options.file, options.val, options.seed, options.out, _settings(options), options.by_group, report.skipped
+        options.file, options.val, options.seed, options.out, _settings(options), options.by_group, report.skipped, near
     )
-    return _say(options, counts, report)
+    ended = _say(options, counts, report)
+    if near is None and not options.json:
+        print("· near duplicates may stand on both sides: --near keeps them together")
+    return ended
+
+
+def _similarity(options: argparse.Namespace) -> float | None:
+    """From which on rows are nearly the same; None where nobody asks."""
+    from posttrain.data.doctor.settings import DoctorSettings
+    from posttrain.errors import ConfigError
+
+    if not options.near and options.similarity is not None:
+        raise ConfigError("--similarity is for near duplicates", hint="--near looks for them")
+    default: float = DoctorSettings.near_similarity
+    return (default if options.similarity is None else options.similarity) if options.near else None
 
 
 def _dedup(options: argparse.Namespace) -> int:
     from posttrain.data.change import dedup
     from posttrain.data.change.fix import default_report
-    from posttrain.data.doctor.settings import DoctorSettings
     from posttrain.data.writing import check_new_file
-    from posttrain.errors import ConfigError
 
     check_new_file(options.out, options.force, [options.file])
-    if not options.near and options.similarity is not None:
-        raise ConfigError("--similarity is for near duplicates", hint="--near looks for them")
+    similarity = _similarity(options)
     report = Report(options, default_report(options.out), [options.out])
-    default = DoctorSettings.near_similarity
-    similarity = (default if options.similarity is None else options.similarity) if options.near else None
     by_prompt = options.key == "prompt"
     found = dedup(options.file, options.out, _settings(options), by_prompt, similarity, report.skipped)
     groups = found.pop("groups", None)
@@ -133,12 +152,8 @@ def _stats(options: argparse.Namespace) -> int:
     if options.chat_template is not None and options.model is None:
         raise ConfigError("--chat-template is what tokens are made with, so it needs --model",
                           hint="--model PATH-OR-NAME")  # fmt: skip
-    tokenizer = None
-    if options.model:
-        from posttrain.models.load import load_tokenizer
-
-        tokenizer = load_tokenizer(options.model)
-    found = stats(options.file, _settings(options, chat_template=options.chat_template), tokenizer, report.skipped)
+    tokenizer = open_tokenizer(options)
+    found = stats(options.file, _settings(options, chat_template=template_name(options)), tokenizer, report.skipped)
     report.write(found)
     if options.json:
         print(json.dumps(found if report.is_written else {**found, "skipped_rows": [*report.rows()]}))

@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.commands import EXIT_CODES
-from posttrain.commands.reading import READING, add_policy, add_reading, data_settings, given, in_flags, whole_number
+from posttrain.commands.reading import (
+    READING,
+    add_policy,
+    add_reading,
+    data_settings,
+    given,
+    in_flags,
+    open_tokenizer,
+    template_name,
+    whole_number,
+)
 
 if TYPE_CHECKING:
     from posttrain.data.doctor.check import CheckReport
@@ -68,12 +78,12 @@ def _check(options: argparse.Namespace) -> int:
     if options.fix:
         check_target(sources, options.fix)
     data = data_settings(options, sources, on_bad_row=options.policy, max_length=options.max_length,
-                         chat_template=options.chat_template)  # fmt: skip
+                         chat_template=template_name(options))  # fmt: skip
     common: dict[str, Any] = {
         "val": options.val,
         "data": data,
         "settings": settings,
-        "tokenizer": _tokenizer(options),
+        "tokenizer": open_tokenizer(options),
         "max_errors": options.max_errors,
         "processes": _processes(options.processes),
         "progress": not (options.quiet or options.json),
@@ -146,14 +156,6 @@ def _processes(asked: int | None) -> int:
         return max(1, asked)
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(usable, MAX_PROCESSES)
-
-
-def _tokenizer(options: argparse.Namespace) -> Any:
-    if options.model is None:
-        return None
-    from posttrain.models.load import load_tokenizer
-
-    return load_tokenizer(options.model)
 
 
 def _print(found: CheckReport, options: argparse.Namespace) -> None:

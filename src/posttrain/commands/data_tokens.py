@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.commands import EXIT_CODES
-from posttrain.commands.reading import add_reading, data_settings
+from posttrain.commands.reading import add_reading, data_settings, open_tokenizer, template_name
 from posttrain.terminal import wants_colour
 
 ABOUT = "show every token of a row: trained, masked, special, cut off"
@@ -40,7 +40,8 @@ def add(verbs: Any, common: argparse.ArgumentParser) -> None:
         "so is --mask alone), all; or completion (what follows a prompt, else all)",
     )
     tokens.add_argument("--chat-template", "--template", metavar="NAME",
-                        help="another chat template than the model's: a name, or a .jinja file")  # fmt: skip
+                        help="another chat template than the model's: a name, a .jinja file, or a folder with a "
+                        "tokenizer")  # fmt: skip
     add_reading(tokens)
     tokens.add_argument("--html", type=Path, metavar="OUT", help="write a page instead")
     tokens.set_defaults(command=_tokens)
@@ -51,7 +52,6 @@ def _tokens(options: argparse.Namespace) -> int:
     from posttrain.data.view.html import as_html
     from posttrain.data.view.text import as_text, legend
     from posttrain.data.writing import check_report
-    from posttrain.models.load import load_tokenizer
 
     rows = parse_rows(options.rows)
     if options.html is not None:
@@ -61,9 +61,11 @@ def _tokens(options: argparse.Namespace) -> int:
         [options.file],
         max_length=options.max_length,
         truncation_mode=options.truncation,
-        chat_template=options.chat_template,
+        chat_template=template_name(options),
     )
-    views = view_rows(options.file, rows, load_tokenizer(options.model), settings, options.mask)
+    tokenizer = open_tokenizer(options)
+    assert tokenizer is not None  # --model is required
+    views = view_rows(options.file, rows, tokenizer, settings, options.mask)
     if options.html is not None:
         options.html.write_text(as_html(views, f"{options.file} as {options.model} sees it"), "utf-8")
     if options.json:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from posttrain.data.settings import DataSettings
 
 READING: dict[str, Any] = {"format": "auto", "text_field": "text", "map": []}
@@ -36,6 +39,25 @@ def data_settings(options: argparse.Namespace, sources: Iterable[Any], **more: A
     settings = DataSettings(format=options.format, text_field=options.text_field, column_map=names, **more)
     check_columns(names, sources)
     return settings
+
+
+def template_name(options: argparse.Namespace) -> str | None:
+    """What `--chat-template` names, unless it is a tokenizer's folder: that is for `open_tokenizer`."""
+    name: str | None = options.chat_template
+    return None if name and Path(name).is_dir() else name
+
+
+def open_tokenizer(options: argparse.Namespace) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of `--model`. Where `--chat-template` is another tokenizer's folder, its template becomes this
+    one's own, as training takes it."""
+    from posttrain.models.load import load_tokenizer, take_chat_template
+
+    if not options.model:
+        return None
+    tokenizer = load_tokenizer(options.model)
+    if options.chat_template and template_name(options) is None:
+        take_chat_template(tokenizer, options.chat_template)
+    return tokenizer
 
 
 def given(options: argparse.Namespace, defaults: dict[str, Any]) -> list[str]:

@@ -6,10 +6,11 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from posttrain.data.codes import Row, bad_row, kind
+from posttrain.data.codes import WRITE_JSON, Row, bad_row, kind
 from posttrain.data.strict_json import decode_json
 from posttrain.types import Message, Origin
 
+CALL = 'a call is {"type": "function", "function": {"name": "look", "arguments": {"city": "Paris"}}}'
 TOOL = 'a tool is {"type": "function", "function": {"name": "look", "description": "...", "parameters": {...}}}'
 
 
@@ -43,7 +44,7 @@ def as_call(call: Any, field: str, row: Row, origin: Origin) -> dict[str, Any]:
     object: templates write a text out once more as JSON."""
     if not isinstance(call, Mapping) or not isinstance(call.get("name"), str) or not call["name"]:
         what = "is no tool call: an object with a `name` is wanted"
-        raise bad_row("E-DATA-0015", origin, what, field=field, seen=call, row=row)
+        raise bad_row("E-DATA-0015", origin, what, field=field, seen=call, row=row, hint=CALL)
     written = call.get("arguments", call.get("parameters"))
     arguments = parse_arguments(written, f"{field}.arguments", row, origin)
     named = {"id": call["id"]} if call.get("id") is not None else {}
@@ -62,12 +63,13 @@ def _check_calls(calls: Any, field: str, row: Row, origin: Origin) -> None:
     if calls is None:
         return
     if not isinstance(calls, list):
-        raise bad_row("E-DATA-0015", origin, f"is {kind(calls)}, not a list", field=field, seen=calls, row=row)
+        what = f"is {kind(calls)}, not a list"
+        raise bad_row("E-DATA-0015", origin, what, field=field, seen=calls, row=row, hint=f"write [...]; {CALL}")
     for i, call in enumerate(calls):
         function = call.get("function", call) if isinstance(call, Mapping) else call
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             what = "is no tool call: an object with a `name` is wanted"
-            raise bad_row("E-DATA-0015", origin, what, field=f"{field}[{i}]", seen=call, row=row)
+            raise bad_row("E-DATA-0015", origin, what, field=f"{field}[{i}]", seen=call, row=row, hint=CALL)
         where = f"{field}[{i}].function.arguments" if "function" in call else f"{field}[{i}].arguments"
         parse_arguments(function.get("arguments"), where, row, origin)
 
@@ -113,4 +115,5 @@ def parse_json(text: str, field: str, row: Row, origin: Origin) -> Any:
     try:
         return decode_json(text)
     except (ValueError, RecursionError) as error:
-        raise bad_row("E-DATA-0015", origin, f"is not valid JSON: {error}", field=field, seen=text, row=text) from None
+        what = f"is not valid JSON: {error}"
+        raise bad_row("E-DATA-0015", origin, what, field=field, seen=text, row=text, hint=WRITE_JSON) from None

@@ -66,10 +66,16 @@ REASONS: dict[str, str] = {
     "E-DATA-0150": "tool call of another than the assistant",
     "E-DATA-0151": "several splits in one folder",
     "E-DATA-0152": "one message of a conversation",
+    "E-DATA-0160": "a pair beside its question",
 }
 
 SKIP = "on_bad_row=skip"
 """The way to go on without bad rows, in hints; a command says it in its own words (commands/reading.py)."""
+AS_TEXT = f'write it as text (12 as "12"), or drop the row ({SKIP} drops and counts such rows)'
+WRITE_JSON = f"write it with json.dumps(...), or drop the row ({SKIP} drops and counts such rows)"
+FILL = f"fill it or drop the row ({SKIP} drops and counts such rows)"
+MEND = f"mend it or drop the row ({SKIP} drops and counts such rows)"
+"""The way out where no better one is known."""
 MAX_SEARCHED = 16 * 2**20
 """Bytes of a file in which the column of a value is looked for: where its lines begin has to be known."""
 
@@ -93,12 +99,12 @@ def bad_row(
     hint: str | None = None,
 ) -> DataError:
     """The complaint about one row: where (with the column, if `seen` can be found again in the file), what, an excerpt
-    of `row` around `seen`, and the way out."""
+    of `row` around `seen`, and the way out, which no complaint is without."""
     subject = f'"{field}" {what}' if field else what
     lines = [f"{locate(origin, seen, field)}  {subject}"]
     if row is not None:
         lines.append(f"  | {excerpt(row, around=seen)}")
-    return DataError("\n".join(lines), hint=hint, code=code)
+    return DataError("\n".join(lines), hint=hint or MEND, code=code)
 
 
 def broken_promise(error: Exception, row: Row, origin: Origin) -> DataError:

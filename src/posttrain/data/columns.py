@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from posttrain.data.cells import ALWAYS, AS_TEXT, SPOKEN, parsed, with_messages, written_messages
-from posttrain.data.codes import Row, bad_row
+from posttrain.data.codes import WRITE_JSON, Row, bad_row
 from posttrain.errors import ConfigError
 from posttrain.types import Origin
 
@@ -15,6 +15,7 @@ JSON = re.compile(r'\s*(\[\s*)?\{\s*"')
 """Text that is meant as an object, or as a list of them, whether or not it is whole."""
 PYTHON = re.compile(r"\s*\[\s*\{\s*'(role|content|from|value)'\s*:")
 """A list of messages as Python prints it, which tables get that were written carelessly."""
+LIST = 'write a list: [{"role": "user", "content": "..."}, ...]'
 BOOLEANS = {"true": True, "false": False}
 """How tables spell a label."""
 
@@ -63,13 +64,13 @@ def _parsed(name: str, row: Row, origin: Origin) -> Any:
         what, hint = f"is text that is not valid JSON: {error}", way_to_json(row[name])
         raise bad_row("E-DATA-0011", origin, what, field=name, seen=row[name], row=row[name], hint=hint) from None
     if name in ALWAYS and isinstance(value, dict):
-        raise bad_row("E-DATA-0011", origin, "is an object, not a list of messages", field=name, row=row)
+        raise bad_row("E-DATA-0011", origin, "is an object, not a list of messages", field=name, row=row, hint=LIST)
     return value
 
 
-def way_to_json(text: str) -> str | None:
+def way_to_json(text: str) -> str:
     """What to do about a text that is not JSON and should be."""
-    return "Python printed it: write it with json.dumps(...)" if PYTHON.match(text) else None
+    return "Python printed it: write it with json.dumps(...)" if PYTHON.match(text) else WRITE_JSON
 
 
 def check_names(names: Mapping[str, str]) -> None:

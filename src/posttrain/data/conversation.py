@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.data.calls import with_calls
-from posttrain.data.codes import SKIP, Row, bad_row, kind
+from posttrain.data.codes import AS_TEXT, FILL, SKIP, Row, bad_row, kind
 from posttrain.data.flags import DETAIL, normalise, spoken
 from posttrain.data.rendering import REASONING
+from posttrain.errors import DataError
 from posttrain.types import Message, Origin
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment", "documents")
@@ -38,12 +39,20 @@ ALIASES: dict[str, str] = {
     "tool_output": "tool",
 }
 
+SPEAKERS = (*SYSTEM, "user", "assistant", *(alias for alias, role in ALIASES.items() if role in ("user", "assistant")))
+"""Those that are suggested. Not what tools say, which is not trained: whether `response` is an answer or meant as
+`tool_response` cannot be told by the letters."""
+MISSPELT = 0.8
+"""How much a role must be like a known one to be taken for a slip of the pen: `assitant` is 0.94, `moderator` and
+`observation` are 0.6."""
+
 
 def clean_messages(messages: Any, field: str, row: Row, origin: Origin) -> list[Message]:
     """The `role`/`content` messages in column `field` of `row`, checked and without nulls."""
     if not isinstance(messages, list) or not messages:
         what = "is an empty list" if messages == [] else f"is {kind(messages)}, not a list of messages"
-        raise bad_row("E-DATA-0011", origin, what, field=field, seen=messages, row=row)
+        hint = FILL if messages == [] else 'write a list: [{"role": "user", "content": "..."}, ...]'
+        raise bad_row("E-DATA-0011", origin, what, field=field, seen=messages, row=row, hint=hint)
     cleaned = [_clean(message, f"{field}[{i}]", row, origin) for i, message in enumerate(messages)]
     if any(isinstance(message, Mapping) and message.get("function_call") for message in messages):
         for message in cleaned:  # what was called in the old way is answered in the new one
@@ -67,13 +76,14 @@ def map_role(role: Any, field: str, row: Row, origin: Origin, extra: tuple[str, 
     """The usual name of `role`; an unknown one is refused, for most templates drop such a message without a word."""
     spelt = role.strip().lower() if isinstance(role, str) else role
     if not isinstance(spelt, str):
-        raise bad_row("E-DATA-0012", origin, f"is {kind(role)}, not a role", field=field, seen=role, row=row)
+        hint = f"roles: {', '.join(ROLES)}"
+        raise bad_row("E-DATA-0012", origin, f"is {kind(role)}, not a role", field=field, seen=role, row=row, hint=hint)
     if spelt in ROLES or spelt in extra:
         return spelt
     if spelt in ALIASES:
         return ALIASES[spelt]
     known = (*ROLES, *ALIASES, *extra)
-    similar = difflib.get_close_matches(spelt, known, n=1)
+    similar = difflib.get_close_matches(spelt, SPEAKERS, n=1, cutoff=MISSPELT)
     hint = f'did you mean "{similar[0]}"?' if similar else f"roles: {', '.join(known)}"
     if Path(origin.source).suffix:  # a file, that a command can be given
         words = ["posttrain", "data", "fix", origin.source, "--rule", f"rename-role:{spelt}={[*similar, 'ROLE'][0]}"]
@@ -89,7 +99,7 @@ def _check_content(message: Message, field: str, row: Row, origin: Origin) -> No
     if not isinstance(content, list):
         what = "is missing" if content is None else f"is {kind(content)}, not text"
         raise bad_row("E-DATA-0011", origin, what, field=f"{field}.content", seen=content, row=row,
-                      hint=_elsewhere(message) if content is None else None)  # fmt: skip
+                      hint=_elsewhere(message) if content is None else AS_TEXT)  # fmt: skip
     for i, part in enumerate(content):
         _check_part(part, f"{field}.content[{i}]", row, origin)
 
@@ -112,7 +122,7 @@ def _check_part(part: Any, field: str, row: Row, origin: Origin) -> None:
         raise bad_row("E-DATA-0018", origin, f"is of type {part['type']}", field=field, row=row, hint=hint)
     if not isinstance(part.get("text"), str):
         what = f"is {kind(part.get('text'))}, not text"
-        raise bad_row("E-DATA-0011", origin, what, field=f"{field}.text", row=row)
+        raise bad_row("E-DATA-0011", origin, what, field=f"{field}.text", row=row, hint=PART)
 
 
 def check_answers(messages: list[Message], field: str, row: Row, origin: Origin) -> None:
@@ -142,9 +152,19 @@ def _is_trained(message: Message) -> bool:
 def check_answered(messages: list[Message], field: str, row: Row, origin: Origin) -> None:
     """What follows a prompt is to be said by the assistant: others' turns alone are no answer."""
     if not is_answered(messages):
-        what = "holds no turn of the assistant to train"
-        hint = "add the answer, or drop the row; a prompt alone is data for GRPO, RLOO or PPO"
-        raise bad_row("E-DATA-0022", origin, what, field=field, row=row, hint=hint)
+        raise unanswered(messages, field, row, origin)
+
+
+def unanswered(messages: list[Message], field: str | None, row: object, origin: Origin) -> DataError:
+    """The complaint about messages of which nothing is to be trained."""
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    what = "holds no turn of the assistant to train"
+    hint = "add the answer, or drop the row; a prompt alone is data for GRPO, RLOO or PPO"
+    if answers:
+        which = f"the only one, [{answers[0]}]," if len(answers) == 1 else f"each of its {len(answers)}"
+        what = f'{what}: {which} says "train": false (or "weight": 0)'
+        hint = f"take this flag out where an answer is to be trained, or drop the row ({SKIP} drops and counts them)"
+    return bad_row("E-DATA-0022", origin, what if field else f"the row {what}", field=field, row=row, hint=hint)
 
 
 def with_system(messages: list[Message], row: Row, origin: Origin) -> list[Message]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 TALK = [{"role": role, "content": f"qzmark{i}qz"} for i, role in enumerate(("user", "assistant", "user", "assistant"))]
 MIN_LETTERS = 4
 """Shorter texts (`Q:`, `</`) are in too many others."""
+THINK = re.compile(r"</?think(?:ing)?>")
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,19 @@ class Marks:
 def marks_of(chat: Chat) -> Marks:
     """Found by showing the template a conversation of words that stand nowhere else."""
     tokens, texts = {str(token) for token in (chat.tokenizer.eos_token, chat.tokenizer.bos_token) if token}, set[str]()
-    for between in _between(chat):
+    for between in map(_without_thoughts, _between(chat)):
         found = chat.special.findall(between) if chat.special else []
-        tokens.update(token for token in found if "think" not in token)  # an empty thought is the assistant's own
+        tokens.update(found)
         plain = chat.special.split(between) if chat.special else [between]
         texts.update(line.strip() for part in plain for line in part.splitlines() if _is_mark(line.strip()))
     if getattr(chat.tokenizer, "split_special_tokens", False):  # then texts hold no tokens
         tokens, texts = set(), texts | tokens
     return Marks(_any(tokens), _any(texts, at_line_start=True))
+
+
+def _without_thoughts(between: str) -> str:
+    """An empty thought that a template writes is the assistant's own, and no mark of a turn."""
+    return THINK.sub("", between)
 
 
 def _between(chat: Chat) -> list[str]:

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 from posttrain.data.chat import Chat
 from posttrain.data.codes import REASONS, SKIP, UNFORESEEN, Row, bad_row, broken_promise, excerpt, kind
 from posttrain.data.columns import read_columns, rename_columns
+from posttrain.data.conversation import is_answered, unanswered
 from posttrain.data.encode import Encoded, Encoder
 from posttrain.data.formats import all_formats, choose, detect, formats_of, require
+from posttrain.data.formats.rated import is_unrated
 from posttrain.data.mixing import Mixture, check_used
 from posttrain.data.oddities import oddities
 from posttrain.data.pairs import join, limit_pair, split
@@ -183,7 +185,7 @@ class Pipeline:
         over = passed_over(example, self.all_formats, self.settings.columns, self.format is not None)
         remark_on_rest(over, origin, self.report)
         remark_on_oddities(oddities(example, given, row), origin, self.report)
-        if self.settings.method == "sft" and "label" in row and row["label"] is None:
+        if self.settings.method == "sft" and is_unrated(row):
             self.report.unrated.add(origin)
         return example, chosen.describe(row)
 
@@ -317,6 +319,9 @@ def _with_progress(rows: Rows, dataset: Any, name: str) -> Rows:
 
 
 def _nothing_supervised(whole: Tokenized, item: Rendered | Tokenized) -> DataError:
+    turns = item.example.completions[0] if isinstance(item, Rendered) else None
+    if isinstance(turns, list) and any(m["role"] == "assistant" for m in turns) and not is_answered(turns):
+        return unanswered(turns, None, excerpt(item.full if isinstance(item, Rendered) else ""), whole.origin)
     seen = item.full if isinstance(item, Rendered) else whole.branches[0].ids.tolist()
     what, hint = "no token of the row would be trained", f"drop such rows, or skip them ({SKIP})"
     if isinstance(item, Rendered) and item.cuts:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from posttrain.data.codes import Row, bad_row
+from posttrain.data.codes import SKIP, Row, bad_row
 from posttrain.errors import DataError
 from posttrain.types import Origin
 
@@ -69,7 +69,8 @@ def half_a_character(row: Row, origin: Origin) -> DataError:
     """The complaint about a text of `row` that holds half a surrogate pair."""
     field, half = _half(row, ()) or ("", "\ud800")
     what = f"holds half a character ({half!a}), which no tokenizer takes"
-    return bad_row("E-DATA-0024", origin, what, field=field or None, row=ascii(row))
+    hint = f"the text was cut within a character: write all of it, or drop the row ({SKIP} drops and counts such rows)"
+    return bad_row("E-DATA-0024", origin, what, field=field or None, row=ascii(row), hint=hint)
 
 
 def _half(value: Any, path: tuple[str | int, ...]) -> tuple[str, str] | None:

@@ -29,6 +29,9 @@ PLAIN = re.compile(r"[\w ]*")
 """What looks the same in a text and as JSON."""
 
 
+TWO_THOUGHTS = re.compile(r"<think>\s*</think>\s*<think>")
+
+
 def remark_on_text(rendered: Rendered, chat: Chat, missing: tuple[str, ...], report: DataReport) -> None:
     """Count what the rendering shows. `missing` are markers of the template that are no tokens of the tokenizer."""
     origin, talk = rendered.example.origin, [message for part in _talks(rendered.example) for message in part]
@@ -36,6 +39,7 @@ def remark_on_text(rendered: Rendered, chat: Chat, missing: tuple[str, ...], rep
         "endless": not chat.ends(rendered.trained_text) and not has_flags(talk),
         "given_otherwise": rendered.given_otherwise,
         "thought_lost": rendered.thought_lost,
+        "thought_after_none": _thinks_after_none(rendered.full, talk),
         "tools_left_out": _leaves_tools_out(rendered, chat),
         "arguments_quoted": _quotes_arguments(rendered, chat),
         "odd_systems": has_odd_systems(talk),
@@ -103,6 +107,12 @@ def _holds_special(example: Example, chat: Chat) -> bool:
     messages = (message for talk in _talks(example) for message in talk)
     texts = (message.get("content") for message in messages if message["role"] != "assistant")
     return chat.special is not None and any(isinstance(text, str) and chat.special.search(text) for text in texts)
+
+
+def _thinks_after_none(full: str, talk: list[Message]) -> bool:
+    """Whether the template writes an empty thought before one that stands in the content."""
+    said = [message["content"] for message in talk if isinstance(message.get("content"), str)]
+    return "<think>" in full and len(TWO_THOUGHTS.findall(full)) > sum(len(TWO_THOUGHTS.findall(one)) for one in said)
 
 
 def _leaves_tools_out(rendered: Rendered, chat: Chat) -> bool:

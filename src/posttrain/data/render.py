@@ -28,6 +28,7 @@ HINTS = {
     "E-DATA-0043": "give it another role, drop it, or choose a template that knows the role",
     "E-DATA-0046": "the chat template does not keep to the order of the messages: mend it, or choose another",
 }
+WITH_TOOLS = 'choose a template with tools, e.g. chat_template="chatml"'
 WAY_OUT = "mark the assistant's part in the template with {% generation %}, or use prompt-completion data"
 
 
@@ -146,7 +147,7 @@ def _render_chat(example: Example, chat: Chat, supervision: Supervision) -> Rend
     except DataError:
         raise
     except (RenderError, TypeError, ValueError, KeyError, IndexError) as error:
-        raise _template_error(example, messages, error) from error
+        raise _template_error(example, messages, error, chat.text(example)) from error
     _check_calls(messages, example, full)
     _check_left_out(messages, example, full)
     thought_lost = any(_thought_lost(message, full) for message in messages)
@@ -175,7 +176,11 @@ def _check_prompt_flags(prompt: list[Message], example: Example) -> None:
             raise bad_row("E-DATA-0042", example.origin, what, field=f"prompt[{i}]", row=message, hint=hint)
 
 
-def _template_error(example: Example, messages: list[Message], error: Exception) -> DataError:
+def _template_error(example: Example, messages: list[Message], error: Exception, template: str) -> DataError:
+    calls = next((i for i, message in enumerate(messages) if message.get("tool_calls")), None)
+    if calls is not None and "tool_calls" not in template:
+        what = f"calls tools, which the chat template does not know (it fails: {error})"
+        return bad_row("E-DATA-0023", example.origin, what, field=f"messages[{calls}]", row=messages, hint=WITH_TOOLS)
     roles = " → ".join(message["role"] for message in messages)
     what = f"the chat template refuses the conversation ({excerpt(roles, width=60)}): {error}"
     hint = f'change the row, skip such rows ({SKIP}), or choose another template, e.g. chat_template="chatml"'
@@ -189,8 +194,8 @@ def _check_calls(messages: list[Message], example: Example, full: str) -> None:
             name = call.get("function", call).get("name")
             if isinstance(name, str) and name not in full:
                 what = f"calls {name}, but the chat template leaves tool calls out"
-                hint = 'choose a template with tools, e.g. chat_template="chatml"'
-                raise bad_row("E-DATA-0023", example.origin, what, field=f"messages[{i}]", row=full, hint=hint)
+                where = f"messages[{i}]"
+                raise bad_row("E-DATA-0023", example.origin, what, field=where, row=full, hint=WITH_TOOLS)
 
 
 def _check_layout(

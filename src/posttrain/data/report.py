@@ -23,6 +23,9 @@ REMARKS = {
     "given_otherwise": "hold turns before which the model, in use, is given another text than in training (a "
     "generation prompt or earlier turns that the template writes otherwise): see one with `posttrain data tokens`",
     "thought_lost": "hold thoughts that the chat template leaves out, so that they are not trained",
+    "thought_after_none": "hold a thought behind the empty one that the chat template writes where thinking is off "
+    "(`enable_thinking`, /no_think), so that the model learns to think all the same: leave out the thought or the "
+    "switch",
     "tools_left_out": "have tools that the chat template leaves out, so that the model does not see what it may call",
     "arguments_quoted": "hold calls whose arguments are JSON in a text, which the chat template writes as JSON once "
     "more, so that the model learns to write them in quotes: give `arguments` as objects",
@@ -33,7 +36,7 @@ REMARKS = {
     "only if all its characters are. Let a range hold whole words, each with the space before it",
     "others_trained": "are conversations in one text (Human: ... Assistant: ...), read as text, in which what others "
     "say is trained as well: make `messages` of them",
-    "transcripts": "are conversations in one text (Human: ... Assistant: ...), read as text that no chat template "
+    "transcripts": "hold conversations in one text (Human: ... Assistant: ...), read as text that no chat template "
     "writes: make `messages` of them, if the model is to chat",
     "prompt_repeated": "have an answer that begins with its whole prompt, which then stands there twice: leave it out "
     "of the answer",
@@ -73,7 +76,8 @@ class DataReport:
     tokens than in front of its completion, or in which a turn begins or ends within a token. `flags_cut` are rows
     in which the edge of a flag lies within a token, which is left out (`tokens_cut` in all). `given_otherwise` are
     rows in which the model is given another text, in use, than stands before a turn of its own; `thought_lost` and
-    `tools_left_out`, whose thoughts or tools the template leaves out; `arguments_quoted`, with arguments of calls
+    `tools_left_out`, whose thoughts or tools the template leaves out; `thought_after_none`, with a thought behind the
+    empty one of a template whose thinking is off; `arguments_quoted`, with arguments of calls
     that are JSON in a text and that the template writes as JSON once more; `special_in_text`, whose user or tool
     text holds special tokens; `stops_in_answers`, in which the assistant says a token that ends or begins turns
     (`stops` counts the rows with each); `marks_in_text`, which hold other marks of the template's; `from_json` and
@@ -84,7 +88,7 @@ class DataReport:
     `others_trained` and `transcripts` are conversations in one text, `prompt_repeated` rows whose answer begins
     with the prompt, `silent_turns` those with an empty turn of a user or the system, `unknown_arguments` those
     whose `chat_template_kwargs` the template does not know (`unknown` counts each), `other_formats` those that each
-    other format could be read from as well; `unrated` have a `label` that is null."""
+    other format could be read from as well; `unrated` have a `label` that is no rating."""
 
     source: str
     rows: int = 0
@@ -103,6 +107,7 @@ class DataReport:
     boundary_moved: Cases = field(default_factory=Cases)
     given_otherwise: Cases = field(default_factory=Cases)
     thought_lost: Cases = field(default_factory=Cases)
+    thought_after_none: Cases = field(default_factory=Cases)
     tools_left_out: Cases = field(default_factory=Cases)
     arguments_quoted: Cases = field(default_factory=Cases)
     special_in_text: Cases = field(default_factory=Cases)
@@ -191,7 +196,7 @@ class DataReport:
             what = f"could be read as {name} too, which is passed over: format=... (--format) names what is meant"
             yield _about(cases, what)
         if self.unrated.count and REASONS["E-DATA-0017"] in self.skipped:
-            yield _about(self.unrated, "have a `label` that is null, among rows of another method: broken ratings, "
+            yield _about(self.unrated, "have a `label` that is no rating, among rows of another method: broken ones, "
                                        "which are trained as plain examples")  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Where a conversation's turns stand in its rendering, to the character.
 
-Templates with `{% generation %}` markers say it themselves. For the others it follows from rendering prefixes: what the
-model is given is `render(messages[:i], add_generation_prompt=True)`, what it has said ends where
+Templates with `{% generation %}` markers say it themselves (but what their generation prompt writes, an empty thought
+say, is given to the model and not said by it, wherever a marker stands). For the others it follows from rendering
+prefixes: what the model is given is `render(messages[:i], add_generation_prompt=True)`, what it has said ends where
 `render(messages[:i + 1])` ends (the line break after the end-of-turn token included, as TRL's training templates have
 it). Where a template does not render prefixes alike (it counts messages, or moves the system message to the last turn),
 a turn is found by rendering the conversation once more with a placeholder in its place. No marker strings to configure,
@@ -10,7 +11,7 @@ and where that fails too, an error instead of a guess.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from posttrain.data.flags import DETAIL
@@ -35,6 +36,7 @@ class Turns:
     messages: list[Message]
     example: Example
     full: str
+    _prompts: dict[int, str | None] = field(default_factory=dict)
 
     @property
     def of_assistant(self) -> list[int]:
@@ -43,8 +45,31 @@ class Turns:
     def spans(self) -> list[Span]:
         """The characters that the assistant says, in order. Raises NoPrefixError, RenderError."""
         if self.chat.is_marked(self.example):
-            return self.chat.marked_spans(self.messages, self.example)
+            return self._behind_prompts(self.chat.marked_spans(self.messages, self.example))
         return [self.said(i) for i in self.of_assistant]
+
+    def _behind_prompts(self, spans: list[Span]) -> list[Span]:
+        """`spans` that a template marks, none of which begins before the end of what the model is given there. One that
+        holds several turns is left as it is."""
+        begins = [begin for i in self.of_assistant if (begin := self._begin(i)) is not None]
+        return [(self._behind(span, begins), span[1]) for span in spans]
+
+    def _behind(self, span: Span, begins: list[int]) -> int:
+        """White space that a template marks before what is said stays marked: TRL's own templates do that."""
+        found = [begin for begin in begins if span[0] <= begin < span[1]]
+        return found[0] if len(found) == 1 and self.full[span[0] : found[0]].strip() else span[0]
+
+    def _begin(self, i: int) -> int | None:
+        """Where turn `i` begins by what the model is given; None where that cannot be told."""
+        given = self._given(i) if i else None
+        if given is not None and self.full.startswith(given):
+            return len(given)
+        try:
+            return self.said(i)[0]
+        except LimitError:
+            raise
+        except (NoPrefixError, RenderError):
+            return None
 
     def given_otherwise(self) -> bool:
         """Whether the model is given anything else, when it is to take one of its turns, than what stands before that
@@ -118,12 +143,15 @@ class Turns:
         return found
 
     def _given(self, i: int) -> str | None:
-        try:
-            return self.chat.render(self.messages[:i], self.example, generation_prompt=True)
-        except LimitError:
-            raise
-        except RenderError:
-            return None
+        """What the model is given to take turn `i`; None where the template refuses to ask for it."""
+        if i not in self._prompts:
+            try:
+                self._prompts[i] = self.chat.render(self.messages[:i], self.example, generation_prompt=True)
+            except LimitError:
+                raise
+            except RenderError:
+                self._prompts[i] = None
+        return self._prompts[i]
 
     def _before(self, i: int) -> str:
         return self.chat.render(self.messages[:i], self.example) if i else ""
@@ -147,14 +175,21 @@ class Turns:
     def _start(self, i: int) -> int:
         """Where what the model is given ends. The generation prompt may say more than the whole conversation does
         there (an empty thought); then the turn begins where they part, as with a completion after its prompt, or with
-        its content, if that happens to begin with the same characters."""
-        given = self.chat.render(self.messages[:i], self.example, generation_prompt=True)
+        its content, if that happens to begin with the same characters. Where the turn before ends otherwise inside a
+        conversation (with a line break more, in Tulu's), the same prompt stands behind that end."""
+        given = self._given(i)
+        if given is None:
+            raise NoPrefixError(_unlike(i))
         if self.full.startswith(given):
             return len(given)
-        common = common_length(given, self.full)
-        if common < len(self._before(i)):
+        common, before = common_length(given, self.full), self._before(i)
+        if common < len(before):
             raise NoPrefixError(_unlike(i))
         placed = self._placed(i)
+        prompt = given[len(before) :] if given.startswith(before) else ""
+        at = self.full.find(prompt, len(before)) if prompt.strip() else -1
+        if at >= 0 and (not self.full[len(before) : at].strip() if placed is None else at <= len(placed[0])):
+            return at + len(prompt)
         return common if placed is None else min(common, len(placed[0]))
 
     def _first_start(self, upto: str) -> int:

@@ -132,6 +132,20 @@ def set_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, to
         model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
+def take_chat_template(tokenizer: PreTrainedTokenizerBase, source: str) -> list[AddedToken]:
+    """Take the chat template of the tokenizer `source`, and those of its special tokens that are missing, which are
+    returned."""
+    other = load_tokenizer(source)
+    if not other.chat_template:
+        raise ConfigError(f"the tokenizer {source} has no chat template", hint="name a template, e.g. chatml")
+    tokenizer.chat_template = other.get_chat_template()
+    vocabulary = tokenizer.get_vocab()
+    added = [token for token in other.added_tokens_decoder.values() if token.content not in vocabulary]
+    tokenizer.add_tokens(added)
+    tokenizer.eos_token = other.eos_token
+    return added
+
+
 def set_chat_template(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> list[int]:
     """Take the chat template from a `.jinja` file, or from another tokenizer with the special tokens that it needs.
 
@@ -141,12 +155,7 @@ def set_chat_template(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     if path.is_file():
         tokenizer.chat_template = _template_file(path)
         return []
-    other = load_tokenizer(source)
-    tokenizer.chat_template = other.get_chat_template()
-    vocabulary = tokenizer.get_vocab()
-    added = [token for token in other.added_tokens_decoder.values() if token.content not in vocabulary]
-    tokenizer.add_tokens(added)
-    tokenizer.eos_token = other.eos_token
+    added = take_chat_template(tokenizer, source)
     model.config.get_text_config().eos_token_id = tokenizer.eos_token_id
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.resize_token_embeddings(len(tokenizer.get_vocab()), pad_to_multiple_of=64)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from posttrain.cli import main
-from tests.tiny_tokenizers import chatml_tokenizer
+from tests.tiny_tokenizers import chatml_tokenizer, plain_tokenizer
 
 ROWS = (
     '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there"}]}\n'
@@ -69,3 +69,26 @@ def test_page(given: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Pa
 def test_mistakes(given: list[str], capsys: pytest.CaptureFixture[str], wrong: list[str], says: str) -> None:
     assert main(["data", "tokens", *given, *wrong]) == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["tokens", "check", "stats"])
+def test_the_template_of_another_tokenizer(
+    verb: str, given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As training takes it: with the end of a sequence, and the special tokens that are missing."""
+    template = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|done|>' }}{% endfor %}" \
+               "{% if add_generation_prompt %}<|assistant|>{% endif %}"  # fmt: skip
+    other = plain_tokenizer(extra=("<|done|>", "<|user|>", "<|assistant|>"), template=template)
+    other.save_pretrained(tmp_path / "other")
+    (tmp_path / "train.jsonl").write_text(ROWS.splitlines()[0] + "\n")
+    assert main(["data", verb, *given, "--chat-template", str(tmp_path / "other"), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    if verb == "tokens":
+        pieces = [(piece["text"], piece["special"]) for piece in shown[0]["tokens"]]
+        assert pieces[0] == ("<|user|>", True)
+        assert pieces[-1] == ("<|done|>", True)
+    elif verb == "check":
+        assert "W-DATA-0121" not in [one["code"] for one in shown["findings"]], "its turns end with a token"
+    plain_tokenizer().save_pretrained(tmp_path / "none")
+    assert main(["data", verb, *given, "--chat-template", str(tmp_path / "none")]) == 2
+    assert "has no chat template" in capsys.readouterr().err

@@ -371,3 +371,20 @@ def test_rows_of_tokens_have_no_text(tmp_path: Path) -> None:
     named = DataSettings(column_map={"input_ids": "own_input_ids"})
     assert convert([both], "messages", tmp_path / "a.jsonl", named)["written"] == 1
     assert check([both], data=named).formats == {"read as messages: column `messages` with keys `role`, `content`": 1}
+
+
+@pytest.mark.parametrize("to", ["messages", "sharegpt", "alpaca"])
+def test_a_transcript_is_not_made_one_message(to: str, tmp_path: Path) -> None:
+    talk = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant:"
+    rows: list[dict[str, Any]] = [
+        {"chosen": talk + " So.", "rejected": talk + " No."},
+        {"prompt": talk, "completion": " So."},
+    ]
+    for one in rows:
+        with pytest.raises(DataError, match="would become one message") as caught:
+            convert([one], to, tmp_path / "out.jsonl", DataSettings(), keep="chosen")
+        assert caught.value.code == "E-DATA-0052"
+        assert "docs/data.md" in (caught.value.hint or "")
+    assert convert(rows, "prompt-completion", tmp_path / "text.jsonl", DataSettings(), keep="chosen")["written"] == 2
+    asked = {"prompt": "Go on with this chat:\nHuman: Hi\nAssistant: Hello", "completion": "Human: Bye"}
+    assert convert([asked], to, tmp_path / "asked.jsonl", DataSettings())["written"] == 1

@@ -62,9 +62,11 @@ REMARKS: dict[str, tuple[Any, Any, str | None]] = {
     "W-DATA-0122": ([{"prompt": "What is two plu", "completion": "s two?"}], plain_tokenizer(), None),
     "W-DATA-0126": ([row("Say <|im_end|> twice.", "No.")], TOKENIZER, None),
     "W-DATA-0159": ([{**plain(1)[0], "chat_template_kwargs": {"enable_thinkin": False}}], TOKENIZER, "qwen-3"),
+    "W-DATA-0160": ([{**row("Hi", "<think>\nhm\n</think>\nHello"), "chat_template_kwargs": {"enable_thinking": False}}],
+                    TOKENIZER, "smollm3"),
     "W-DATA-0130": (CALLING, TOKENIZER, CALLS),
     "W-DATA-0128": (plain(2), plain_tokenizer(extra=("<|eot_id|>",)), "llama-3"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("code", REMARKS)

@@ -38,7 +38,7 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     "empty completion": (GOOD, {"prompt": "a", "completion": ""}, "E-DATA-0013", '"completion" is empty'),
     "white space only": (GOOD, {"prompt": "a", "completion": " \n\t"}, "E-DATA-0013", '"completion" is empty'),
     "empty turn": (CHAT, chat(USER, {"role": "assistant", "content": ""}), "E-DATA-0013", '"messages[1]"'),
-    "no turn to train": (CHAT, chat(USER, {**ANSWER, "train": False}), "E-DATA-0022", "no token of the row"),
+    "no turn to train": (CHAT, chat(USER, {**ANSWER, "train": False}), "E-DATA-0022", 'says "train": false'),
     "half a character": (GOOD, {"prompt": "a", "completion": "\ud800"}, "E-DATA-0024", "half a character"),
     "call without a name": (CHAT, chat(USER, {"role": "assistant", "tool_calls": [{"function": {"arguments": "{}"}}]}),
                             "E-DATA-0015", '"messages[1].tool_calls[0]"'),

@@ -197,7 +197,7 @@ def test_a_rating_that_is_null_is_named(answer: dict[str, Any]) -> None:
 def test_a_null_among_ratings_is_named_in_supervised_training_and_by_the_check() -> None:
     rated, unrated = {"messages": [USER, GOOD], "label": True}, {"messages": [USER, BAD], "label": None}
     report = prepare([rated, unrated], chatml_tokenizer(), DataSettings(on_bad_row="skip")).report
-    assert any("1 rows (first: train[1]) have a `label` that is null" in note for note in report.notes())
+    assert any("1 rows (first: train[1]) have a `label` that is no rating" in note for note in report.notes())
     found = [one for one in check([rated, unrated]).findings if one.code == "E-DATA-0065"]
     assert [(one.severity, one.count, one.first) for one in found] == [("error", 1, ("data[1]",))]
     own = {"messages": [USER, GOOD], "label": "greeting"}

@@ -45,6 +45,13 @@ def test_a_token_of_turns_in_an_answer(token: str, key: str) -> None:
     assert f"({token})" in note
 
 
+@pytest.mark.parametrize("name", ["qwen-3", "smollm3"])
+def test_tags_of_thoughts_are_no_marks_of_turns(name: str) -> None:
+    rows = [row("Think!", "<think>\nhm\n</think>\n\nYes."), row("What is <think>?", "A tag, as </think> is.")]
+    assert found(rows, chat_template=name) == []
+    assert found([row("Think!", "<tool_call>")], chat_template=name) == []
+
+
 def test_what_is_not_trained_is_not_learnt() -> None:
     bad = row("Hi", "Hello<|im_end|> there")
     bad["messages"][1]["train"] = False

@@ -102,16 +102,21 @@ class _Distinct:
             yield origin, row, said
 
 
+def open_sketches(similarity: float) -> Sketches:
+    """Raises ConfigError for what is no similarity, and where the library is missing."""
+    if not 0 < similarity <= 1:
+        raise ConfigError(f"--similarity {similarity} is none", hint="above 0 and up to 1, e.g. 0.8")
+    try:
+        return Sketches(DoctorSettings(near_similarity=similarity))
+    except ImportError as error:
+        raise ConfigError("near duplicates need datasketch", hint="pip install 'posttrain[data]'") from error
+
+
 def _nearest(distinct: _Distinct, similarity: float) -> np.ndarray:
     """Of each row the number of the one that is kept for it: its own, or an earlier one's that it is like. Its answers
     must be alike as well, for under a long prompt they would not tell; so must its rating and its tools be the same."""
-    if not 0 < similarity <= 1:
-        raise ConfigError(f"--similarity {similarity} is none", hint="above 0 and up to 1, e.g. 0.8")
-    settings = DoctorSettings(near_similarity=similarity)
-    try:
-        sketches = Sketches(settings)
-    except ImportError as error:
-        raise ConfigError("near duplicates need datasketch", hint="pip install 'posttrain[data]'") from error
+    sketches = open_sketches(similarity)
+    settings = sketches.settings
     kinds, whole, answers = array("Q"), [], []
     rows = distinct.rows()
     while chunk := [said for *_, said in islice(rows, CHUNK)]:

@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from posttrain.data.change.dedup import open_sketches
 from posttrain.data.change.reading import SKIPPED, Reading, Skipped, hashed
 from posttrain.data.codes import Row
 from posttrain.data.doctor.compare import is_greeting
-from posttrain.data.doctor.content import Said, earlier_answers
+from posttrain.data.doctor.content import TURN, Said, earlier_answers
+from posttrain.data.doctor.sketches import shingles
 from posttrain.data.settings import DataSettings
 from posttrain.data.writing import write_rows
 from posttrain.errors import ConfigError, DataError
@@ -28,17 +30,22 @@ def split(
     settings: DataSettings,
     by_group: str | None = None,
     skipped: Skipped | None = None,
+    near: float | None = None,
 ) -> dict[str, int]:
     """Rows as they are into `train.jsonl` and `val.jsonl` of `folder`, about `share` of them into the second: whole
     groups, so that rows with the same prompt (or the same value in column `by_group`) are never on both sides, in
     whatever format they are; nor are a conversation and one that goes on from its prompt, nor two that begin with the
-    same exchange and part then.
+    same exchange and part then. With `near`, a similarity, rows that nearly say the same are not either.
 
-    The rows are read three times; in memory lie 24 bytes of each, and 16 of each of the assistant's earlier turns."""
+    The rows are read three times, once more for `near`; in memory lie 24 bytes of each, and 16 of each of the
+    assistant's earlier turns; a quarter of a kilobyte of each for `near`."""
     if not 0 < share < 1:
         raise ConfigError(f"--val {share} is no share", hint="a number between 0 and 1, e.g. 0.1")
     reading = Reading(source, settings, skipped)
     keys = _by_prompt(reading) if by_group is None else _by_column(reading, by_group, settings)
+    num_near = 0
+    if near is not None:
+        keys, num_near = _with_near(keys, reading, near)
     held_out = _groups_to_hold_out(keys, share, seed)
     groups = len(np.unique(keys))
     if not 0 < len(held_out) < groups:
@@ -49,7 +56,8 @@ def split(
     for name, wanted in (("train", False), ("val", True)):
         rows = (row for (_, row, _), is_held in zip(reading.said(), chosen, strict=True) if is_held == wanted)
         counts[name] = write_rows(folder / f"{name}.jsonl", rows)
-    return {**counts, "groups": groups, SKIPPED: reading.skipped}
+    joined = {} if near is None else {"near": num_near}
+    return {**counts, "groups": groups, **joined, SKIPPED: reading.skipped}
 
 
 def _by_column(reading: Reading, by_group: str, settings: DataSettings) -> np.ndarray:
@@ -93,6 +101,28 @@ def _prefixes(said: Said) -> Iterator[int]:
         before.update(" ".join(prompt[done:end].split()).encode("utf-8", "surrogatepass") + b"\0")
         yield int.from_bytes(before.digest(), "big")
         done = end
+
+
+def _with_near(keys: np.ndarray, reading: Reading, similarity: float) -> tuple[np.ndarray, int]:
+    """`keys` with one key for groups of which rows nearly say the same, and how many rows nearly say what an earlier
+    one does. They are compared as the check compares validation data with training data (doctor/near.py)."""
+    sketches = open_sketches(similarity)
+    settings = sketches.settings
+    texts = (TURN.join((said.prompt, *said.answers)) for _, _, said in reading.said())
+    alike = sketches.earlier(sketches.of(shingles(settings.cut(text), settings.near_words) for text in texts))
+    near = np.flatnonzero(alike >= 0)
+    groups, group_of = np.unique(keys, return_inverse=True)
+    joined_to = list(range(len(groups)))
+
+    def root(group: int) -> int:
+        while joined_to[group] != group:
+            joined_to[group] = group = joined_to[joined_to[group]]
+        return group
+
+    for one, other in zip(group_of[near].tolist(), group_of[alike[near]].tolist(), strict=True):
+        joined_to[root(one)] = root(other)
+    roots = np.array([root(group) for group in range(len(groups))], dtype=np.int64)
+    return groups[roots[group_of]], len(near)
 
 
 def _groups_to_hold_out(keys: np.ndarray, share: float, seed: int) -> np.ndarray:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from posttrain.data.codes import Row, bad_row
 from posttrain.data.conversation import is_answered
 from posttrain.data.doctor.content import as_messages
+from posttrain.data.flags import DETAIL
+from posttrain.data.formats.transcripts import begins_as_one, is_transcript
+from posttrain.data.rendering import REASONING
 from posttrain.errors import DataError
 from posttrain.types import Example, Message
+
+TRANSCRIPT = (
+    "make messages of its turns first (the guide has the lines that do it: docs/data.md, Conversations in one text), "
+    "or --to prompt-completion, which keeps the text"
+)
 
 
 def cannot(example: Example, to: str, why: str, hint: str | None = "choose another format") -> DataError:
@@ -21,6 +29,9 @@ def _messages(example: Example, to: str) -> list[Message]:
     (completion,) = example.completions
     if isinstance(completion, str) and example.prompt is None:
         raise cannot(example, to, "plain text has no turns")
+    if isinstance(example.prompt, str) and begins_as_one(example.prompt) and is_transcript(example):
+        why = "its text is a conversation (Human: ... Assistant: ...), which would become one message"
+        raise cannot(example, to, why, TRANSCRIPT)
     return [*_given(example), *as_messages(completion, "assistant")]
 
 
@@ -92,13 +103,37 @@ def _function(call: Row) -> Row:
     return {**names, **call.get("function", call)}
 
 
+def _without_usual_flag(message: Message, is_last: bool) -> Message:
+    """Without a flag that says what goes without saying: the last turn, the assistant's, is trained. (Earlier answers
+    that are trained are refused by themselves.)"""
+    is_usual = message.get("train") is (message["role"] == "assistant" if is_last else False)
+    is_usual = is_usual or (not is_last and message["role"] == "assistant")
+    return {key: value for key, value in message.items() if key != "train" or not is_usual}
+
+
+def _no_place_in_alpaca(message: Message) -> Iterator[str]:
+    """What a message has beside a role and a text, in words."""
+    names = {
+        "tool_calls": "tool calls",
+        "train": "train flags",
+        DETAIL: "train flags",
+        **dict.fromkeys(REASONING, "thoughts"),
+    }
+    yield from (names.get(key, f"`{key}`") for key in message if key not in ("role", "content"))
+    if not isinstance(message.get("content"), str) and "tool_calls" not in message:
+        yield "messages without content"
+
+
 def _to_alpaca(example: Example) -> Row:
     """`instruction` and `output`; earlier pairs, none of them trained, become `history`, a system message `system`."""
     *before, answer = _messages(example, "Alpaca")
-    messages = [*({key: m[key] for key in m if key != "train" or m[key]} for m in before), answer]
-    plain = all(set(m) <= {"role", "content"} and isinstance(m.get("content"), str) for m in messages)
-    if not plain:
-        raise cannot(example, "Alpaca", "it has no place for tool calls, flags or thoughts")
+    messages = [*(_without_usual_flag(m, is_last=False) for m in before), _without_usual_flag(answer, is_last=True)]
+    if found := {what for message in messages for what in _no_place_in_alpaca(message)}:
+        raise cannot(
+            example,
+            "Alpaca",
+            f"it has no place for {', '.join(sorted(found, key=lambda what: (what[0] == '`', what)))}",
+        )
     row: Row = {}
     if messages[0]["role"] == "system":
         row["system"] = messages[0]["content"]

@@ -148,6 +148,7 @@ REMARKED = {
     "boundary_moved": "W-DATA-0122",
     "given_otherwise": "W-DATA-0123",
     "thought_lost": "W-DATA-0124",
+    "thought_after_none": "W-DATA-0160",
     "tools_left_out": "W-DATA-0125",
     "special_in_text": "W-DATA-0126",
     "without_bos": "W-DATA-0127",

@@ -13,8 +13,9 @@ from typing import Any
 
 from posttrain.data.codes import SKIP, UNFORESEEN, Row, bad_row, broken_promise
 from posttrain.data.columns import read_columns, rename_columns
-from posttrain.data.conversation import SYSTEM, is_answered
+from posttrain.data.conversation import SYSTEM, is_answered, unanswered
 from posttrain.data.formats import all_formats, choose, detect, require
+from posttrain.data.formats.rated import is_unrated
 from posttrain.data.oddities import oddities
 from posttrain.data.passed_over import NOTHING, PassedOver, of_tokens, passed_over
 from posttrain.data.places import half_a_character
@@ -39,7 +40,7 @@ class Said:
     """`prompt` and `answers` in canonical form, for comparing; `asked` (the last user turn) and `spoken` (the last turn
     of each answer) as written; `length` counts the characters of all texts. `rest` is what else makes a row another
     row: tools and template arguments, never a column of the user's own. `is_answered`: the assistant says something
-    that may be trained. `over` is what nothing is made of; `is_unrated`: there is a `label`, and it is null. `odd`
+    that may be trained. `over` is what nothing is made of; `is_unrated`: there is a `label`, and it is no rating. `odd`
     names what was perhaps not meant as it is read (oddities.py)."""
 
     format: str
@@ -78,7 +79,7 @@ class RowReader:
     def trainable(self, row: Row, origin: Origin) -> tuple[Example, Said]:
         """With what it says."""
         example, what = self.parsed(row, origin)
-        check_trainable(what, row, origin)
+        check_trainable(example, what, row, origin)
         return example, what
 
     def parsed(self, row: Row, origin: Origin) -> tuple[Example, Said]:
@@ -91,7 +92,7 @@ class RowReader:
             if what.method == "rated":
                 ratings_of(example)  # raises where there is no answer to rate
             what.over = passed_over(example, self.formats, OF_METHODS[what.method], self.format is not None)
-            what.is_unrated = what.method == "sft" and "label" in row and row["label"] is None
+            what.is_unrated = what.method == "sft" and is_unrated(row)
             what.odd = tuple(oddities(example, given, row))
             return example, what
         except UserError:
@@ -118,11 +119,11 @@ class RowReader:
         return what
 
 
-def check_trainable(said: Said, row: Row, origin: Origin) -> None:
+def check_trainable(example: Example, said: Said, row: Row, origin: Origin) -> None:
     """Raises DataError for a row that is right in form, and that no model can be trained on."""
     if not said.is_answered:
-        hint = "add the answer, or drop the row; a prompt alone is data for GRPO, RLOO or PPO"
-        raise bad_row("E-DATA-0022", origin, "the row holds no turn of the assistant to train", row=row, hint=hint)
+        silent = next(one for one in example.completions if isinstance(one, list) and not is_answered(one))
+        raise unanswered(silent, None, row, origin)
     rest = json.dumps(json.loads(said.rest), ensure_ascii=False) if "\\ud" in said.rest else ""
     for text in (said.prompt, *said.answers, rest):
         if text.isascii():

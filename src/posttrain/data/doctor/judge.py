@@ -25,7 +25,7 @@ MARKS = {
     "W-DATA-0152": ("hold", "messages as JSON in a text ({share}), read as the messages that it stands for"),
     "W-DATA-0153": ("hold", "messages written into a text, which is trained as the text that it is"),
     "W-DATA-0155": ("are", "conversations in one text (Human: ... Assistant: ...): what others say is trained as well"),
-    "W-DATA-0156": ("are", "conversations in one text (Human: ... Assistant: ...), which no chat template writes"),
+    "W-DATA-0156": ("hold", "conversations in one text (Human: ... Assistant: ...), which no chat template writes"),
     "W-DATA-0157": ("have", "an answer that begins with its whole prompt, which then stands there twice"),
     "W-DATA-0158": ("hold", "turns of a user or the system that say nothing"),
     "W-DATA-0129": ("have", "several system turns, or one that does not come first: few templates know what to do"),
@@ -64,12 +64,17 @@ def _bad_rows(tally: Tally, on_bad_row: str) -> Iterator[Finding]:
 
 
 def _formats(tally: Tally) -> Iterator[Finding]:
-    if len(tally.methods) > 1:
-        rarest = min(tally.methods.values(), key=lambda cases: cases.count)
+    counts = {name: cases.count for name, cases in tally.methods.items()}
+    if "rated" in counts:  # broken ratings are a finding of their own
+        counts["sft"] = counts.get("sft", 0) - tally.unrated.count
+    counts = {name: count for name, count in counts.items() if count > 0}
+    if len(counts) > 1:
+        rarest = min(counts, key=lambda name: counts[name])
         names = {"sft": "supervised training", "preference": "preference training", "rated": "KTO"}
-        parts = ", ".join(f"{number(cases.count)} for {names[name]}" for name, cases in tally.methods.items())
-        yield finding("E-DATA-0064", rarest.count, rarest.first, f"rows are for several methods: {parts}")
-    elif len(tally.formats) > 1:
+        parts = ", ".join(f"{number(count)} for {names[name]}" for name, count in counts.items())
+        first = tally.methods[rarest].first
+        yield finding("E-DATA-0064", counts[rarest], first, f"rows are for several methods: {parts}")
+    elif len(tally.formats) > 1 and len(tally.methods) == 1:
         parts = "; ".join(f"{number(count)} {name}" for name, count in tally.formats.most_common(4))
         count = tally.used - tally.formats.most_common(1)[0][1]
         yield finding("W-DATA-0118", count, [], f"rows have several formats: {parts}")
@@ -94,10 +99,12 @@ def _marks(tally: Tally) -> Iterator[Finding]:
 
 
 def _unrated(tally: Tally) -> Iterator[Finding]:
-    """Where others are rated, a null says that a rating was lost; elsewhere such a column is the user's own."""
+    """Where others are rated, a null or another word says that a rating was lost; elsewhere such a column is the user's
+    own."""
     cases = tally.unrated
     if cases.count and "rated" in tally.methods:
-        sentence = f"{rows(cases.count, 'have')} a `label` that is null among rated ones: read as plain examples"
+        about = "a `label` that is null, or no rating, among rated ones: read as plain examples"
+        sentence = f"{rows(cases.count, 'have')} {about}"
         yield finding("E-DATA-0065", cases.count, cases.first, sentence)
 
 

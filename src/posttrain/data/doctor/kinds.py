@@ -24,10 +24,16 @@ KINDS: dict[str, Kind] = {
     "E-DATA-0062": Kind("error", "rated both good and bad", "keep one rating of each answer"),
     "E-DATA-0063": Kind("error", "all ratings alike", "KTO needs good and bad answers; to train on all, use SFT"),
     "E-DATA-0064": Kind("error", "data for several methods", "put them into a file each"),
-    "E-DATA-0065": Kind("error", "ratings that are null", "rate these rows or drop them: KTO refuses them"),
+    "E-DATA-0065": Kind(
+        "error", "ratings that are none", "rate these rows (true, false) or drop them: KTO refuses them"
+    ),
     "W-DATA-0101": Kind("warning", "exact duplicates", FIX),
     "W-DATA-0102": Kind("warning", "near duplicates", "look at the pairs; drop what says the same twice"),
-    "W-DATA-0103": Kind("warning", "nearly rows of the validation data", "take them out of one of the two"),
+    "W-DATA-0103": Kind(
+        "warning",
+        "nearly rows of the validation data",
+        "take them out of one of the two; posttrain data split --near keeps them together",
+    ),
     "W-DATA-0104": Kind(
         "warning", "same prompt, another answer", "decide which answer is right, or keep all on purpose"
     ),
@@ -85,6 +91,7 @@ KINDS: dict[str, Kind] = {
     "W-DATA-0157": Kind("warning", "answers that repeat the prompt", "leave it out of the answers, or out of `prompt`"),
     "W-DATA-0158": Kind("warning", "turns that say nothing", "leave such turns out, or drop the rows"),
     "W-DATA-0159": Kind("warning", "arguments that the template does not know", "see how the template spells them"),
+    "W-DATA-0160": Kind("warning", "thoughts where thinking is off", "leave the thoughts out, or the switch; " + SEE),
     "W-DATA-0135": Kind(
         "warning", "validation rows that go on from trained ones", "split anew with posttrain data split"
     ),

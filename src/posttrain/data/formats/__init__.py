@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from typing import Protocol
 
-from posttrain.data.codes import SKIP, UNFORESEEN, Row, bad_row, excerpt
+from posttrain.data.codes import FILL, UNFORESEEN, Row, bad_row, excerpt
 from posttrain.data.formats import alpaca, messages, preference, prompt_completion, rated, sharegpt, single
 from posttrain.data.formats.renaming import likely_names
 from posttrain.data.formats.text import TextFormat
@@ -79,6 +79,8 @@ def detect(row: Row, origin: Origin, known: dict[str, Format]) -> Format:
     preference.check_whole(row, origin)
     for name, other in OTHER_METHODS.items():
         if name in known and other.matches(row):  # a pair may have a column `label` of its own
+            if name == "preference":
+                _check_asked(row, origin)
             break
         if name not in known and other.matches(row):
             if name == "rated":
@@ -86,6 +88,8 @@ def detect(row: Row, origin: Origin, known: dict[str, Format]) -> Format:
             raise _another_method(name, row, origin, known)
     _check_no_images(row, origin)
     found = next((fmt for fmt in known.values() if fmt.matches(row)), None)
+    if found == FORMATS["text"] and "alpaca" in known and alpaca.is_rendered(row):
+        found = alpaca
     is_text = isinstance(found, TextFormat)
     if found is None or is_text:
         single.check_not_single(row, origin, is_text)
@@ -105,17 +109,30 @@ def _check_no_images(row: Row, origin: Origin) -> None:
             raise bad_row("E-DATA-0018", origin, what, field=column, row=excerpt(sorted(row)), hint=hint)
 
 
+def _check_asked(row: Row, origin: Origin) -> None:
+    """Raises DataError (E-DATA-0160) for a pair whose question stands in a column of another name: its answers would be
+    compared without it."""
+    column = preference.question_beside(row)
+    names = likely_names(row, lambda renamed: _reads(renamed, origin)) if column else {}
+    if column and (names or isinstance(row["chosen"], str)):
+        pasted = ",".join(f"{old}={new}" for old, new in names.items()) or f"{column}=prompt"
+        what = "is in neither answer, and there is no `prompt`: the answers would be compared without their question"
+        hint = f"--map {pasted} (dataset.columns) reads it; if it is no question, --map {column}=own_{column}"
+        raise bad_row("E-DATA-0160", origin, what, field=column, seen=row[column], row=row, hint=hint)
+
+
 def _check_not_empty(row: Row, origin: Origin) -> None:
     """An empty conversation is told by no shape."""
     for column in CONVERSATIONS:
         if row.get(column) == []:
-            hint = f"fill it or drop the row ({SKIP} drops and counts such rows)"
-            raise bad_row("E-DATA-0011", origin, "is an empty conversation", field=column, row=row, hint=hint)
+            raise bad_row("E-DATA-0011", origin, "is an empty conversation", field=column, row=row, hint=FILL)
 
 
 def require(found: Format, name: str, row: Row, origin: Origin) -> None:
     """Raises DataError where `row` is not of the format that was asked for by `name`."""
     if found.matches(row):
+        if found is OTHER_METHODS["preference"] and name != "auto":
+            _check_asked(row, origin)
         _check_no_images(row, origin)
         return
     _check_not_empty(row, origin)

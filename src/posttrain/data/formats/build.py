@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from posttrain.data.calls import parse_tools
-from posttrain.data.codes import SKIP, Row, bad_row, kind
+from posttrain.data.codes import AS_TEXT, FILL, Row, bad_row, kind
 from posttrain.data.conversation import with_system
 from posttrain.types import Content, Example, Origin
 
@@ -42,10 +42,10 @@ def filled_text(row: Row, column: str, origin: Origin, code: str) -> str:
     value = row.get(column)
     if not isinstance(value, str):
         what = "is missing" if value is None else f"is {kind(value)}, not text"
-        raise bad_row("E-DATA-0011", origin, what, field=column, seen=value, row=row)
+        hint = FILL if value is None else AS_TEXT
+        raise bad_row("E-DATA-0011", origin, what, field=column, seen=value, row=row, hint=hint)
     if not value.strip():
-        hint = f"fill it or drop the row ({SKIP} drops and counts such rows)"
-        raise bad_row(code, origin, "is empty", field=column, row=row, hint=hint)
+        raise bad_row(code, origin, "is empty", field=column, row=row, hint=FILL)
     return value
 
 
@@ -53,5 +53,6 @@ def _template_kwargs(row: Row, origin: Origin) -> dict[str, Any]:
     kwargs = row.get("chat_template_kwargs") or {}
     if not isinstance(kwargs, Mapping):
         what = f"is {kind(kwargs)}, not an object"
-        raise bad_row("E-DATA-0011", origin, what, field="chat_template_kwargs", seen=kwargs, row=row)
+        hint = 'name them: {"enable_thinking": false}'
+        raise bad_row("E-DATA-0011", origin, what, field="chat_template_kwargs", seen=kwargs, row=row, hint=hint)
     return {key: value for key, value in kwargs.items() if value is not None}

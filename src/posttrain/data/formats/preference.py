@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from posttrain.data.codes import Row, bad_row, kind
+from posttrain.data.codes import FILL, Row, bad_row, kind
 from posttrain.data.conversation import check_answered, clean_messages, says_something
 from posttrain.data.formats.build import build, filled_text
+from posttrain.data.formats.renaming import QUESTION
 from posttrain.data.formats.sharegpt import read_turns, wrap_tools
 from posttrain.types import Content, Example, Message, Origin
 
@@ -34,6 +35,21 @@ def check_whole(row: Row, origin: Origin) -> None:
             what = f"is {'null' if other in row else 'missing'}, though there is `{column}`: half a pair"
             hint = f"give both, drop the row, or rename `{column}` (--map {column}=own_{column}) if it is no answer"
             raise bad_row("E-DATA-0033", origin, what, field=other, seen=row[column], row=row, hint=hint)
+
+
+def question_beside(row: Row) -> str | None:
+    """The column of a pair without a prompt that seems to hold its question, if neither answer holds these words."""
+    if row.get("prompt") is not None or _context_column(row):
+        return None
+    column = next((name for name in QUESTION if isinstance(row.get(name), str) and row[name].strip()), None)
+    return column if column and not any(_says(row[answer], row[column]) for answer in PAIR) else None
+
+
+def _says(answer: Any, words: str) -> bool:
+    messages = answer if isinstance(answer, list) else [answer]
+    texts = [m.get("content", m.get("value")) if isinstance(m, Mapping) else m for m in messages]
+    wanted = " ".join(words.split())
+    return any(wanted in " ".join(text.split()) for text in texts if isinstance(text, str))
 
 
 def describe(row: Row) -> str:
@@ -114,7 +130,7 @@ def _pair(
 
 def _filled(messages: list[Message], column: str, row: Row, origin: Origin) -> list[Message]:
     if not says_something(messages[-1]):
-        raise bad_row("E-DATA-0013", origin, "is empty", field=column, row=row, hint="fill it or drop the row")
+        raise bad_row("E-DATA-0013", origin, "is empty", field=column, row=row, hint=FILL)
     return messages
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from posttrain.data.codes import SKIP, Row, bad_row
+from posttrain.data.codes import FILL, Row, bad_row
 from posttrain.data.conversation import check_answered, check_answers, clean_messages, says_something
 from posttrain.data.formats.build import build, filled_text
 from posttrain.types import Example, Message, Origin
@@ -38,8 +38,7 @@ def parse(row: Row, origin: Origin) -> Example:
 def _completion(row: Row, origin: Origin) -> list[Message]:
     messages = clean_messages(row["completion"], "completion", row, origin) if row["completion"] else []
     if not any(says_something(message) for message in messages):
-        hint = f"fill it or drop the row ({SKIP} drops and counts such rows)"
-        raise bad_row("E-DATA-0013", origin, "is empty", field="completion", row=row, hint=hint)
+        raise bad_row("E-DATA-0013", origin, "is empty", field="completion", row=row, hint=FILL)
     check_answers(messages, "completion", row, origin)
     check_answered(messages, "completion", row, origin)
     return messages

@@ -35,6 +35,11 @@ def is_rating(label: object) -> bool:
     return isinstance(label, int | float | np.number | np.bool_)
 
 
+def is_unrated(row: Row) -> bool:
+    """Whether a `label` is there and rates nothing: null, or a word of another kind."""
+    return "label" in row and (row["label"] is None or isinstance(row["label"], str)) and not is_rating(row["label"])
+
+
 def _is_number(word: str) -> bool:
     try:
         float(word)

@@ -158,5 +158,9 @@ def _template_file(name: str) -> str:
             message = f"{path}: the chat template is not UTF-8 (byte {error.start})"
             raise ConfigError(message, hint="write it as UTF-8 text") from None
     similar = difflib.get_close_matches(name.lower(), [*TEMPLATES, *ALIASES], n=1)
-    hint = f"did you mean {similar[0]!r}?" if similar else f"known: {', '.join(TEMPLATES)}, or a .jinja file"
+    hint = (
+        f"did you mean {similar[0]!r}?"
+        if similar
+        else f"known: {', '.join(TEMPLATES)}, a .jinja file, or the folder of a tokenizer"
+    )
     raise ConfigError(f"no chat template is called {name!r}, and there is no such file", hint=hint)
