@@ -184,6 +184,7 @@ def _serve() -> None:
     import signal
 
     known: dict[str, str] = {}
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # whatever the parent does with it
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     for limit in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE, resource.RLIMIT_NPROC):  # no files, no processes
         resource.setrlimit(limit, (0, 0))

@@ -220,6 +220,11 @@ class Overdue(BaseException):
     """Raised in the main thread where something takes too long; no `except Exception` in a reward swallows it."""
 
 
+def _too_late(_number: int, _frame: FrameType | None) -> None:
+    """A signal that comes after its time must not end us. Not SIG_IGN: programs that are started would inherit that,
+    and a limit of their own with it (data/jinja.py has one)."""
+
+
 @contextmanager
 def deadline(seconds: float) -> Iterator[None]:
     """Raise Overdue in what runs inside after so many seconds. In the main thread alone: others cannot be interrupted.
@@ -238,7 +243,7 @@ def deadline(seconds: float) -> Iterator[None]:
             raise Overdue
 
     profiler, timed = signal.getsignal(signal.SIGPROF), signal.getitimer(signal.ITIMER_PROF)
-    is_profiled = profiler not in (signal.SIG_DFL, signal.SIG_IGN) or timed[0] > 0  # someone else's
+    is_profiled = profiler not in (signal.SIG_DFL, signal.SIG_IGN, _too_late) or timed[0] > 0  # someone else's
     if not is_profiled:
         signal.signal(signal.SIGPROF, stop)
         signal.siginterrupt(signal.SIGPROF, False)
@@ -255,6 +260,6 @@ def deadline(seconds: float) -> Iterator[None]:
         timer.cancel()
         if not is_profiled:
             signal.setitimer(signal.ITIMER_PROF, 0)
-            signal.signal(signal.SIGPROF, signal.SIG_IGN)  # one that comes too late must not end us
+            signal.signal(signal.SIGPROF, _too_late)
         if not is_free:
             signal.signal(signal.SIGUSR2, previous)
