@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench clean setup-demo
+.PHONY: help setup demo test thorough lint format bench clean setup-demo
 
 help:            ## what there is to make
 	@sed -n 's/^\([a-z-]*\): .*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 16
@@ -19,6 +19,9 @@ demo: setup-demo ## fine-tune a small model on this machine and see it get bette
 
 test: lint       ## linters, types and all tests
 	$(BIN)/python -m pytest
+
+thorough: setup  ## the tests that take minutes and that `make test` leaves out
+	$(BIN)/python -m pytest -m thorough
 
 lint: setup      ## style and types only
 	$(BIN)/ruff check .

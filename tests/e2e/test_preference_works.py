@@ -59,6 +59,7 @@ def test_dpo_raises_accuracy_and_margin_on_held_out_pairs(tmp_path: Path) -> Non
     assert after["eval_loss"] < 0.6 < before["eval_loss"]
 
 
+@pytest.mark.thorough
 def test_a_reward_model_tells_held_out_pairs_apart(tmp_path: Path) -> None:
     args = RewardConfig(str(tmp_path), max_steps=32, learning_rate=3e-4, **SETTINGS)
     trainer = RewardTrainer(MODEL, args=args, train_dataset=pairs(1, 256), eval_dataset=pairs(2, 96),
