@@ -50,10 +50,10 @@ def template_name(options: argparse.Namespace) -> str | None:
 def open_tokenizer(options: argparse.Namespace) -> PreTrainedTokenizerBase | None:
     """The tokenizer of `--model`. Where `--chat-template` is another tokenizer's folder, its template becomes this
     one's own, as training takes it."""
-    from posttrain.models.load import load_tokenizer, take_chat_template
-
     if not options.model:
         return None
+    from posttrain.models.load import load_tokenizer, take_chat_template  # heavy, and not wanted without a model
+
     tokenizer = load_tokenizer(options.model)
     if options.chat_template and template_name(options) is None:
         take_chat_template(tokenizer, options.chat_template)
