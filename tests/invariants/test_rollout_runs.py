@@ -251,3 +251,15 @@ def test_a_reward_that_fails_in_evaluation_loses_nothing(tmp_path: Path) -> None
         trainer.train()
     assert "step 3 is saved" in str(raised.value.__notes__)
     assert (tmp_path / "checkpoint-3" / "MANIFEST.json").is_file()
+
+
+def test_completions_are_printed_where_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = {"log_completions": True, "log_unique_prompts": True, "num_completions_to_print": 1}
+    make(tmp_path / "some", max_steps=2, save_strategy="no", **shown).train()
+    out = capsys.readouterr().out
+    assert out.count("  completion  ") == 2
+    assert "step 1  rewards {'few_vowels': " in out
+    make(tmp_path / "all", max_steps=1, save_strategy="no", log_completions=True).train()
+    assert capsys.readouterr().out.count("  completion  ") == 8
+    make(tmp_path / "none", max_steps=1, save_strategy="no").train()
+    assert "  completion  " not in capsys.readouterr().out

@@ -3,6 +3,7 @@ whose layers do not honour the packed layout is asked through its own `generate`
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,8 @@ from posttrain.rollout.engines import Request
 from posttrain.rollout.engines.local import LocalEngine
 from posttrain.rollout.sampling import Sampling
 from posttrain.types import Message
+
+logger = logging.getLogger("posttrain")
 
 
 def generate_answers(
@@ -51,7 +54,8 @@ def _opened(model: Any) -> Iterator[Policy | None]:
         adapters.specialise(model)
         try:
             policy = open_policy(model)
-        except ConfigError:
+        except ConfigError as error:
+            logger.info("answers  %s; the model's own generate is asked", error.message)
             policy = None
         yield policy if policy is not None and policy.is_packed else None
     finally:

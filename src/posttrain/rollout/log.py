@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.data.prompts import Prompt
+from posttrain.rewards.functions import text_of
 from posttrain.rollout.generation import Generation
 from posttrain.rollout.scoring import Verdict
 
@@ -24,10 +25,12 @@ NAME = "samples.jsonl"
 class SamplesLog:
     def __init__(self, folder: str, prompts: Sequence[Prompt]):
         self.path, self.prompts = Path(folder) / NAME, prompts
+        self.latest: list[dict[str, Any]] = []
 
     def __call__(self, generation: Generation, verdict: Verdict, step: int) -> None:
         """`step` counts from 0; lines have the number that the step will have in the log."""
-        lines = [json.dumps(line, ensure_ascii=False, default=str) for line in self._lines(generation, verdict, step)]
+        self.latest = self._lines(generation, verdict, step)
+        lines = [json.dumps(line, ensure_ascii=False, default=str) for line in self.latest]
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
@@ -60,6 +63,17 @@ class SamplesLog:
                 zip(generation.rollouts, verdict.contents, verdict.rewards_NF.tolist(), strict=True)
             )
         ]
+
+    def shown(self, most: int | None, one_of_each_prompt: bool) -> str:
+        """The latest round for people: a block for each completion."""
+        lines = self.latest
+        if one_of_each_prompt:
+            lines = list({json.dumps(line["prompt"]): line for line in reversed(lines)}.values())[::-1]
+        return "\n".join(
+            f"step {line['step']}  rewards {line['rewards']}  advantage {line['advantage']:.3f}\n"
+            f"  prompt      {text_of(line['prompt'])!r}\n  completion  {text_of(line['completion'])!r}"
+            for line in lines[:most]
+        )
 
     def forget_after(self, step: int) -> None:
         """Keep what was sampled for the first `step` steps."""

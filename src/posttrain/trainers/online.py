@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, set_seed
 
 from posttrain.data.prompts import Prompt, PromptSettings, check_tokens, read_prompts
@@ -138,6 +139,8 @@ class OnlineTrainer(PackedTrainer):
         )
         if self.run.reference is not None and self.run.reference.moves:
             self.add_callback(Follow(self.run.reference))
+        if args.log_completions:
+            self.add_callback(_Show(self.rollouts.log))
         if args.eval_strategy != IntervalStrategy.NO and not eval_sets:
             raise ConfigError(f"eval_strategy={args.eval_strategy.value!r} needs an eval_dataset")
 
@@ -245,6 +248,18 @@ class OnlineTrainer(PackedTrainer):
         metrics = self.run.evaluate(sets, prefix=metric_key_prefix)
         assert metrics is not None
         return metrics
+
+
+class _Show(TrainerCallback):
+    """Prints completions of the latest round whenever there is a log line."""
+
+    def __init__(self, log: SamplesLog):
+        self.log = log
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.log.latest:
+            print(self.log.shown(args.num_completions_to_print, args.log_unique_prompts), flush=True)
+            self.log.latest = []
 
 
 class _Rollouts:

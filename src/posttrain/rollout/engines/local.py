@@ -11,6 +11,7 @@ Shape suffixes: `B` rows, `V` vocabulary.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from posttrain.models.lean_weights import LeanWeights
 from posttrain.rollout.engines import Completion, Request
 from posttrain.rollout.sampling import Sampling, choose
 
+logger = logging.getLogger("posttrain")
 MAX_ROWS = 64
 """Rows of a step, where nobody says otherwise."""
 READ_TOKENS = 4096
@@ -112,6 +114,9 @@ class LocalEngine:
         """Weights for lean decoding, if the model is of a kind that can be decoded so."""
         if not self._is_tried:
             self._lean, self._is_tried = lean_weights(self.policy), True
+            if self._lean is None:
+                logger.info("sampling %s is decoded by its own forward: its layers are not of the usual kind",
+                            type(self.policy.base).__name__)  # fmt: skip
             self.update_weights()
         return self._lean
 
