@@ -5,6 +5,9 @@ The command line prints them without a traceback and ends with `exit_code`; as a
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(ValueError):
     """A mistake in what was given. `code` is stable and searchable, `hint` the way out."""
@@ -24,6 +27,14 @@ class ConfigError(UserError):
 
     exit_code = 2
     code = "E-CONFIG-0001"
+
+
+class UnknownArgumentError(ConfigError, TypeError):
+    """A keyword argument that nothing here has ever had; a TypeError too, as Python's own would be."""
+
+    def __init__(self, taker: str, name: str, known: Iterable[str]):
+        near = difflib.get_close_matches(name, list(known), n=1)
+        super().__init__(f"{taker} has no argument {name!r}", hint=f"did you mean {near[0]!r}?" if near else None)
 
 
 class DataError(UserError):

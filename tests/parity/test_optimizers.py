@@ -59,10 +59,15 @@ def test_every_name_is_accounted_for() -> None:
     assert known == {name.value for name in OptimizerNames}
 
 
+def roughly(expected: Any) -> Any:
+    """States of 8 bits: two gradients a rounding apart may fall on neighbouring codes, and on some machines they do."""
+    return pytest.approx(expected, rel=2e-3)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_same_numbers(name: str, tmp_path: Path) -> None:
     ours, theirs = train_both(tmp_path, CHAT_PAIRS, **settings(name))
-    assert ours.numbers == near(theirs.numbers)
+    assert ours.numbers == (roughly if "8bit" in name else near)(theirs.numbers)
 
 
 RESUMABLE = [case for case in CASES if "grokadamw" not in str(case)]

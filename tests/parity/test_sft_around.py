@@ -323,7 +323,10 @@ def test_state_and_result(tmp_path: Path) -> None:
         assert (folder / "trainer_state.json").is_file()
 
 
-@pytest.mark.parametrize("settings", [{}, {"tokenizer": plain_tokenizer, "eos_token": "<|im_end|>"}], ids=str)
+OTHER_END = {"tokenizer": plain_tokenizer, "eos_token": "<|im_end|>"}
+
+
+@pytest.mark.parametrize("settings", [{}, OTHER_END], ids=["as they come", "another end"])
 def test_special_tokens(settings: dict[str, Any], tmp_path: Path) -> None:
     """The tokenizer's end of sequence is the model's and generation's too; otherwise the model would not stop."""
     rows = TEXTS if settings else CHAT_PAIRS

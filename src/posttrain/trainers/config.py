@@ -8,6 +8,7 @@ accelerator needs no `use_cpu=True`.
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.training_args import trainer_log_levels
 
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, UnknownArgumentError
 from posttrain.models.available import parse_size
 from posttrain.models.precision import has_fast_bf16
 from posttrain.models.recomputation import LEVELS
@@ -26,12 +27,18 @@ from posttrain.trainers.values import check_values
 
 
 def accepts_old_spellings(config_class: type) -> type:
-    """Let a config class take yesterday's keyword arguments: everybody's, and those of its own `SPELLINGS`."""
+    """Let a config class take yesterday's keyword arguments: everybody's, and those of its own `SPELLINGS`. What is no
+    keyword argument of any day is an UnknownArgumentError."""
     original = config_class.__init__  # type: ignore[misc]
+    known = [name for name in inspect.signature(original).parameters if name != "self"]
 
     @functools.wraps(original)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **modern_config(kwargs, getattr(config_class, "SPELLINGS", {})))
+        modern = modern_config(kwargs, getattr(config_class, "SPELLINGS", {}))
+        for name in modern:
+            if name not in known:
+                raise UnknownArgumentError(config_class.__name__, name, known)
+        original(self, *args, **modern)
 
     config_class.__init__ = init  # type: ignore[misc]
     return config_class

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-from transformers import TrainingArguments
 
 from posttrain.objectives.policy import PolicyLoss
 from posttrain.rollout.advantages import Advantages, group_relative
@@ -14,56 +12,13 @@ from posttrain.rollout.generation import Rollout
 from posttrain.rollout.source import Learning, Resampling
 from posttrain.trainers.grpo_config import GRPOConfig
 from posttrain.trainers.online import OnlineTrainer
-from posttrain.trainers.opening import read_config
-from posttrain.trainers.rewards import refuse_online
 
 
 class GRPOTrainer(OnlineTrainer):
-    """Group-relative policy optimisation and its variants.
+    """Group-relative policy optimisation and its variants. The arguments are `OnlineTrainer`'s."""
 
-    Args:
-        model: a `PreTrainedModel`, a `PeftModel`, or the name or folder of one.
-        reward_funcs: functions `(completions, **columns) -> list of numbers or None` (also asynchronous ones), reward
-            models, names of either (`package.module:name`, or a model's), or a list of several.
-        args: `GRPOConfig`, or a plain `TrainingArguments`.
-        train_dataset, eval_dataset: rows with a `prompt`, text or messages; other columns reach the rewards. The
-            evaluation set may be a dict of several.
-        processing_class: the tokenizer (`tokenizer=` is read as this); default: the model's own.
-        reward_processing_classes: tokenizers of reward models.
-        peft_config: an adapter to add.
-        rollout_func: `(prompts, trainer) -> {prompt_ids, completion_ids, logprobs, ...}`, in the place of our sampling.
-        optimizers, callbacks: as in transformers.
-
-    Raises: ConfigError for anything that would not be honoured, DataError for rows that cannot be used.
-    """
-
+    CONFIG = GRPOConfig
     args: GRPOConfig
-
-    def __init__(
-        self,
-        model: Any,
-        reward_funcs: Any = None,
-        args: TrainingArguments | None = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: Any = None,
-        reward_processing_classes: Any = None,
-        callbacks: list[Any] | None = None,
-        optimizers: tuple[Any, Any] = (None, None),
-        quantization_config: Any = None,
-        peft_config: Any = None,
-        tools: Any = None,
-        rollout_func: Any = None,
-        environment_factory: Any = None,
-        **older: Any,
-    ):
-        processing_class = older.pop("tokenizer", None) or processing_class
-        self.args = read_config(GRPOConfig, model, args, older, "GRPOTrainer")
-        refuse_online(tools=tools, environment_factory=environment_factory)
-        self._open(model, processing_class, peft_config, quantization_config)
-        self._start(
-            reward_funcs, reward_processing_classes, train_dataset, eval_dataset, callbacks, optimizers, rollout_func
-        )
 
     def objective(self) -> PolicyLoss:
         return self.args.objective()

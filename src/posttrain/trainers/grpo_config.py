@@ -11,6 +11,7 @@ from posttrain.objectives.policy import LOSSES, PolicyLoss, Settings
 from posttrain.rollout.advantages import AGGREGATIONS, SCALES
 from posttrain.trainers.config import accepts_old_spellings
 from posttrain.trainers.online_config import OnlineConfig
+from posttrain.trainers.spellings import Rewrite, renamed
 
 
 @accepts_old_spellings
@@ -25,6 +26,10 @@ class GRPOConfig(OnlineConfig):
         "scale_rewards": SCALES,
         "multi_objective_aggregation": AGGREGATIONS,
         "dynamic_sampling": ("none", "skip", "replace"),
+    }
+    SPELLINGS: ClassVar[dict[str, Rewrite]] = {
+        **OnlineConfig.SPELLINGS,
+        "vllm_importance_sampling_cap": renamed("vllm_importance_sampling_clip_max"),
     }
     NOT_HONOURED: ClassVar[tuple[str, ...]] = (
         *OnlineConfig.NOT_HONOURED, "cast_lm_head_to_fp32", "max_tool_calling_iterations", "use_adaptive_entropy",

@@ -10,6 +10,7 @@ from posttrain.errors import ConfigError
 from posttrain.rollout.order import Rounds
 from posttrain.rollout.sampling import Sampling
 from posttrain.trainers.config import PackedConfig
+from posttrain.trainers.spellings import Rewrite, refused, renamed
 
 GENERATION_KWARGS = {
     "temperature": "temperature",
@@ -72,6 +73,13 @@ class OnlineConfig(PackedConfig):
         "num_generations", "steps_per_generation", "num_iterations", "max_completion_length", "beta",
         "mask_truncated_completions",
     )  # fmt: skip
+    SPELLINGS: ClassVar[dict[str, Rewrite]] = {
+        "use_transformers_paged": renamed("use_transformers_continuous_batching"),
+        "vllm_guided_decoding_regex": renamed("vllm_structured_outputs_regex"),
+        "vllm_sampling_params": refused(
+            "vllm_sampling_params", "set temperature, top_p, top_k, min_p, and generation_kwargs={'stop': [...]}"
+        ),
+    }
     KL_WEIGHT: ClassVar[str] = "beta"
     LEAST_GENERATIONS: ClassVar[int] = 2
 

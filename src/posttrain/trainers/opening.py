@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import align_special_tokens
 
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, UnknownArgumentError
 from posttrain.models import adapters
 from posttrain.models.load import load_model, load_tokenizer, set_eos_token, set_pad_token
 from posttrain.trainers.config import PackedConfig
@@ -19,6 +19,11 @@ from posttrain.trainers.templates import take_template
 
 logger = logging.getLogger("posttrain")
 Config = TypeVar("Config", bound=PackedConfig)
+TRAINER_ARGUMENTS = (
+    "model", "args", "train_dataset", "eval_dataset", "processing_class", "tokenizer", "peft_config", "callbacks",
+    "optimizers", "formatting_func", "compute_metrics", "reward_funcs", "reward_model", "ref_model", "rollout_func",
+)  # fmt: skip
+"""What a misspelt one may have meant."""
 
 
 def read_config(
@@ -36,7 +41,7 @@ def read_config(
             older.pop(name)
             say_read_as(name, {})
     if older:
-        raise TypeError(f"{trainer}() got an unexpected argument {next(iter(older))!r}")
+        raise UnknownArgumentError(trainer, next(iter(older)), [*TRAINER_ARGUMENTS, *TRAINER_TO_CONFIG])
     if args is None:
         name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
         args = kind(f"{name.rstrip('/').split('/')[-1]}-{trainer.removesuffix('Trainer')}")

@@ -51,6 +51,7 @@ class PPOTrainer(OnlineTrainer):
     Raises: ConfigError for anything that would not be honoured, DataError for rows that cannot be used.
     """
 
+    CONFIG = PPOConfig
     args: PPOConfig
     of_policy: ClassVar[tuple[str, ...]] = ("old_logp_R", "old_value_R")
 

@@ -30,6 +30,7 @@ class PPOConfig(OnlineConfig):
     """Settings of proximal policy optimisation. Raises ConfigError for one that is not honoured, naming it."""
 
     SPELLINGS: ClassVar[dict[str, Rewrite]] = {
+        **OnlineConfig.SPELLINGS,
         "beta": renamed("kl_coef"),
         "init_kl_coef": renamed("kl_coef"),
         "epsilon": renamed("cliprange"),

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
-from transformers import TrainingArguments
 
 from posttrain.errors import ConfigError
 from posttrain.objectives.rloo import LeaveOneOutLoss
@@ -17,7 +15,6 @@ from posttrain.rollout.source import Learning
 from posttrain.trainers.config import accepts_old_spellings
 from posttrain.trainers.online import OnlineTrainer
 from posttrain.trainers.online_config import OnlineConfig
-from posttrain.trainers.opening import read_config
 
 
 @accepts_old_spellings
@@ -47,32 +44,10 @@ class RLOOConfig(OnlineConfig):
 
 
 class RLOOTrainer(OnlineTrainer):
-    """REINFORCE with the mean reward of a completion's siblings as its baseline; the arguments are `GRPOTrainer`'s."""
+    """REINFORCE with the mean reward of a completion's siblings as its baseline. Arguments are `OnlineTrainer`'s."""
 
+    CONFIG = RLOOConfig
     args: RLOOConfig
-
-    def __init__(
-        self,
-        model: Any,
-        reward_funcs: Any = None,
-        args: TrainingArguments | None = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: Any = None,
-        reward_processing_classes: Any = None,
-        callbacks: list[Any] | None = None,
-        optimizers: tuple[Any, Any] = (None, None),
-        quantization_config: Any = None,
-        peft_config: Any = None,
-        rollout_func: Any = None,
-        **older: Any,
-    ):
-        processing_class = older.pop("tokenizer", None) or processing_class
-        self.args = read_config(RLOOConfig, model, args, older, "RLOOTrainer")
-        self._open(model, processing_class, peft_config, quantization_config)
-        self._start(
-            reward_funcs, reward_processing_classes, train_dataset, eval_dataset, callbacks, optimizers, rollout_func
-        )
 
     @property
     def logps_first(self) -> bool:

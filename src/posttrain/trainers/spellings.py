@@ -65,6 +65,10 @@ CONFIG_SPELLINGS: dict[str, Rewrite] = {
     "num_of_sequences": _gone,
     "chars_per_token": _gone,
     "use_mps_device": _gone,
+    "use_liger_loss": _gone,  # logits are never made whole
+    "unsloth_num_chunks": _gone,
+    "unsloth_logit_chunk_multiplier": _gone,
+    "unsloth_grpo_mini_batch": _gone,
 }
 
 # Arguments that trainers once took and that belong to the config today.

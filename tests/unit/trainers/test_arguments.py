@@ -141,8 +141,12 @@ def test_an_adapter_that_does_not_fit_is_explained(tmp_path: Path, wrong: dict[s
 
 
 def test_unknown_arguments_are_type_errors(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="'no_such_thing'"):
+    with pytest.raises(TypeError, match="SFTTrainer has no argument 'no_such_thing'"):
         trainer(tmp_path, no_such_thing=1)
+    with pytest.raises(ConfigError, match="SFTTrainer has no argument 'peft_confg'\n  = did you mean 'peft_config'"):
+        trainer(tmp_path, peft_confg=None)
+    with pytest.raises(TypeError, match="SFTConfig has no argument 'learning_rat'\n  = did you mean 'learning_rate'"):
+        SFTConfig(str(tmp_path), learning_rat=1e-3)
 
 
 def test_older_spellings_are_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

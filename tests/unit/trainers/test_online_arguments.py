@@ -15,14 +15,23 @@ from tests.tiny_tokenizers import chatml_tokenizer
 
 trl = pytest.importorskip("trl")
 GIVEN: dict[str, Any] = {"use_cpu": True, "bf16": False, "report_to": "none"}
-DEPRECATED = {"use_transformers_paged", "vllm_importance_sampling_cap"}
 
 
 @pytest.mark.parametrize("method", ["GRPO", "RLOO"])
 def test_every_field_of_theirs_is_known(method: str) -> None:
     theirs = {field.name for field in dataclasses.fields(getattr(trl, f"{method}Config"))}
-    ours = {field.name for field in dataclasses.fields(getattr(posttrain, f"{method}Config"))}
-    assert theirs - ours <= DEPRECATED
+    config = getattr(posttrain, f"{method}Config")
+    assert theirs <= {field.name for field in dataclasses.fields(config)} | config.SPELLINGS.keys()
+
+
+def test_fields_of_other_days_and_of_unsloth(tmp_path: Path) -> None:
+    older = {"use_transformers_paged": True, "vllm_importance_sampling_cap": 2.0, "use_liger_loss": True}
+    config = posttrain.GRPOConfig(str(tmp_path), unsloth_num_chunks=-1, vllm_sampling_params=None, **older, **GIVEN)
+    assert config.vllm_importance_sampling_clip_max == 2.0
+    with pytest.raises(ConfigError, match="vllm_sampling_params=3 is not honoured: set temperature"):
+        posttrain.GRPOConfig(str(tmp_path), vllm_sampling_params=3, **GIVEN)
+    with pytest.raises(ConfigError, match="GRPOConfig has no argument 'num_generation'\n  = did you mean"):
+        posttrain.GRPOConfig(str(tmp_path), num_generation=3, **GIVEN)
 
 
 @pytest.mark.parametrize("method", ["GRPO", "RLOO"])
