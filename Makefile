@@ -17,8 +17,8 @@ setup-demo:
 demo: setup-demo ## fine-tune a small model on this machine and see it get better
 	$(BIN)/python examples/demo.py
 
-test: lint       ## linters, types and all tests
-	$(BIN)/python -m pytest
+test: lint       ## linters, types and all tests, on every core
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 thorough: setup  ## the tests that take minutes and that `make test` leaves out
 	$(BIN)/python -m pytest -m thorough
