@@ -219,13 +219,17 @@ class LeanRows:
         query = turned[:, :heads].reshape(rows * kept, -1, size)
         score = torch.bmm(query, keys_BKES.view(rows * kept, size, -1))
         score.view(rows, heads, -1).add_(self.mask_B1S)
-        weight = score.softmax(-1, dtype=torch.float32).to(x_BD.dtype)
+        weight = score.softmax(-1)  # in fp32 inside, whatever comes in and goes out
         seen = torch.bmm(weight, values_BKSE.view(rows * kept, -1, size)).view(rows, heads * size)
-        x_BD = x_BD + layer.out(seen)
+        x_BD = layer.out(seen, plus=x_BD)
         joined = layer.gate_up(_normed(layer.norms[1], x_BD))
         gated = torch.nn.functional.silu(joined[:, : layer.width]).mul_(joined[:, layer.width :])
-        return x_BD + layer.down(gated)
+        return layer.down(gated, plus=x_BD)
 
 
 def _normed(norm: Any, x: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+    """RMS norm (arXiv 1910.07467) in fp32, in fewer operations than torch takes for it on a CPU."""
+    x32 = x.float() if x.dtype != torch.float32 else x.clone()
+    length = torch.linalg.vector_norm(x32, 2, -1, True)
+    scale = length.square_().div_(x.shape[-1]).add_(norm.variance_epsilon).rsqrt_()
+    return x32.mul_(scale).mul_(norm.weight).to(x.dtype)

@@ -41,13 +41,13 @@ class Product:
         if self.weight is None or not self.is_frozen:
             joined = torch.cat([base.weight.detach() for base in bases]) if len(bases) > 1 else bases[0].weight.detach()
             self.is_packed = packs and joined.dtype == torch.bfloat16
-            self.weight = _packed(joined, rows) if self.is_packed else joined
+            self.weight = self._laid_out(joined, rows)
             self.bias = None
             if bases[0].bias is not None:
                 self.bias = torch.cat([base.bias.detach() for base in bases])
-        self._take_adapters(self.bias.dtype if self.bias is not None else bases[0].weight.dtype)
+        self._take_adapters(self.bias.dtype if self.bias is not None else bases[0].weight.dtype, rows)
 
-    def _take_adapters(self, dtype: torch.dtype) -> None:
+    def _take_adapters(self, dtype: torch.dtype, rows: int) -> None:
         found = [(layer, _adapter(layer)) for layer in self.layers]
         if not any(name for _, name in found):
             self.a = self.b = None
@@ -60,8 +60,11 @@ class Product:
             else:
                 _, _, a, b, scale, _ = layer.parts(name)  # type: ignore[operator]
                 parts.append((a.detach().to(dtype), (b.detach() * scale).to(dtype)))
-        self.a = torch.cat([a for a, _ in parts]).t()
-        self.b = torch.block_diag(*(b for _, b in parts)).t().contiguous()
+        self.a = self._laid_out(torch.cat([a for a, _ in parts]), rows)
+        self.b = self._laid_out(torch.block_diag(*(b for _, b in parts)), rows)
+
+    def _laid_out(self, weight: torch.Tensor, rows: int) -> torch.Tensor:
+        return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows) if self.is_packed else weight
 
     @property
     def width(self) -> int:
@@ -70,16 +73,25 @@ class Product:
     def alone(self, x_BD: torch.Tensor) -> torch.Tensor:
         """Without the adapters."""
         assert self.weight is not None
-        if self.is_packed:
-            y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x_BD, self.weight, self.bias, "none", [], "")
-            return y
-        return torch.nn.functional.linear(x_BD, self.weight, self.bias)
+        return self._linear(x_BD, self.weight, self.bias, None)
 
-    def __call__(self, x_BD: torch.Tensor) -> torch.Tensor:
-        y = self.alone(x_BD)
+    def __call__(self, x_BD: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
+        """`plus` is what the result is added to."""
+        assert self.weight is not None
+        y = self._linear(x_BD, self.weight, self.bias, plus)
         if self.a is not None and self.b is not None:
-            y.addmm_(x_BD @ self.a, self.b)
+            y = self._linear(self._linear(x_BD, self.a, None, None), self.b, None, y)
         return y
+
+    def _linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, plus: torch.Tensor | None
+    ) -> torch.Tensor:
+        """`x W' + bias + plus`, in one call where the weight is packed."""
+        if not self.is_packed:
+            y = torch.nn.functional.linear(x, weight, bias)
+            return y if plus is None else plus + y
+        own = torch.ops.mkldnn._linear_pointwise
+        return own(x, weight, bias, "none", [], "") if plus is None else own.binary(x, plus, weight, bias, "add")
 
 
 def _base(layer: nn.Module) -> Any:
@@ -88,10 +100,6 @@ def _base(layer: nn.Module) -> Any:
 
 def _adapter(layer: nn.Module) -> str | None:
     return layer.ordinary_adapter() if isinstance(layer, LeanLora) else None
-
-
-def _packed(weight: torch.Tensor, rows: int) -> torch.Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
 
 
 @dataclass
