@@ -5,7 +5,8 @@ Weight decay leaves out biases and norms, by transformers' own rule.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers.training_args import OptimizerNames
 
 from posttrain.errors import ConfigError
 
+logger = logging.getLogger("posttrain")
 # transformers.Trainer.get_decay_parameter_names, as of 5.23
 NOT_DECAYED = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 
@@ -32,13 +34,16 @@ def make_optimizer(
     model: nn.Module,
     trained: Mapping[str, nn.Parameter],
     chosen: tuple[Any, dict[str, Any]] | None = None,
+    beside: Mapping[str, nn.Module] | None = None,
 ) -> torch.optim.Optimizer:
     """The optimiser that `args.optim` names (or `chosen`: a class or a factory of one, with its arguments) over
-    `trained`, which maps names to the very parameters of `model` that are to learn.
+    `trained`, which maps names to the very parameters that are to learn: those of `model`, and of the models `beside`
+    it, whose names stand before theirs.
 
     Raises: ConfigError where the optimiser's package is missing, its arguments do not suit it, or it would update
         before the step's gradient is whole.
     """
+    models = {"": model} | {f"{name}.": one for name, one in (beside or {}).items()}
     if chosen is None:
         _check_name(OptimizerNames(args.optim).value, args)
     try:
@@ -46,13 +51,13 @@ def make_optimizer(
         if is_optimizer_factory(kind):
             return kind()(model, **options)
         options = dict(options)
-        groups = options.pop("params", None) or _decay_groups(args, model, trained)
+        groups = options.pop("params", None) or _decay_groups(args, models, trained)
         optimizer = kind(groups, **options)
     except (ImportError, ValueError, TypeError, NotImplementedError, RuntimeError) as error:
         named = chosen[0] if chosen else OptimizerNames(args.optim).value
         raise ConfigError(f"optim={named!r} with optim_args={args.optim_args!r}: {error}") from error
     if options.get("optim_bits") == 8:
-        _keep_embeddings_in_32_bits(optimizer, model, trained)
+        _keep_embeddings_in_32_bits(optimizer, models.values(), trained)
     return optimizer
 
 
@@ -71,26 +76,53 @@ def _check_name(name: str, args: TrainingArguments) -> None:
 
 
 def _decay_groups(
-    args: TrainingArguments, model: nn.Module, trained: Mapping[str, nn.Parameter]
+    args: TrainingArguments, models: Mapping[str, nn.Module], trained: Mapping[str, nn.Parameter]
 ) -> list[dict[str, Any]]:
-    decayed = set(get_parameter_names(model, [nn.LayerNorm], NOT_DECAYED))
+    decayed = {
+        prefix + name
+        for prefix, model in models.items()
+        for name in get_parameter_names(model, [nn.LayerNorm], NOT_DECAYED)
+    }
     return [
         {"params": [p for name, p in trained.items() if name in decayed], "weight_decay": args.weight_decay},
         {"params": [p for name, p in trained.items() if name not in decayed], "weight_decay": 0.0},
     ]
 
 
-def _keep_embeddings_in_32_bits(optimizer: Any, model: nn.Module, trained: Mapping[str, nn.Parameter]) -> None:
+def _keep_embeddings_in_32_bits(
+    optimizer: Any, models: Iterable[nn.Module], trained: Mapping[str, nn.Parameter]
+) -> None:
     """As transformers does for bitsandbytes: 8 bits are too few for the rarely updated rows of an embedding."""
     from bitsandbytes.optim import GlobalOptimManager
 
     manager = GlobalOptimManager.get_instance()
     learning = set(trained.values())
-    for module in model.modules():
+    for module in (module for model in models for module in model.modules()):
         if isinstance(module, nn.Embedding) and module.weight in learning:
             manager.override_config(module.weight, "optim_bits", 32)
     manager.index2config.clear()  # positions of an earlier optimiser
     manager.register_parameters(optimizer.param_groups)
+
+
+def check_holds(optimizer: torch.optim.Optimizer, trained: Mapping[str, nn.Parameter]) -> None:
+    """Raises ConfigError for an optimiser that holds nothing of what is trained: made before the adapter, say."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [name for name, parameter in trained.items() if id(parameter) not in held]
+    if len(missing) == len(trained):
+        raise ConfigError("optimizers: the optimiser holds none of the parameters that are trained",
+                          hint="make it from trainer.model, or give optimizer_cls_and_kwargs")  # fmt: skip
+    if missing:
+        logger.warning("optimizers: %d trained parameters are not in the optimiser, %s first", len(missing), missing[0])
+
+
+def check_holds_values(optimizer: torch.optim.Optimizer, trained: Mapping[str, nn.Parameter]) -> None:
+    """Raises ConfigError where what says values would learn nothing."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for part in ("value_head", "value_model"):
+        if not all(id(parameter) in held for name, parameter in trained.items() if name.startswith(f"{part}.")):
+            raise ConfigError(f"{type(optimizer).__name__} does not hold the {part.replace('_', ' ')}, which would "
+                              "learn nothing", hint=f"make the optimiser of trainer.model's parameters and "
+                              f"trainer.{part}'s; of those with a name, optim='adamw_torch' does it")  # fmt: skip
 
 
 def make_scheduler(args: TrainingArguments, optimizer: torch.optim.Optimizer, max_steps: int) -> Any:

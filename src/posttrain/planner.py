@@ -87,6 +87,8 @@ def make_plan(
     """The plan, put into effect for `session`. `token_budget` and `recompute` (unless "auto") are the user's."""
     device = session.policy.device
     needs = footprint(session.policy.base, session.trained, set(session.lean), optimizer)
+    for beside in session.policies()[1:]:
+        needs = needs.and_activations_of(footprint(beside.base, {}, set(session.lean), optimizer))
     total = total_memory(device)
     limit = int(SHARE * total) if max_memory is None else min(parse_size(max_memory), total)
     levels = _levels(session, recompute)

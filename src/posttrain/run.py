@@ -25,10 +25,10 @@ from transformers.trainer_utils import TrainOutput, enable_full_determinism, set
 from posttrain import identity, snapshot
 from posttrain.backoff import BackOff
 from posttrain.checkpoint import Checkpoints, verify, write_json
-from posttrain.data.batches import Order, StaticSource, StreamSource
+from posttrain.course import Course, Samples, course_of, course_over, workload_of
 from posttrain.data.fingerprint import fingerprint
 from posttrain.data.planning import Packing
-from posttrain.errors import ConfigError, DataError, OutOfMemoryError
+from posttrain.errors import ConfigError, OutOfMemoryError
 from posttrain.evaluate.best import find_best_again, note_best
 from posttrain.evaluate.loss import evaluate_loss
 from posttrain.events import Events
@@ -40,7 +40,7 @@ from posttrain.models.flops import flops_counter, measure_limit
 from posttrain.models.memory import give_back_freed_memory, peak_memory_bytes, return_freed_pages
 from posttrain.models.weights import load_weights, save_weights
 from posttrain.objectives.base import Objective
-from posttrain.optimization import make_optimizer, make_scheduler
+from posttrain.optimization import check_holds, check_holds_values, make_optimizer, make_scheduler
 from posttrain.optimizer_state import evaluation_weights, has_two_modes, make_state
 from posttrain.planner import Workload, default_token_budget, make_plan
 from posttrain.reference import Reference, ReferenceModel, precompute
@@ -51,6 +51,7 @@ from posttrain.types import Batch, Sample
 
 logger = logging.getLogger("posttrain")
 VALUE_HEAD = "value_head.safetensors"
+VALUE_MODEL = "value_model"
 
 
 class Rollouts(Protocol):
@@ -100,14 +101,15 @@ class Run:
     metrics over an evaluation set; `schedule` has the objective for each moment, in epochs, where it changes;
     `first_look` is called before the first step, while the model is what it was. With `rollouts` completions are
     sampled as training goes: `train_samples` are the prompts alone, and evaluation sets are what it knows how to
-    evaluate. A `value_head` is trained beside the model; `beside` writes what else belongs beside its weights."""
+    evaluate. A `value_head` or a `value_model` is trained beside the model; the first is saved with it, the second with
+    checkpoints. `beside` writes what else belongs beside the model's weights."""
 
     model: Any
     processing_class: Any
     args: TrainingArguments
     objective: Objective
     events: Events
-    train_samples: Sequence[Sample] | Callable[[int], Iterator[Sample]]
+    train_samples: Samples
     eval_sets: Mapping[str, Sequence[Sample]]
     token_budget: int | None = None
     predict: Callable[[Session, Sequence[Sample], str], dict[str, float]] | None = None
@@ -116,6 +118,7 @@ class Run:
     first_look: Callable[[Session], None] | None = None
     rollouts: Rollouts | None = None
     value_head: nn.Linear | None = None
+    value_model: Any = None
     beside: Callable[[Path], None] | None = None
     optimizers: tuple[Any, Any] = (None, None)
     optimizer_choice: tuple[type, dict[str, Any]] | None = None
@@ -134,7 +137,8 @@ class Run:
         args = self.args
         (enable_full_determinism if args.full_determinism else set_seed)(args.seed)
         self.source = None
-        source, max_steps, epochs = self._source()
+        course = self._course()
+        source, max_steps, epochs = course.source, course.max_steps, course.epochs
         with only_run_in(Path(args.output_dir), self.run_id), self._open() as session, StopRequest() as stop:
             session.policy.model.train()
             source.packing = self._packing(session)
@@ -173,41 +177,12 @@ class Run:
                     session.precision.publish()
             return self._finish(session, loop, started, first_step)
 
-    def _source(self) -> tuple[Any, int, int]:
-        """The source, the number of steps and of (begun) epochs, as transformers counts them."""
-        args = self.args
-        step_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        if self.rollouts is not None:
-            source = self.rollouts.source
-            source.token_budget = self._budget()
-            return source, *self._lengths_of(source.steps_per_epoch)
-        if callable(self.train_samples):
-            if args.max_steps <= 0:
-                raise ConfigError("a streaming dataset has no length: set max_steps")
-            return StreamSource(self.train_samples, step_size, self._budget(), args.max_steps), args.max_steps, 1
-        samples = self.train_samples
-        order = Order(
-            len(samples),
-            args.per_device_train_batch_size,
-            args.gradient_accumulation_steps,
-            None if args.train_sampling_strategy == "sequential" else self._data_seed(),
-            args.dataloader_drop_last,
-            _lengths(samples) if args.train_sampling_strategy == "group_by_length" else None,
-        )
-        if order.batches_per_epoch == 0:
-            raise DataError(f"{len(samples)} samples make no batch of {args.per_device_train_batch_size}",
-                            hint="lower per_device_train_batch_size or set dataloader_drop_last=False")  # fmt: skip
-        return StaticSource(samples, order, self._budget()), *self._lengths_of(order.steps_per_epoch)
-
-    def _lengths_of(self, steps_per_epoch: int) -> tuple[int, int]:
-        """Of the run, in steps and in (begun) epochs."""
-        args = self.args
-        if args.max_steps > 0:
-            return args.max_steps, math.ceil(args.max_steps / steps_per_epoch)
-        return math.ceil(args.num_train_epochs * steps_per_epoch), math.ceil(args.num_train_epochs)
-
-    def _data_seed(self) -> int:
-        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+    def _course(self) -> Course:
+        if self.rollouts is None:
+            return course_of(self.train_samples, self.args, self._budget())
+        source = self.rollouts.source
+        source.token_budget = self._budget()
+        return course_over(source, self.args)
 
     def _budget(self) -> int:
         if self.source is not None:  # as training has found it
@@ -219,16 +194,8 @@ class Run:
     def _plan(self, session: Session) -> int:
         """Decide what is made again in the backward pass, and the token budget, which is returned."""
         args = self.args
-        longest = getattr(args, "max_length", None) or self._budget()
-        work = Workload(self._budget(), self._budget(), longest)  # of a stream no more is known
-        if self.rollouts is not None:
-            work = self.rollouts.workload
-        elif not callable(self.train_samples):
-            lengths = sorted(_lengths(self.train_samples), reverse=True)
-            step_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
-            usual = min(len(lengths), step_size) * sum(lengths) // len(lengths)
-            longest = max(part.num_tokens for sample in self.train_samples for part in sample)
-            work = Workload(usual, sum(lengths[:step_size]), longest)
+        rollouts = self.rollouts
+        work = workload_of(self.train_samples, args, self._budget()) if rollouts is None else rollouts.workload
         return make_plan(
             session,
             work,
@@ -272,11 +239,12 @@ class Run:
             raise ConfigError("no parameter is trained", hint="leave something unfrozen, or give peft_config")
         optimizer, scheduler = self.optimizers
         if optimizer is not None:
-            _check_holds(optimizer, session.trained)
+            check_holds(optimizer, session.trained)
         with session.precision.exported():  # the optimiser finds the masters in the model
-            self.optimizer = optimizer or make_optimizer(args, self.model, session.trained, self.optimizer_choice)
-        if self.value_head is not None:
-            _check_holds_head(self.optimizer, self.value_head)
+            beside = {} if self.value_model is None else {"value_model": self.value_model}
+            chosen = self.optimizer_choice
+            self.optimizer = optimizer or make_optimizer(args, self.model, session.trained, chosen, beside)
+        check_holds_values(self.optimizer, session.trained)
         self.scheduler = scheduler or make_scheduler(args, self.optimizer, max_steps)
         return Loop(
             annotate=self._annotate(session),
@@ -295,7 +263,7 @@ class Run:
             evaluate=lambda: self._evaluate_due(stop),
             save=lambda state: self._checkpoint(session, state),
             extra_logs=self._extra_logs(session),
-            flops=flops_counter(session.policy.base),
+            flops=_flops_of(session),
             backoff=self._backoff(session, source),
             schedule=self.schedule,
         )
@@ -324,10 +292,7 @@ class Run:
             metrics["oom_backoffs"] = loop.backoff.count
         metrics = self.events.log(metrics)
         if args.load_best_model_at_end and state.best_model_checkpoint:
-            with session.precision.exported():
-                load_weights(self.model, Path(state.best_model_checkpoint))
-            if self.value_head is not None:
-                self.value_head.load_state_dict(load_file(Path(state.best_model_checkpoint) / VALUE_HEAD))
+            self._read_weights(session, Path(state.best_model_checkpoint))
             session.precision.publish()
         self.events.train_end()
         result = TrainResult(state.global_step, train_loss, metrics)
@@ -487,6 +452,9 @@ class Run:
         def fill(folder: Path) -> None:
             with self._weights_to_use(session):
                 self.write_model(folder, session)
+                if self.value_model is not None:
+                    with session.precision.exported():
+                        save_weights(self.value_model, folder / VALUE_MODEL)
             if self.reference is not None:
                 self.reference.save(folder)
             self.events.save_state(str(folder / "trainer_state.json"))
@@ -524,10 +492,7 @@ class Run:
     def _take_up(self, session: Session, loop: Loop, folder: Path) -> dict[str, Any]:
         """Load everything a checkpoint holds; the random state is returned, to be set last."""
         snapshot.check_same_run(folder, self.identity)
-        with session.precision.exported():
-            load_weights(self.model, folder)
-        if self.value_head is not None:
-            self.value_head.load_state_dict(load_file(folder / VALUE_HEAD))
+        self._read_weights(session, folder)
         if self.reference is not None:
             self.reference.load(folder)
         saved = snapshot.read_training_state(folder, self.optimizer, self.scheduler)
@@ -538,6 +503,15 @@ class Run:
         loop.load_resume_state(saved["loop"])
         loop.last_checkpoint = str(folder)
         return saved["rng"]
+
+    def _read_weights(self, session: Session, folder: Path) -> None:
+        """Of everything that is trained."""
+        with session.precision.exported():
+            load_weights(self.model, folder)
+            if self.value_model is not None:
+                load_weights(self.value_model, folder / VALUE_MODEL)
+        if self.value_head is not None:
+            self.value_head.load_state_dict(load_file(folder / VALUE_HEAD))
 
     def _identity(self, session: Session) -> dict[str, Any]:
         args, samples = self.args, self.train_samples
@@ -575,7 +549,7 @@ class Run:
         if self.session is not None:
             yield self.session
             return
-        self.session = Session.open(self.model, self.args)
+        self.session = Session.open(self.model, self.args, self.value_model)
         if self.value_head is not None:
             self.session.attach(self.value_head)
         try:
@@ -596,24 +570,6 @@ def _evaluating(session: Session) -> Iterator[None]:
         model.train(training)
 
 
-def _check_holds(optimizer: Any, trained: Mapping[str, Any]) -> None:
-    """An optimiser made before the adapter was, say, holds nothing that is trained, and nothing would be learned."""
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    missing = [name for name, parameter in trained.items() if id(parameter) not in held]
-    if len(missing) == len(trained):
-        raise ConfigError("optimizers: the optimiser holds none of the parameters that are trained",
-                          hint="make it from trainer.model, or give optimizer_cls_and_kwargs")  # fmt: skip
-    if missing:
-        logger.warning("optimizers: %d trained parameters are not in the optimiser, %s first", len(missing), missing[0])
-
-
-def _check_holds_head(optimizer: Any, value_head: nn.Linear) -> None:
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    if not all(id(parameter) in held for parameter in value_head.parameters()):
-        raise ConfigError(f"{type(optimizer).__name__} does not hold the value head, which would learn nothing",
-                          hint="make the optimiser of trainer.model's parameters and trainer.value_head's; of those "
-                          "with a name, optim='adamw_torch' does it")  # fmt: skip
-
-
-def _lengths(samples: Sequence[Sample]) -> tuple[int, ...]:
-    return tuple(sum(part.num_tokens for part in sample) for sample in samples)
+def _flops_of(session: Session) -> Callable[[Batch], float]:
+    counters = [flops_counter(policy.base) for policy in session.policies()]
+    return lambda batch: sum(count(batch) for count in counters)

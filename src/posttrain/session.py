@@ -24,42 +24,54 @@ from posttrain.models.scoring import Scorer, is_classifier
 
 @dataclass
 class Session:
-    """`trained` maps names to what the optimiser holds: fp32 masters and adapter parameters."""
+    """`trained` maps names to what the optimiser holds: fp32 masters and adapter parameters, those of a value model as
+    `value_model.<name>`."""
 
     policy: Policy
     precision: MixedPrecision
     trained: dict[str, torch.nn.Parameter]
-    attention: str | None
+    attention: list[str | None]
     lean: list[torch.nn.Module]
     args: TrainingArguments
     recomputation: str = "none"
     checkpoint_options: dict[str, Any] | None = None
 
     @classmethod
-    def open(cls, model: Any, args: TrainingArguments) -> Session:
-        """Raises ConfigError where the model cannot be trained faithfully."""
+    def open(cls, model: Any, args: TrainingArguments, value_model: Any = None) -> Session:
+        """`value_model`, a model with one score, is opened and trained with it. Raises ConfigError where a model cannot
+        be trained faithfully."""
         keep_freed_pages()
-        model.to(args.device)
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        adapters.specialise(model)
-        adapter_parameters = adapters.adapter_parameters(model)
-        precision = MixedPrecision(model, torch.bfloat16 if args.bf16 else torch.float32, adapter_parameters)
-        attention = base.config._attn_implementation
-        lean = specialise_layers(base)
+        both = Together(model, value_model)
+        both.to(args.device)
+        adapter_parameters = set[torch.nn.Parameter]()
+        for one in both.models():
+            adapters.specialise(one)
+            adapter_parameters |= adapters.adapter_parameters(one)
+        precision = MixedPrecision(both, torch.bfloat16 if args.bf16 else torch.float32, adapter_parameters)
+        bases = [_base(one) for one in both.models()]
+        attention = [base.config._attn_implementation for base in bases]
+        lean = [layer for base in bases for layer in specialise_layers(base)]
         try:
-            policy = open_policy(
-                model,
-                kind=Scorer if is_classifier(base) else Policy,
-                neftune_alpha=args.neftune_noise_alpha,
-                router_aux_loss_coef=getattr(args, "router_aux_loss_coef", None),
-            )
+            policy, *others = [
+                open_policy(
+                    one,
+                    kind=Scorer if is_classifier(base) else Policy,
+                    neftune_alpha=args.neftune_noise_alpha,
+                    router_aux_loss_coef=getattr(args, "router_aux_loss_coef", None),
+                )
+                for one, base in zip(both.models(), bases, strict=True)
+            ]
         except BaseException:
             give_back(lean)
             precision.restore()
             raise
         policy.shape = replace(policy.shape, temperature=getattr(args, "temperature", 1.0))
+        for other in others:
+            policy.value_model = other
+            policy.shares_prompts = policy.shares_prompts and other.shares_prompts
         trained = dict(precision.masters())
-        trained |= {n: p for n, p in model.named_parameters() if p in adapter_parameters and p.requires_grad}
+        trained |= {n: p for n, p in both.named_parameters() if p in adapter_parameters and p.requires_grad}
+        trained = {name.removeprefix("policy."): parameter for name, parameter in trained.items()}
         options = args.activation_checkpointing_kwargs
         session = cls(policy, precision, trained, attention, lean, args, checkpoint_options=options)
         session.recompute(_asked(args))
@@ -72,29 +84,49 @@ class Session:
 
     def recompute(self, level: str) -> None:
         """From the next forward on, make again what `level` says (models/recomputation.py)."""
-        base = self.policy.base
-        if "full" in (level, self.recomputation) and level != self.recomputation:
-            if level == "full":
-                recompute_layers(base, self.checkpoint_options)
-            else:
-                base.activation_checkpointing_disable()
-        self.policy.recomputes_cheap_parts = level == "selective"
+        for policy in self.policies():
+            if "full" in (level, self.recomputation) and level != self.recomputation:
+                if level == "full":
+                    recompute_layers(policy.base, self.checkpoint_options)
+                else:
+                    policy.base.activation_checkpointing_disable()
+            policy.recomputes_cheap_parts = level == "selective"
         self.recomputation = level
+
+    def policies(self) -> list[Policy]:
+        """The policy, and the value model where there is one."""
+        return [self.policy, *([self.policy.value_model] if self.policy.value_model is not None else [])]
 
     def recompute_more(self) -> bool:
         """One level up. False where there is none, or the model has no layers that can be made again."""
         above = LEVELS[LEVELS.index(self.recomputation) + 1 :]
-        if not above or (above[0] == "full" and not self.policy.base.supports_gradient_checkpointing):
+        can = all(policy.base.supports_gradient_checkpointing for policy in self.policies())
+        if not above or (above[0] == "full" and not can):
             return False
         self.recompute(above[0])
         return True
 
     def close(self) -> None:
-        base = self.policy.base
         self.recompute("none")
         give_back(self.lean)
         self.precision.restore()
-        base.set_attn_implementation(self.attention)
+        for policy, attention in zip(self.policies(), self.attention, strict=True):
+            policy.base.set_attn_implementation(attention)
+
+
+class Together(torch.nn.Module):
+    """A policy and the value model that is trained beside it, as one module."""
+
+    def __init__(self, policy: torch.nn.Module, value_model: torch.nn.Module | None):
+        super().__init__()
+        self.policy, self.value_model = policy, value_model
+
+    def models(self) -> list[torch.nn.Module]:
+        return [self.policy, *([] if self.value_model is None else [self.value_model])]
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _asked(args: TrainingArguments) -> str:

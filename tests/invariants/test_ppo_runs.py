@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import posttrain
 from posttrain.data.planning import Packing, plan
+from posttrain.models.scoring import as_classifier
 from posttrain.session import Session
 from posttrain.types import Branch, Needs, Origin, Tokenized
 from tests.invariants.test_rollout_runs import ROWS, few_vowels, samples, weights
@@ -39,14 +40,17 @@ CASES: dict[str, dict[str, Any]] = {
     "adaptive": {"adap_kl_ctrl": True, "target": 0.5, "horizon": 20.0},
     "a round a step": {"num_mini_batches": 1, "num_ppo_epochs": 1, "missing_eos_penalty": 1.0},
     "several of a prompt": {"num_generations": 3, "whiten_rewards": True, "gradient_accumulation_steps": 2},
+    "a value model": {"value_model": "qwen2"},
 }
 
 
 def make(folder: Path, adapter: bool = False, rewards: Any = few_vowels, **settings: Any) -> posttrain.PPOTrainer:
     words = chatml_tokenizer()
+    valued = settings.pop("value_model", None)
     return posttrain.PPOTrainer(
         model=tiny_model("llama", len(words)),
         reward_model=rewards,
+        value_model=None if valued is None else as_classifier(tiny_model(valued, len(words), seed=3)),
         args=posttrain.PPOConfig(str(folder), **{**SETTINGS, **settings}),
         train_dataset=ROWS,
         processing_class=words,
@@ -55,8 +59,9 @@ def make(folder: Path, adapter: bool = False, rewards: Any = few_vowels, **setti
 
 
 def head(trainer: posttrain.PPOTrainer) -> dict[str, torch.Tensor]:
-    assert trainer.value_head is not None
-    return {name: tensor.clone() for name, tensor in trainer.value_head.state_dict().items()}
+    """The head's, or the value model's."""
+    values = trainer.value_head if trainer.value_head is not None else trainer.value_model
+    return {name: tensor.clone() for name, tensor in values.state_dict().items()}
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "adapter"])
@@ -167,6 +172,43 @@ def test_an_optimiser_without_the_head(tmp_path: Path) -> None:
     own.add_param_group({"params": list(trainer.value_head.parameters())})
     trainer.train()
     assert head(trainer)["weight"].abs().max() > 0
+
+
+def test_a_value_model_in_bf16_learns_and_is_given_back(tmp_path: Path) -> None:
+    """What it is given in comes back; checkpoints hold it, what is saved at the end is the policy alone."""
+    trainer = make(tmp_path, adapter=True, value_model="llama", bf16=True, max_steps=2, vf_coef=1.0)
+    before = head(trainer)
+    trainer.train()
+    after = head(trainer)
+    assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+    moved = [name for name, tensor in after.items() if not torch.equal(tensor, before[name])]
+    assert len(moved) == len(after)
+    stored = load_file(tmp_path / "checkpoint-2" / "value_model" / "model.safetensors")
+    assert all(torch.equal(stored[name], tensor) for name, tensor in after.items())
+    trainer.save_model(str(tmp_path / "saved"))
+    assert not (tmp_path / "saved" / "value_model").exists()
+
+
+def test_a_value_model_that_cannot_be_one(tmp_path: Path) -> None:
+    words = chatml_tokenizer()
+    policy = tiny_model("llama", len(words))
+    scored = as_classifier(tiny_model("llama", len(words), seed=1))
+    frozen = as_classifier(tiny_model("llama", len(words), seed=1)).requires_grad_(False)
+    for given, message in (
+        (3, "value_model must be a model or the name of one, got int"),
+        (as_classifier(tiny_model("llama", 20)), "value_model knows 20 tokens, the policy says"),
+        (as_classifier(policy), "value_model has layers of the policy"),
+        (frozen, "value_model is frozen"),
+        ("no/such/folder", "cannot load the model 'no/such/folder'"),
+    ):
+        with pytest.raises(posttrain.ConfigError, match=message):
+            posttrain.PPOTrainer(posttrain.PPOConfig(str(tmp_path), **SETTINGS), words, policy, None, few_vowels, ROWS,
+                                 value_model=given)  # fmt: skip
+    own = torch.optim.SGD(policy.parameters(), lr=0.1)
+    trainer = posttrain.PPOTrainer(posttrain.PPOConfig(str(tmp_path), **SETTINGS), words, policy, None, few_vowels,
+                                   ROWS, value_model=scored, optimizers=(own, None))  # fmt: skip
+    with pytest.raises(posttrain.ConfigError, match="SGD does not hold the value model"):
+        trainer.train()
 
 
 def test_evaluation_leaves_the_coefficient_alone(tmp_path: Path) -> None:

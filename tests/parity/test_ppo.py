@@ -18,6 +18,7 @@ from peft import LoraConfig
 from torch import nn
 
 import posttrain
+from posttrain.models.scoring import as_classifier
 from posttrain.rollout.order import Rounds
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import plain_tokenizer
@@ -54,6 +55,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "without KL": {"kl_coef": 0.0, "no_kl_reason": "it is the case to test"},
     "several of a prompt": {"num_generations": 3},
     "another reference": {"ref_model": 7},
+    "a value model": {"value_model": 5, "vf_coef": 1.0, "weight_decay": 0.1},
+    "a value model, clipped": {"value_model": 5, "cliprange_value": 0.01, "num_generations": 3},
 }
 
 
@@ -95,9 +98,10 @@ class Said:
 
 
 class Plain:
-    """`args` are a PPOConfig's fields; `model`, `reference` and the value head compute in float64."""
+    """`args` are a PPOConfig's fields; everything computes in float64. Values are the head's of the policy's states, or
+    those of `value_model`."""
 
-    def __init__(self, model: Any, reference: Any, words: Any, args: Any):
+    def __init__(self, model: Any, reference: Any, words: Any, args: Any, value_model: Any = None):
         self.model, self.reference, self.words, self.args = (
             model.double().eval(),
             reference.double().eval(),
@@ -106,9 +110,12 @@ class Plain:
         )
         self.weight = nn.Parameter(torch.zeros(model.config.hidden_size, dtype=torch.float64))
         self.bias = nn.Parameter(torch.zeros((), dtype=torch.float64))
-        self.trained = [*(p for p in model.parameters() if p.requires_grad), self.weight, self.bias]
-        self.optimizer = torch.optim.AdamW(self.trained, args.learning_rate, (0.9, 0.999), args.adam_epsilon,
-                                           weight_decay=0.0)  # fmt: skip
+        self.value_model = None if value_model is None else value_model.double().eval()
+        values = [self.weight, self.bias] if value_model is None else list(value_model.parameters())
+        self.trained = [*(p for p in model.parameters() if p.requires_grad), *values]
+        groups = [{"params": [p for p in self.trained if p.dim() > 1], "weight_decay": args.weight_decay},
+                  {"params": [p for p in self.trained if p.dim() <= 1], "weight_decay": 0.0}]  # fmt: skip
+        self.optimizer = torch.optim.AdamW(groups, args.learning_rate, (0.9, 0.999), args.adam_epsilon)
         self.beta = args.kl_coef
         self.losses: list[float] = []
         self.kls: list[float] = []
@@ -117,11 +124,15 @@ class Plain:
         """log p and value of each token of a completion; the state before a token is that of the token before it."""
         tokens = torch.tensor([prompt + ids])
         output = model(input_ids=tokens, output_hidden_states=True, use_cache=False)
+        states, weight, bias = output.hidden_states[-1][0], self.weight, self.bias
+        if self.value_model is not None:
+            states = self.value_model.model(input_ids=tokens, use_cache=False).last_hidden_state[0]
+            weight, bias = self.value_model.score.weight[0], torch.zeros_like(self.bias)
         logps, values = [], []
         for t in range(len(prompt), tokens.shape[1]):
             logits = output.logits[0, t - 1] / self.args.temperature
             logps.append(logits[tokens[0, t]] - torch.logsumexp(logits, 0))
-            values.append(output.hidden_states[-1][0, t - 1] @ self.weight + self.bias)
+            values.append(states[t - 1] @ weight + bias)
         return logps, values
 
     def round(self, number: int, rounds: Rounds) -> list[Said]:
@@ -219,7 +230,9 @@ def _moments(values: list[float]) -> tuple[float, float]:
 
 def both(folder: Path, adapter: bool = False, **options: Any) -> tuple[posttrain.PPOTrainer, Plain]:
     words = plain_tokenizer(eos=False)
-    other = options.pop("ref_model", None)
+    other, valued = options.pop("ref_model", None), options.pop("value_model", None)
+    value_model = None if valued is None else as_classifier(tiny_model("llama", len(words), seed=valued))
+    value_start = copy.deepcopy(value_model)
     model = tiny_model("llama", len(words))
     start = copy.deepcopy(model)
     args = posttrain.PPOConfig(str(folder), **{**SETTINGS, **options})
@@ -229,6 +242,7 @@ def both(folder: Path, adapter: bool = False, **options: Any) -> tuple[posttrain
         model=model,
         ref_model=None if other is None else tiny_model("llama", len(words), seed=other),
         reward_model=reward,
+        value_model=value_model,
         train_dataset=PROMPTS,
         rollout_func=rollout,
         peft_config=LoraConfig(r=4, target_modules="all-linear") if adapter else None,
@@ -236,7 +250,7 @@ def both(folder: Path, adapter: bool = False, **options: Any) -> tuple[posttrain
     copied = copy.deepcopy(trainer.model)
     reference = start if other is None else tiny_model("llama", len(words), seed=other)
     trainer.train()
-    theirs = Plain(copied, reference, words, args)
+    theirs = Plain(copied, reference, words, args, value_start)
     theirs.train()
     return trainer, theirs
 
@@ -250,6 +264,13 @@ def check(trainer: posttrain.PPOTrainer, theirs: Plain) -> None:
     assert expected.keys() == dict(trainer.model.named_parameters()).keys()
     for name, parameter in trainer.model.named_parameters():
         torch.testing.assert_close(parameter.double(), expected[name], rtol=0, atol=1e-6, msg=name)
+    if theirs.value_model is not None:
+        assert trainer.value_head is None
+        assert trainer.value_model is not None
+        expected = dict(theirs.value_model.named_parameters())
+        for name, parameter in trainer.value_model.named_parameters():
+            torch.testing.assert_close(parameter.double(), expected[name], rtol=0, atol=1e-6, msg=name)
+        return
     assert trainer.value_head is not None
     torch.testing.assert_close(trainer.value_head.weight[0].double(), theirs.weight, rtol=0, atol=1e-6)
     torch.testing.assert_close(trainer.value_head.bias[0].double(), theirs.bias, rtol=0, atol=1e-6)

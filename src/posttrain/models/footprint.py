@@ -10,7 +10,7 @@ their formulas; a family that keeps something else altogether is what the planne
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,15 @@ class Footprint:
         passing = max(self.head, tokens * self.layer)
         update = self.gradients - (self.copies if sheds_copies else 0)
         return int(max((activations + passing) * OVERHEAD + before, update))
+
+    def and_activations_of(self, other: Footprint) -> Footprint:
+        """Of two models that keep what they compute for the same backward pass."""
+        return replace(
+            self,
+            kept={level: size + other.kept[level] for level, size in self.kept.items()},
+            weights={level: size + other.weights[level] for level, size in self.weights.items()},
+            layer=max(self.layer, other.layer),
+        )
 
 
 def footprint(base: Any, trained: Mapping[str, nn.Parameter], lean: set[nn.Module], optimizer: str) -> Footprint:

@@ -28,7 +28,7 @@ class Scorer(Policy):
 
     def __call__(self, batch: Batch, needs: Needs) -> Outputs:
         batch = batch.to(self.device)
-        hidden_TD = self._packed(batch) if self.is_packed else self._padded(batch)
+        hidden_TD = self.states(batch)
         last_S = torch.tensor(batch.layout.last_tokens).to(hidden_TD.device, non_blocking=True)
         score_S = self.base.score(hidden_TD[last_S])[:, 0].float()
         nothing = score_S.new_zeros(0)

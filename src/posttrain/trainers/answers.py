@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from peft import PeftModel
-from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, set_seed
 
@@ -37,7 +36,7 @@ from posttrain.trainers.forewarning import (
     warn_of_reference,
     warn_of_unlikely_answers,
 )
-from posttrain.trainers.opening import as_dict, open_model
+from posttrain.trainers.opening import as_dict, open_model, turn_dropout_off
 from posttrain.types import Sample
 
 logger = logging.getLogger("posttrain")
@@ -157,9 +156,7 @@ class AnswerTrainer(DataTrainer):
         if self.betas is not None:
             warn_of_beta(args, self.betas)
         if args.disable_dropout:
-            for module in self._model.modules():
-                if isinstance(module, nn.Dropout):
-                    module.p = 0.0
+            turn_dropout_off(self._model)
         self._settings = self._data_settings()
         self.data_reports: dict[str, DataReport] = {}
 
@@ -308,9 +305,11 @@ def check_adapter(model: Any, name: str | None) -> None:
 
 def check_shares_nothing(model: Any, ref_model: Any) -> None:
     """Raises ConfigError where the reference is made of the policy's own layers."""
-    if ref_model is None:
-        return
-    own = {id(parameter) for parameter in model.parameters()}
-    if any(id(parameter) in own for parameter in ref_model.parameters()):
+    if ref_model is not None and shares_layers(model, ref_model):
         raise ConfigError("ref_model has layers of the model that is trained: it would follow the policy",
                           hint="leave it out; with an adapter the model without it is the reference")  # fmt: skip
+
+
+def shares_layers(one: Any, other: Any) -> bool:
+    own = {id(parameter) for parameter in one.parameters()}
+    return any(id(parameter) in own for parameter in other.parameters())

@@ -34,7 +34,7 @@ from posttrain.trainers.answers import Follow
 from posttrain.trainers.arguments import check_arguments
 from posttrain.trainers.base import PackedTrainer, make_events
 from posttrain.trainers.online_config import OnlineConfig
-from posttrain.trainers.opening import as_dict, open_model, read_config
+from posttrain.trainers.opening import as_dict, open_model, read_config, turn_dropout_off
 from posttrain.trainers.rewards import open_rewards, refuse_online
 from posttrain.trainers.rollouts import TrainerRollouts
 from posttrain.types import Sample, Tokenized
@@ -66,6 +66,7 @@ class OnlineTrainer(PackedTrainer):
     args: OnlineConfig
     of_policy: ClassVar[tuple[str, ...]] = ("old_logp_R",)
     value_head: nn.Linear | None = None
+    value_model: Any = None
     kl: KLControl | None = None
 
     def __init__(
@@ -120,9 +121,7 @@ class OnlineTrainer(PackedTrainer):
         set_seed(args.seed)  # adapters are initialised at random
         self._model, self._tokenizer = open_model(model, tokenizer, args, peft_config, quantization_config)
         if args.disable_dropout:
-            for module in self._model.modules():
-                if isinstance(module, nn.Dropout):
-                    module.p = 0.0
+            turn_dropout_off(self._model)
         if not args.beta:
             said = f": {args.no_kl_reason}" if args.no_kl_reason else ""
             level = logging.INFO if said else logging.WARNING
@@ -167,6 +166,7 @@ class OnlineTrainer(PackedTrainer):
             reference=self._reference() if args.beta else None,
             rollouts=self.rollouts,
             value_head=self.value_head,
+            value_model=self.value_model,
         )
         if self.run.reference is not None and self.run.reference.moves:
             self.add_callback(Follow(self.run.reference))

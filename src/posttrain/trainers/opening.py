@@ -7,6 +7,7 @@ import logging
 from typing import Any, TypeVar
 
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import align_special_tokens
 
@@ -116,6 +117,12 @@ def dtype_to_load(args: PackedConfig, peft_config: Any) -> str:
         return "float32"
     trains_more = getattr(peft_config, "modules_to_save", None) or getattr(peft_config, "trainable_token_indices", None)
     return "bfloat16" if args.bf16 and not trains_more else "auto"
+
+
+def turn_dropout_off(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
 
 
 def as_dict(given: dict[str, Any] | str | None) -> dict[str, Any]:

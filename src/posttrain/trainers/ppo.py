@@ -1,6 +1,7 @@
-"""`PPOTrainer`: the arguments of TRL's, posttrain's engine. The value function is a head on the policy's own layers.
+"""`PPOTrainer`: the arguments of TRL's, posttrain's engine. The value function is a head on the policy's own layers, or
+a model of its own.
 
-Left out: a separate value model (refused by name), encoder-decoder models.
+Left out: encoder-decoder models.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from posttrain.errors import ConfigError
 from posttrain.evaluate.validation import check_validated
+from posttrain.models.load import load_model
+from posttrain.models.scoring import as_classifier, is_classifier
 from posttrain.objectives.ppo import PPOLoss
 from posttrain.reference import ReferenceModel
 from posttrain.rewards.functions import RewardError
@@ -24,9 +27,9 @@ from posttrain.rollout.advantages import Advantages, weighted_sum
 from posttrain.rollout.credit import credit
 from posttrain.rollout.generation import Rollout
 from posttrain.rollout.source import Learning
-from posttrain.trainers.answers import check_adapter, check_shares_nothing
+from posttrain.trainers.answers import check_adapter, check_shares_nothing, shares_layers
 from posttrain.trainers.online import OnlineTrainer
-from posttrain.trainers.opening import read_config, refuse
+from posttrain.trainers.opening import as_dict, read_config, refuse, turn_dropout_off
 from posttrain.trainers.ppo_config import PPOConfig
 
 
@@ -41,7 +44,9 @@ class PPOTrainer(OnlineTrainer):
         reward_model: a sequence-classification model with one label, or the folder or name of one, with a validation
             record (`posttrain eval --reward-model M --data D` writes it); or a reward function, which needs none.
         train_dataset, eval_dataset: rows with a `prompt`, text or messages; other columns reach the rewards.
-        value_model: refused; the value function shares the policy's layers.
+        value_model: a sequence-classification model with one label (or a causal one, which is given a score), or the
+            name or folder of one, trained beside the policy; default: a head on the policy's own layers, which costs
+            next to nothing.
         peft_config: an adapter to add.
         reward_funcs: more rewards, one or a list, as `GRPOTrainer` takes them; their weighted sum is the score.
         reward_processing_classes: tokenizers of reward models, those of `reward_funcs` first.
@@ -81,19 +86,49 @@ class PPOTrainer(OnlineTrainer):
         processing_class = older.pop("tokenizer", None) or processing_class
         self.args = read_config(PPOConfig, model, args, older, "PPOTrainer")
         refuse(data_collator=data_collator)
-        if value_model is not None:
-            raise ConfigError("value_model is not honoured: the value function is a head on the policy's own layers",
-                              hint="leave it out")  # fmt: skip
         self._open(model, processing_class, peft_config, quantization_config)
         self._ref_model = _reference(self._model, ref_model, self.args)
-        self.value_head, self.kl = _value_head(self._model), self.args.control()
+        self.kl = self.args.control()
+        value_model = self.args.value_model_path if value_model is None else value_model
+        if value_model is None:
+            self.value_head = _value_head(self._model)
+        else:
+            self.value_model = self._open_value_model(value_model)
         rewards, tokenizers = self._rewards(reward_model, reward_funcs, reward_processing_classes)
         self._start(rewards, tokenizers, train_dataset, eval_dataset, callbacks, optimizers, rollout_func)
         for given, one in zip(rewards, self.reward_funcs, strict=True):
             if isinstance(one, RewardModel):
+                if self.value_model is not None and shares_layers(self.value_model, one.model):
+                    raise ConfigError("value_model has layers of the reward model, which would change as it is trained",
+                                      hint="load the same model twice")  # fmt: skip
                 name = given if isinstance(given, str) else str(one.config._name_or_path or "")
                 check_validated(one.model, name, self.args.reward_validation, self.args.reward_validation_accuracy,
                                 self.args.reward_validation_pairs)  # fmt: skip
+
+    def _open_value_model(self, given: Any) -> Any:
+        """Raises ConfigError for what is no model with one score over the policy's vocabulary."""
+        if isinstance(given, str):
+            given = load_model(given, as_dict(self.args.model_init_kwargs), dtype="float32", scorer=True)
+        if not isinstance(given, PreTrainedModel | PeftModel):
+            raise ConfigError(f"value_model must be a model or the name of one, got {type(given).__name__}")
+        base = given.get_base_model() if isinstance(given, PeftModel) else given
+        if not is_classifier(base) or base.config.get_text_config().num_labels != 1:
+            if isinstance(given, PeftModel):
+                raise ConfigError("value_model is an adapter of a model without a score",
+                                  hint="AutoModelForSequenceClassification(num_labels=1) has one")  # fmt: skip
+            given = base = as_classifier(given)
+        if not any(parameter.requires_grad for parameter in given.parameters()):
+            raise ConfigError("value_model is frozen: it would learn nothing", hint="leave some of it unfrozen")
+        if shares_layers(self._model, given):
+            raise ConfigError("value_model has layers of the policy, which would be trained twice over",
+                              hint="leave it out: a head on the policy's own layers is the default")  # fmt: skip
+        own, other = (one.get_input_embeddings().weight.shape[0] for one in (self._model, base))
+        if other < own:
+            raise ConfigError(f"value_model knows {other} tokens, the policy says {own}",
+                              hint="take one with the policy's tokenizer")  # fmt: skip
+        if self.args.disable_dropout:
+            turn_dropout_off(given)
+        return given
 
     def _rewards(self, reward_model: Any, reward_funcs: Any, tokenizers: Any) -> tuple[list[Any], list[Any]]:
         """All of them in one list, with the tokenizer of each; a model that does not say where its own lies reads what

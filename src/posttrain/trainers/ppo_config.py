@@ -97,6 +97,9 @@ class PPOConfig(OnlineConfig):
     sft_model_path: str | None = field(
         default=None, metadata={"help": "Name or folder of the model, where model is not given."}
     )
+    value_model_path: str | None = field(
+        default=None, metadata={"help": "Name or folder of a value model. Default: a head on the policy's layers."}
+    )
     ref_adapter_name: str | None = field(
         default=None, metadata={"help": "An adapter of the model to be the reference."}
     )

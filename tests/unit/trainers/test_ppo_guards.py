@@ -253,7 +253,6 @@ def test_older_spellings(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"value_model": "model"}, "value_model is not honoured"),
         ({"data_collator": len}, "data_collator is not honoured"),
         ({"reward_model": None}, "reward_model is needed"),
         ({"ref_model": "other"}, "ref_model must be a model, got str"),
