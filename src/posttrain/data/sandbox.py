@@ -10,16 +10,12 @@ from __future__ import annotations
 import atexit
 import hashlib
 import json
-import os
-import select
-import subprocess
-import sys
 import threading
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from posttrain.children import Child, Late, NotStarted
 from posttrain.data.rendering import rendered
 from posttrain.errors import ConfigError
 
@@ -37,87 +33,46 @@ class Sandbox:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._forget()
-
-    def _forget(self) -> None:
-        self._child: subprocess.Popen[bytes] | None = None
+        self.child = Child(SCRIPT, KEPT)
         self._known: set[str] = set()
-        self._owner = os.getpid()
+        self._number = 0
 
     def render(self, template: str, values: Mapping[str, Any], marked: bool = False) -> Any:
         """What `template` writes; with `marked`, that and the characters between its generation markers. `values` are
         plain JSON. Raises RenderError, LimitError."""
         key = hashlib.sha256(template.encode("utf-8", "surrogatepass")).hexdigest()
         with self._lock:
-            child = self._running()
+            self._start()
             request = {"key": key, "values": values, "marked": marked}
             if key not in self._known:
                 request["template"] = template
-            reply = self._exchange(child, (json.dumps(request) + "\n").encode())
+            reply = self._asked(request)
             self._known.add(key)
             if "limit" in reply:  # it may hold on to what it took
-                self.close()
+                self.child.close()
         return rendered(reply)
 
-    def _exchange(self, child: subprocess.Popen[bytes], line: bytes) -> dict[str, Any]:
-        assert child.stdin is not None
-        assert child.stdout is not None
+    def _start(self) -> None:
+        """Raises ConfigError (E-DATA-0045) where the child cannot be had."""
         try:
-            child.stdin.write(line)
-            child.stdin.flush()
-            ready, _, _ = select.select([child.stdout], [], [], PATIENCE)
-            answer = child.stdout.readline() if ready else b""
-        except BrokenPipeError:
-            answer = b""
-        if not answer.endswith(b"\n"):  # ended by its timer or for want of memory
-            child.kill()
-            return {"limit": "it takes more than two seconds, or too much memory"}
-        reply: dict[str, Any] = json.loads(answer)
-        return reply
+            self.child.start()
+        except NotStarted as error:
+            message = f"the process that renders chat templates cannot be started: {error or 'it ended'}"
+            hint = 'a named template (chat_template="chatml", ...) needs none'
+            raise ConfigError(message, hint=hint, code="E-DATA-0045") from None
+        if self._number != self.child.number:
+            self._number, self._known = self.child.number, set()
 
-    def _running(self) -> subprocess.Popen[bytes]:
-        if self._owner != os.getpid():  # forked: the child is our parent's
-            self._forget()
-        if self._child is None or self._child.poll() is not None:
-            paths = json.dumps([path for path in sys.path if path])
-            self._child, self._known = _started([sys.executable, "-I", "-S", str(SCRIPT), paths]), set()
-        return self._child
+    def _asked(self, request: dict[str, Any]) -> dict[str, Any]:
+        try:
+            reply: dict[str, Any] = json.loads(self.child.ask((json.dumps(request) + "\n").encode(), PATIENCE))
+        except Late:  # ended by its timer or for want of memory
+            return {"limit": "it takes more than two seconds, or too much memory"}
+        return reply
 
     def close(self) -> None:
         """End the child; the next rendering starts another."""
-        child, self._child = self._child, None
-        if child is None or self._owner != os.getpid():
-            return
-        child.kill()
-        child.wait()
-        for pipe in (child.stdin, child.stdout):
-            if pipe is not None:
-                with suppress(OSError):  # what was not yet sent
-                    pipe.close()
-
-
-def _started(command: list[str]) -> subprocess.Popen[bytes]:
-    """The child, ready. Raises ConfigError (E-DATA-0045) where it cannot be had."""
-    environment = {name: os.environ[name] for name in KEPT if name in os.environ}
-    try:
-        child = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
-        )
-    except OSError as error:
-        raise _not_started(str(error)) from None
-    assert child.stdout is not None
-    assert child.stderr is not None
-    if child.stdout.readline() != b"ready\n":
-        _, said = child.communicate()
-        raise _not_started(said.decode(errors="replace").strip().rpartition("\n")[2])
-    child.stderr.close()
-    return child
-
-
-def _not_started(why: str) -> ConfigError:
-    message = f"the process that renders chat templates cannot be started: {why or 'it ended'}"
-    hint = 'a named template (chat_template="chatml", ...) needs none'
-    return ConfigError(message, hint=hint, code="E-DATA-0045")
+        self.child.close()
 
 
 SANDBOX = Sandbox()

@@ -94,8 +94,8 @@ def test_the_child_has_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_SECRET", "canary")
     sandbox = Sandbox()
     sandbox.render("x", VALUES)
-    assert sandbox._child is not None
-    with open(f"/proc/{sandbox._child.pid}/environ", "rb") as file:
+    assert sandbox.child.process is not None
+    with open(f"/proc/{sandbox.child.process.pid}/environ", "rb") as file:
         assert b"canary" not in file.read()
     sandbox.close()
 
@@ -111,12 +111,12 @@ def test_the_date_is_that_of_the_parent(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_forked_process_has_a_child_of_its_own() -> None:
     SANDBOX.render("x", VALUES)
-    theirs = SANDBOX._child
+    theirs = SANDBOX.child.process
     pid = os.fork()
     if pid == 0:  # pragma: no cover (another process)
         code = 1
         try:
-            code = 0 if SANDBOX.render("{{ 1 + 1 }}", VALUES) == "2" and SANDBOX._child is not theirs else 1
+            code = 0 if SANDBOX.render("{{ 1 + 1 }}", VALUES) == "2" and SANDBOX.child.process is not theirs else 1
             SANDBOX.close()
         finally:
             os._exit(code)

@@ -83,7 +83,7 @@ def test_an_interrupted_question_leaves_no_answer_behind() -> None:
 
 def test_a_dead_worker_is_followed_by_another() -> None:
     math_answer(completions=["1"], answer=["1"])
-    child = equivalence.WORKER._child
+    child = equivalence.WORKER.child.process
     assert child is not None
     child.kill()
     child.wait()
@@ -92,7 +92,7 @@ def test_a_dead_worker_is_followed_by_another() -> None:
 
 def test_the_worker_has_no_environment() -> None:
     math_answer(completions=["1"], answer=["1"])
-    child = equivalence.WORKER._child
+    child = equivalence.WORKER.child.process
     assert child is not None
     environment = f"/proc/{child.pid}/environ"
     if os.path.exists(environment):
