@@ -94,10 +94,10 @@ class ReferenceModel:
         if self._is_open:
             return
         self._is_open = True
-        self._trained = session.trained
+        self._trained = session.trained_of_policy
         self._is_off = is_fresh_adapter(session.policy.model)
         if self.model is None and self.adapter is None and not self._is_off and not self.precompute:
-            self._held = Held(session.trained)
+            self._held = Held(self._trained)
 
     def ask(self, session: Session) -> Reference:
         """The reference, as a function of batches."""

@@ -69,7 +69,7 @@ class Rollouts(Protocol):
         """What must be the same for a resumed run to be the same run."""
         ...
 
-    def open(self, session: Session, reference: Reference | None, stopped: Callable[[], bool]) -> None:
+    def open(self, session: Session, reference: Reference | None) -> None:
         """Before anything is sampled."""
         ...
 
@@ -149,10 +149,12 @@ class Run:
             source.token_budget = self._plan(session)
             self.source = source
             if self.rollouts is not None:
-                self.rollouts.open(session, self._asker(session), lambda: stop.received is not None)
+                self.rollouts.open(session, self._asker(session))
+                source.stopped = lambda: stop.received is not None
             loop = self._loop(session, source, max_steps, epochs, stop)
             if self.rollouts is not None:
                 source.report = loop.meter.add
+                source.load_state({})  # what an earlier run has sampled
             folder = self._resume_folder(resume)
             self.identity = self._identity(session)
             rng = self._take_up(session, loop, folder) if folder is not None else None
@@ -413,7 +415,7 @@ class Run:
             return stop is not None and stop.received is not None
 
         if self.rollouts is not None:
-            self.rollouts.open(session, self._asker(session), stopped)
+            self.rollouts.open(session, self._asker(session))
             values = self.rollouts.evaluate(session, samples, stopped, self.events.prediction_step)
         else:
             samples = self._asked(session, samples, prefix)

@@ -64,6 +64,8 @@ class Session:
         except BaseException:
             give_back(lean)
             precision.restore()
+            for base, before in zip(bases, attention, strict=True):
+                base.set_attn_implementation(before)
             raise
         policy.shape = replace(policy.shape, temperature=getattr(args, "temperature", 1.0))
         for other in others:
@@ -76,6 +78,11 @@ class Session:
         session = cls(policy, precision, trained, attention, lean, args, checkpoint_options=options)
         session.recompute(_asked(args))
         return session
+
+    @property
+    def trained_of_policy(self) -> dict[str, torch.nn.Parameter]:
+        """Without what says values."""
+        return {name: one for name, one in self.trained.items() if not name.startswith(("value_head.", "value_model."))}
 
     def attach(self, value_head: torch.nn.Linear) -> None:
         """Let the policy say values too; the head is trained beside the model, in its own precision."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -189,6 +189,35 @@ def test_a_value_model_in_bf16_learns_and_is_given_back(tmp_path: Path) -> None:
     assert not (tmp_path / "saved" / "value_model").exists()
 
 
+def test_a_reference_that_follows_knows_no_values(tmp_path: Path) -> None:
+    """Of its own, and a model that was given, beside a head and beside a value model."""
+    words = chatml_tokenizer()
+    for number, (given, valued) in enumerate([(None, None), (7, None), (None, "llama")]):
+        args = posttrain.PPOConfig(str(tmp_path / str(number)), **{**SETTINGS, "max_steps": 3}, sync_ref_model=True,
+                                   ref_model_sync_steps=1)  # fmt: skip
+        trainer = posttrain.PPOTrainer(
+            args, words, tiny_model("llama", len(words)),
+            None if given is None else tiny_model("llama", len(words), seed=given), few_vowels, ROWS,
+            value_model=None if valued is None else as_classifier(tiny_model(valued, len(words), seed=3)),
+        )  # fmt: skip
+        trainer.train()
+        stored = load_file(tmp_path / str(number) / "checkpoint-3" / "reference.safetensors")
+        assert stored.keys() == {name for name, _ in trainer.model.named_parameters()}
+
+
+def test_a_value_model_that_cannot_be_opened_leaves_the_policy_as_it_was(tmp_path: Path) -> None:
+    words = chatml_tokenizer()
+    policy = tiny_model("llama", len(words))
+    before = policy.config._attn_implementation
+    valued = as_classifier(tiny_model("llama", len(words), seed=1))
+    prompted = get_peft_model(valued, PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2))
+    trainer = posttrain.PPOTrainer(posttrain.PPOConfig(str(tmp_path), **SETTINGS), words, policy, None, few_vowels,
+                                   ROWS, value_model=prompted)  # fmt: skip
+    with pytest.raises(posttrain.ConfigError, match="prompts that are learned"):
+        trainer.train()
+    assert policy.config._attn_implementation == before
+
+
 def test_a_value_model_that_cannot_be_one(tmp_path: Path) -> None:
     words = chatml_tokenizer()
     policy = tiny_model("llama", len(words))
@@ -198,13 +227,24 @@ def test_a_value_model_that_cannot_be_one(tmp_path: Path) -> None:
         (3, "value_model must be a model or the name of one, got int"),
         (as_classifier(tiny_model("llama", 20)), "value_model knows 20 tokens, the policy says"),
         (as_classifier(policy), "value_model has layers of the policy"),
-        (frozen, "value_model is frozen"),
+        (frozen, "value_model's score is frozen"),
+        (get_peft_model(scored, LoraConfig(r=2, target_modules=["q_proj"])), "value_model's score is frozen"),
         ("no/such/folder", "cannot load the model 'no/such/folder'"),
     ):
         with pytest.raises(posttrain.ConfigError, match=message):
             posttrain.PPOTrainer(posttrain.PPOConfig(str(tmp_path), **SETTINGS), words, policy, None, few_vowels, ROWS,
                                  value_model=given)  # fmt: skip
+    other = tiny_model("llama", len(words), seed=2)
+    with pytest.raises(posttrain.ConfigError, match="value_model has layers of ref_model"):
+        posttrain.PPOTrainer(posttrain.PPOConfig(str(tmp_path), **SETTINGS), words, policy, other, few_vowels, ROWS,
+                             value_model=as_classifier(other))  # fmt: skip
+    short = tiny_model("gpt2", len(words))
+    short.config.n_positions = 12
+    with pytest.raises(posttrain.UserError, match="12"):
+        posttrain.PPOTrainer(posttrain.PPOConfig(str(tmp_path), **SETTINGS), words, policy, None, few_vowels, ROWS,
+                             value_model=as_classifier(short))  # fmt: skip
     own = torch.optim.SGD(policy.parameters(), lr=0.1)
+    scored = as_classifier(tiny_model("llama", len(words), seed=1))
     trainer = posttrain.PPOTrainer(posttrain.PPOConfig(str(tmp_path), **SETTINGS), words, policy, None, few_vowels,
                                    ROWS, value_model=scored, optimizers=(own, None))  # fmt: skip
     with pytest.raises(posttrain.ConfigError, match="SGD does not hold the value model"):

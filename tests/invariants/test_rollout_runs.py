@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import TrainerCallback
 
 import posttrain
 from tests.tiny_models import tiny_model
@@ -44,13 +45,14 @@ def few_vowels(completions: list[Any], **_: Any) -> list[float]:
     return [-sum(c in "aeiou" for c in one[0]["content"]) / 4 for one in completions]
 
 
-def make(folder: Path, adapter: bool = False, **settings: Any) -> posttrain.GRPOTrainer:
+def make(folder: Path, adapter: bool = False, eval_dataset: Any = None, **settings: Any) -> posttrain.GRPOTrainer:
     words = chatml_tokenizer()
     return posttrain.GRPOTrainer(
         model=tiny_model("llama", len(words)),
         reward_funcs=few_vowels,
         args=posttrain.GRPOConfig(str(folder), **{**SETTINGS, **settings}),
         train_dataset=ROWS,
+        eval_dataset=eval_dataset,
         processing_class=words,
         peft_config=LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1) if adapter else None,
     )
@@ -99,6 +101,51 @@ def test_a_run_with_other_completions_is_another_run(tmp_path: Path) -> None:
     make(tmp_path, max_steps=2).train()
     with pytest.raises(posttrain.CheckpointError, match="how completions are sampled"):
         make(tmp_path, max_steps=4, temperature=0.7).train(resume_from_checkpoint=True)
+
+
+CHANGED = {"scale_rewards": "none", "shuffle_dataset": False, "data_seed": 4, "dynamic_sampling": "skip"}
+
+
+@pytest.mark.parametrize("changed", CHANGED)
+def test_a_run_with_other_rounds_is_another_run(changed: str, tmp_path: Path) -> None:
+    make(tmp_path, max_steps=2).train()
+    with pytest.raises(posttrain.CheckpointError):
+        make(tmp_path, max_steps=4, **{changed: CHANGED[changed]}).train(resume_from_checkpoint=True)
+
+
+def test_trained_again_it_samples_again(tmp_path: Path) -> None:
+    """Not what the model said that it was in the run before."""
+    settings = {"steps_per_generation": 3, "max_steps": 2, "save_strategy": "no"}
+    trainer = make(tmp_path, **settings)
+    trainer.train()
+    first = samples(tmp_path)
+    trainer.train()
+    second = samples(tmp_path)
+    assert len(first) == len(second) == 24
+    assert first != second
+    gaps = [one["sampling/logp_difference"] for one in trainer.state.log_history if "loss" in one]
+    assert max(gaps) < 1e-4
+
+
+def test_a_seed_of_the_data_s_own(tmp_path: Path) -> None:
+    orders = [make(tmp_path, data_seed=seed, save_strategy="no").rollouts.rounds.prompts(0) for seed in (None, 42, 5)]
+    assert list(orders[0]) == list(orders[1]) != list(orders[2])  # 42 is the seed
+
+
+def test_evaluation_in_training_uses_the_engine_that_is_there(tmp_path: Path) -> None:
+    engines = []
+
+    class Watch(TrainerCallback):
+        def on_evaluate(self, *_: Any, **__: Any) -> None:
+            engines.append(trainer.rollouts.engine)
+
+    trainer = make(
+        tmp_path, max_steps=3, eval_strategy="steps", eval_steps=1, save_strategy="no", eval_dataset=ROWS[:2]
+    )
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert len(engines) == 3
+    assert len({id(engine) for engine in engines}) == 1
 
 
 def test_groups_without_signal_cost_nothing_and_change_nothing(tmp_path: Path) -> None:

@@ -31,6 +31,10 @@ class GRPOConfig(OnlineConfig):
         **OnlineConfig.SPELLINGS,
         "vllm_importance_sampling_cap": renamed("vllm_importance_sampling_clip_max"),
     }
+    MAKES_ROUNDS: ClassVar[tuple[str, ...]] = (
+        *OnlineConfig.MAKES_ROUNDS, "scale_rewards", "multi_objective_aggregation", "dynamic_sampling",
+        "max_resampling_rounds",
+    )  # fmt: skip
     NOT_HONOURED: ClassVar[tuple[str, ...]] = (
         *OnlineConfig.NOT_HONOURED, "cast_lm_head_to_fp32", "max_tool_calling_iterations", "use_adaptive_entropy",
         "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target",

@@ -211,11 +211,13 @@ class OnlineTrainer(PackedTrainer):
         )
         prompts, report = read_prompts(dataset, self._tokenizer, settings, name)
         self.data_reports[name] = report
-        base = self._model.get_base_model() if isinstance(self._model, PeftModel) else self._model
-        config = base.config.get_text_config()
-        places = config.max_position_embeddings if config.model_type == "gpt2" else None
         assert args.max_completion_length is not None
-        check_tokens(prompts, base.get_input_embeddings().weight.shape[0], places, args.max_completion_length)
+        for model in (self._model, self.value_model):
+            if model is not None:
+                config = model.config.get_text_config()
+                places = config.max_position_embeddings if config.model_type == "gpt2" else None
+                vocabulary = model.get_input_embeddings().weight.shape[0]
+                check_tokens(prompts, vocabulary, places, args.max_completion_length)
         lost = report.num_skipped or report.truncated.count
         logger.log(
             logging.WARNING if lost else logging.INFO,

@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from posttrain.course import data_seed
 from posttrain.errors import ConfigError
 from posttrain.rollout.order import Rounds
 from posttrain.rollout.sampling import Sampling
@@ -71,7 +72,7 @@ class OnlineConfig(PackedConfig):
     )  # fmt: skip
     MAKES_ROUNDS: ClassVar[tuple[str, ...]] = (
         "num_generations", "steps_per_generation", "num_iterations", "max_completion_length", "beta",
-        "mask_truncated_completions",
+        "mask_truncated_completions", "shuffle_dataset", "use_vllm",
     )  # fmt: skip
     SPELLINGS: ClassVar[dict[str, Rewrite]] = {
         "use_transformers_paged": renamed("use_transformers_continuous_batching"),
@@ -82,6 +83,7 @@ class OnlineConfig(PackedConfig):
     }
     KL_WEIGHT: ClassVar[str] = "beta"
     LEAST_GENERATIONS: ClassVar[int] = 2
+    LEAST_GENERATIONS_EVAL: ClassVar[int] = 1
 
     learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate."})
     max_length: int | None = field(default=None, metadata={"help": "Not of this method."})
@@ -211,10 +213,9 @@ class OnlineConfig(PackedConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:
                 raise ConfigError(f"{name}={value!r} must be at least {low}")
-        if self.num_generations_eval is not None and (
-            not isinstance(self.num_generations_eval, int) or self.num_generations_eval < 1
-        ):
-            raise ConfigError(f"num_generations_eval={self.num_generations_eval!r} must be at least 1")
+        in_evaluation, low = self.num_generations_eval, self.LEAST_GENERATIONS_EVAL
+        if in_evaluation is not None and (not isinstance(in_evaluation, int) or in_evaluation < low):
+            raise ConfigError(f"num_generations_eval={in_evaluation!r} must be at least {low}")
         assert self.generation_batch_size is not None
         assert self.num_generations is not None
         if self.generation_batch_size % self.num_generations:
@@ -289,4 +290,4 @@ class OnlineConfig(PackedConfig):
                               f"(generation_batch_size / num_generations)",
                               hint="give more prompts, or lower generation_batch_size")  # fmt: skip
         return Rounds(num_prompts, a_round, self.steps_per_generation, self.num_iterations,
-                      self.gradient_accumulation_steps, self.seed if self.shuffle_dataset else None)  # fmt: skip
+                      self.gradient_accumulation_steps, data_seed(self) if self.shuffle_dataset else None)  # fmt: skip

@@ -117,8 +117,12 @@ class PPOTrainer(OnlineTrainer):
                 raise ConfigError("value_model is an adapter of a model without a score",
                                   hint="AutoModelForSequenceClassification(num_labels=1) has one")  # fmt: skip
             given = base = as_classifier(given)
-        if not any(parameter.requires_grad for parameter in given.parameters()):
-            raise ConfigError("value_model is frozen: it would learn nothing", hint="leave some of it unfrozen")
+        if not any(parameter.requires_grad for parameter in base.score.parameters()):
+            raise ConfigError("value_model's score is frozen: it would go on saying what it says now",
+                              hint="leave it unfrozen; of an adapter, LoraConfig(task_type='SEQ_CLS') trains it "
+                              "too")  # fmt: skip
+        if self._ref_model is not None and shares_layers(self._ref_model, given):
+            raise ConfigError("value_model has layers of ref_model, which stays as it is", hint="load the model twice")
         if shares_layers(self._model, given):
             raise ConfigError("value_model has layers of the policy, which would be trained twice over",
                               hint="leave it out: a head on the policy's own layers is the default")  # fmt: skip

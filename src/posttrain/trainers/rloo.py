@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import numpy as np
 
@@ -21,6 +22,9 @@ from posttrain.trainers.online_config import OnlineConfig
 @dataclass
 class RLOOConfig(OnlineConfig):
     """Settings of REINFORCE leave-one-out. Raises ConfigError for one that is not honoured, naming it."""
+
+    MAKES_ROUNDS: ClassVar[tuple[str, ...]] = (*OnlineConfig.MAKES_ROUNDS, "normalize_advantages", "reward_clip_range")
+    LEAST_GENERATIONS_EVAL: ClassVar[int] = 2
 
     num_generations: int | None = field(default=2, metadata={"help": "Completions of each prompt, which are compared."})
     beta: float = field(default=0.05, metadata={"help": "Weight of the KL divergence that rewards are reduced by."})

@@ -83,18 +83,17 @@ class TrainerRollouts:
             "rollout_func": self.rollout_func is not None,
         }
 
-    def open(self, session: Session, reference: Reference | None, stopped: Callable[[], bool]) -> None:
+    def open(self, session: Session, reference: Reference | None) -> None:
         args, source = self.trainer.args, self.source
         ends = self._ends(session)
         if args.use_vllm:
             self.engine = self._server(session)
-        else:
+        elif not (isinstance(self.engine, LocalEngine) and self.engine.policy is session.policy):
             self.engine = LocalEngine(session.policy, ends, self._decode, args.max_sampling_rows)
         source.sample = self._sampler(self.prompts, ends)
         source.ask_policy = _asked(session.policy, with_values="old_value_R" in source.of_policy)
         source.ask_reference = None if reference is None else lambda batch: (reference(batch),)
         source.packing = self.trainer.run._packing(session)
-        source.stopped = stopped
 
     def _ends(self, session: Session) -> list[int]:
         """What ends a completion: the model's own tokens, and stop strings that are tokens, which no text shows."""

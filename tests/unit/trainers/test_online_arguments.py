@@ -87,6 +87,11 @@ def test_what_means_nothing_is_refused(settings: dict[str, Any], message: str, t
         posttrain.GRPOConfig(str(tmp_path), **GIVEN, **settings)
 
 
+def test_rloo_compares_in_evaluation_too(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="num_generations_eval=1 must be at least 2"):
+        posttrain.RLOOConfig(str(tmp_path), num_generations_eval=1, **GIVEN)
+
+
 def make(folder: Path, rows: Any = None, **given: Any) -> posttrain.GRPOTrainer:
     words = chatml_tokenizer()
     args = given.pop("args", None) or posttrain.GRPOConfig(
