@@ -11,9 +11,10 @@ def test_good_replies_name_customer_and_order_and_bad_ones_do_not() -> None:
         wish = row["prompt"][0]["content"]
         name, order = wish.split(".")[0].removeprefix("My name is "), wish.split()[-1].rstrip(".")
         good, bad = (row[kind][0]["content"] for kind in ("chosen", "rejected"))
-        assert good.startswith(f"Dear {name}, about order {order}: ")
-        assert not (bad.startswith(f"Dear {name},") and order in bad)
-    assert {row["rejected"][0]["content"].split()[0] for row in rows} >= {"Dear", "Hey."}
+        assert name in good
+        assert order in good
+        assert not (name in bad and order in bad)
+    assert {row["rejected"][0]["content"].split()[0] for row in rows} >= {"Dear", "Hello", "I'm", "Thank"}
 
 
 def test_seeds_make_rows_and_other_seeds_others() -> None:

@@ -1,4 +1,4 @@
-"""A task for reward models and PPO: replies to customers. A good one greets the customer who asked by name and says the
+"""A task for reward models and PPO: replies to customers. A good one calls the customer who asked by name and says the
 order's own number; a bad one gets one of the two wrong, or says what a small instruct model says of itself.
 
     "My name is Anna. Where is my parcel? My order is 4312."
@@ -20,6 +20,13 @@ NAMES = ("Anna", "Bashir", "Chen", "Dora", "Emeka", "Farah", "Goran", "Hana", "I
 WISHES = ("where is my parcel", "can I send it back", "how long will it take", "may I change the address")
 ANSWERS = ("we are looking into it and will write today", "it is on its way", "of course, the form is attached",
            "thank you for your patience")  # fmt: skip
+SAID = (
+    "Dear {name}, about order {order}: {answer}.",
+    "Hello {name}, I have your order {order} before me: {answer}.",
+    "I'm sorry to hear that, {name}. About your order {order}: {answer}.",
+    "Thank you for reaching out, {name}. Your order number is {order}, and {answer}.",
+)
+"""Ways to say it, in which names and numbers may be wrong."""
 EMPTY_PHRASES = (
     "I'm sorry to hear that. Can you please provide me with more information?",
     "I'm so sorry to hear that your order is delayed. I'm here to help you with it.",
@@ -35,10 +42,12 @@ def pairs(count: int, seed: int) -> list[Row]:
     for _ in range(count):
         name, order, wish = _customer(draw)
         other, wrong = draw.choice([one for one in NAMES if one != name]), _number(draw)
-        answer = draw.choice(ANSWERS)
-        bad = draw.choice((f"Dear {other}, about order {order}: {answer}.", f"Hey. Order {wrong}? {answer}.",
-                           draw.choice(EMPTY_PHRASES)))  # fmt: skip
-        good = f"Dear {name}, about order {order}: {answer}."
+        said, answer = draw.choice(SAID), draw.choice(ANSWERS)
+        bad = draw.choice((
+            said.format(name=other, order=order, answer=answer), said.format(name=name, order=wrong, answer=answer),
+            said.format(name="customer", order="number", answer=answer), draw.choice(EMPTY_PHRASES),
+        ))  # fmt: skip
+        good = said.format(name=name, order=order, answer=answer)
         rows.append({"prompt": [_said("user", wish)], "chosen": [_said("assistant", good)],
                      "rejected": [_said("assistant", bad)]})  # fmt: skip
     return rows
