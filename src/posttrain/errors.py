@@ -32,9 +32,11 @@ class ConfigError(UserError):
 class UnknownArgumentError(ConfigError, TypeError):
     """A keyword argument that nothing here has ever had; a TypeError too, as Python's own would be."""
 
-    def __init__(self, taker: str, name: str, known: Iterable[str]):
-        near = difflib.get_close_matches(name, list(known), n=1)
-        super().__init__(f"{taker} has no argument {name!r}", hint=f"did you mean {near[0]!r}?" if near else None)
+    def __init__(self, taker: str, name: str, known: Iterable[str], *, hint: str | None = None):
+        near = difflib.get_close_matches(name, [one for one in known if one != name], n=1)
+        if hint is None and near:
+            hint = f"did you mean {near[0]!r}?"
+        super().__init__(f"{taker} has no argument {name!r}", hint=hint)
 
 
 class DataError(UserError):

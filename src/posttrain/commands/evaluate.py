@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from posttrain.commands import EXIT_CODES
 from posttrain.commands.reading import add_policy, add_reading
 
+logger = logging.getLogger("posttrain")
 ABOUT = "how often a reward model prefers the better of two held-out answers; PPO asks for it"
 
 
@@ -58,7 +60,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             disable_tqdm=True,
         )
         trainer = RewardTrainer(model, args, train_dataset=options.data, processing_class=load_tokenizer(name))
-        metrics = trainer.run.evaluate({"": trainer.run.train_samples}, logged=False)  # type: ignore[dict-item]
+        metrics = trainer.run.evaluate({"": _held_out(trainer, name, options.data)}, logged=False)
     record = trainer.validation
     assert record is not None
     assert metrics is not None
@@ -72,6 +74,24 @@ def _evaluate(options: argparse.Namespace) -> int:
               f"(95 % interval {low:.1%} to {high:.1%})")  # fmt: skip
         print(f"✔ saved    {path}")
     return 0
+
+
+def _held_out(trainer: Any, name: str, data: str) -> list[Any]:
+    """The pairs of `data` that the model was not trained on, each once. Raises DataError where there is none."""
+    from posttrain.errors import DataError
+
+    is_said, samples = trainer.learned_before(Path(name)), trainer.run.train_samples
+    if not is_said:
+        logger.warning("%s does not say which pairs it was trained on: that those of %s were held out is yours to know",
+                       name, data)  # fmt: skip
+    held_out = [samples[place] for place in trainer.held_out(samples)]
+    if not held_out:
+        raise DataError(f"{name} was trained on all {len(samples)} pairs of {data}: they prove nothing, and no record "
+                        "is written", hint="give pairs that it was not trained on")  # fmt: skip
+    if len(held_out) < len(samples):
+        logger.warning("%d of %d pairs are left out: the model was trained on them, or they are repeated",
+                       len(samples) - len(held_out), len(samples))  # fmt: skip
+    return held_out
 
 
 def _reward_model(name: str) -> Any:

@@ -42,10 +42,7 @@ class Validation:
 
     def write(self, path: Path) -> None:
         """Whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Validation:
@@ -63,6 +60,14 @@ class Validation:
         if not valid:
             raise ConfigError(f"{path} is no validation record of schema {SCHEMA}", hint=_way_out(str(path.parent)))
         return made
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def validation_of(model: nn.Module, samples: Sequence[Sample], right_P: np.ndarray) -> Validation:

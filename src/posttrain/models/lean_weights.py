@@ -28,7 +28,7 @@ class Product:
     def __init__(self, layers: Sequence[nn.Module]):
         self.layers = layers
         bases = [_base(layer) for layer in layers]
-        self.is_frozen = not any(base.weight.requires_grad for base in bases)
+        self.is_frozen = not any(parameter.requires_grad for base in bases for parameter in base.parameters())
         self.weight: torch.Tensor | None = None
         self.bias: torch.Tensor | None = None
         self.is_packed = False
@@ -43,7 +43,7 @@ class Product:
             self.is_packed = packs and joined.dtype == torch.bfloat16
             self.weight = self._laid_out(joined, rows)
             self.bias = None
-            if bases[0].bias is not None:
+            if getattr(bases[0], "bias", None) is not None:  # PEFT's wrapper of a tied head has none
                 self.bias = torch.cat([base.bias.detach() for base in bases])
         self._take_adapters(self.bias.dtype if self.bias is not None else bases[0].weight.dtype, rows)
 

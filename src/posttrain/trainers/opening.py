@@ -15,14 +15,15 @@ from posttrain.errors import ConfigError, UnknownArgumentError
 from posttrain.models import adapters
 from posttrain.models.load import load_model, load_tokenizer, set_eos_token, set_pad_token
 from posttrain.trainers.config import PackedConfig
-from posttrain.trainers.spellings import TRAINER_GONE, TRAINER_TO_CONFIG, say_read_as
+from posttrain.trainers.spellings import TRAINER_GONE, TRAINER_TO_CONFIG, Rewrite, renamed, say_read_as
 from posttrain.trainers.templates import take_template
 
 logger = logging.getLogger("posttrain")
 Config = TypeVar("Config", bound=PackedConfig)
 TRAINER_ARGUMENTS = (
     "model", "args", "train_dataset", "eval_dataset", "processing_class", "tokenizer", "peft_config", "callbacks",
-    "optimizers", "formatting_func", "compute_metrics", "reward_funcs", "reward_model", "ref_model", "rollout_func",
+    "optimizers", "optimizer_cls_and_kwargs", "formatting_func", "compute_metrics", "reward_funcs", "reward_model",
+    "reward_processing_classes", "ref_model", "value_model", "rollout_func",
 )  # fmt: skip
 """What a misspelt one may have meant."""
 
@@ -33,16 +34,9 @@ def read_config(
     """`args` as a `kind`, with what was once given to the trainer itself."""
     if not isinstance(model, str | PreTrainedModel | PeftModel):
         raise ConfigError(f"model must be a transformers or PEFT model, or the name of one, got {type(model).__name__}")
-    moved = {}
-    for name in list(older):
-        if name in TRAINER_TO_CONFIG and TRAINER_TO_CONFIG[name] in kind.__dataclass_fields__:
-            moved[TRAINER_TO_CONFIG[name]] = older.pop(name)
-            say_read_as(name, {f"args.{TRAINER_TO_CONFIG[name]}": moved[TRAINER_TO_CONFIG[name]]})
-        elif name in TRAINER_GONE:
-            older.pop(name)
-            say_read_as(name, {})
+    moved = _moved(kind, older)
     if older:
-        raise UnknownArgumentError(trainer, next(iter(older)), [*TRAINER_ARGUMENTS, *TRAINER_TO_CONFIG])
+        _refuse_unknown(kind, next(iter(older)), trainer)
     if args is None:
         name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
         args = kind(f"{name.rstrip('/').split('/')[-1]}-{trainer.removesuffix('Trainer')}")
@@ -60,6 +54,39 @@ def read_config(
             del given["train_sampling_strategy"]
         args = kind(**given)
     return dataclasses.replace(args, **moved) if moved else args
+
+
+def _moved(kind: type[PackedConfig], older: dict[str, Any]) -> dict[str, Any]:
+    """What of `older` a `kind` takes today, under the names it has there; what is read leaves `older`."""
+    moved: dict[str, Any] = {}
+    for name in list(older):
+        if name in TRAINER_GONE:
+            older.pop(name)
+            say_read_as(name, {})
+        elif TRAINER_TO_CONFIG.get(name) in _settings(kind):
+            setting, value = TRAINER_TO_CONFIG[name], older.pop(name)
+            rewrite = _spellings(kind).get(setting, renamed(setting))
+            today = rewrite(value)
+            say_read_as(name, {f"args.{key}": one for key, one in today.items()})
+            moved |= today
+    return moved
+
+
+def _spellings(kind: type[PackedConfig]) -> dict[str, Rewrite]:
+    return dict(getattr(kind, "SPELLINGS", {}))
+
+
+def _settings(kind: type[PackedConfig]) -> set[str]:
+    """Keyword arguments that a `kind` takes, older spellings of its own included."""
+    return {field.name for field in dataclasses.fields(kind) if field.init} | _spellings(kind).keys()
+
+
+def _refuse_unknown(kind: type[PackedConfig], name: str, trainer: str) -> None:
+    settings = _settings(kind)
+    if name in settings:
+        raise UnknownArgumentError(trainer, name, [], hint=f"it is a setting: args={kind.__name__}({name}=...)")
+    known = [*TRAINER_ARGUMENTS, *(old for old, setting in TRAINER_TO_CONFIG.items() if setting in settings)]
+    raise UnknownArgumentError(trainer, name, known)
 
 
 def refuse(**given: Any) -> None:

@@ -1,9 +1,9 @@
 """`RewardTrainer` and `RewardConfig`: TRL 1.16's arguments, posttrain's engine.
 
 The model is a causal language model, which gets a score in the place of its head, or a sequence-classification model
-with one label; that is what is saved, with a validation record where it was evaluated on pairs that it was not trained
-on. Pairs with an answer longer than `max_length` are left out, for an answer's score
-is read at its end. A column `margin` says by how much the chosen answer is better.
+with one label; that is what is saved, with a list of the pairs that it was trained on, and a validation record where it
+was evaluated on others. Pairs with an answer longer than `max_length` are left out, for an answer's score is read at
+its end. A column `margin` says by how much the chosen answer is better.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from posttrain.data.codes import bad_row
-from posttrain.data.fingerprint import fingerprint
 from posttrain.data.planning import Packing
 from posttrain.data.settings import DataSettings
 from posttrain.errors import ConfigError
+from posttrain.evaluate.learned import held_out, pair_hash, read_learned, write_learned
 from posttrain.evaluate.rewards import judge_scores, score_pairs
 from posttrain.evaluate.validation import NAME, Validation, hash_of_weights, validation_of
 from posttrain.models import adapters
@@ -116,10 +116,12 @@ class RewardTrainer(AnswerTrainer):
             optimizer_choice=optimizer_cls_and_kwargs,
             predict=self._judge,
         )
-        self.run.beside = self._write_validation
+        self.run.beside = self._write_beside
         self._learned: set[str] = set()
         self._validations: dict[str, Validation] = {}
         self._saved: set[Path] = set()
+        if name := model if isinstance(model, str) else str(getattr(model.config, "_name_or_path", None) or ""):
+            self.learned_before(Path(name))
 
     def _opened(self, model: Any, tokenizer: Any, peft_config: Any, quantization_config: Any) -> tuple[Any, Any]:
         args = self.args
@@ -148,7 +150,17 @@ class RewardTrainer(AnswerTrainer):
         super().before_training()
         self._saved.clear()
         if not callable(self.run.train_samples):  # a stream says what it gives
-            self._learned |= {fingerprint([sample]) for sample in self.run.train_samples}
+            self._learned |= {pair_hash(sample) for sample in self.run.train_samples}
+
+    def learned_before(self, folder: Path) -> bool:
+        """What the reward model saved in `folder` was trained on is not held out here either; whether it is said."""
+        learned = read_learned(folder)
+        self._learned |= learned or set()
+        return learned is not None
+
+    def held_out(self, samples: Sequence[Sample]) -> list[int]:
+        """Places of the pairs that prove something: not trained on, each of them once."""
+        return held_out(samples, self._learned)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -169,6 +181,11 @@ class RewardTrainer(AnswerTrainer):
     def validation(self) -> Validation | None:
         """What held-out pairs say of the weights as they are."""
         return self._validations.get(hash_of_weights(self.run.model)) if self._validations else None
+
+    def _write_beside(self, folder: Path) -> None:
+        if self._learned:
+            write_learned(self._learned, folder)
+        self._write_validation(folder)
 
     def _write_validation(self, folder: Path) -> None:
         if (found := self.validation) is not None:
@@ -204,7 +221,7 @@ class RewardTrainer(AnswerTrainer):
             if "margin" in sample[0].columns:
                 raise ConfigError("margins are not read from streams", hint="give the data as a list or a file")
             readable = self._readable(sample)
-            self._learned.add(fingerprint([readable]))
+            self._learned.add(pair_hash(readable))
             yield readable
 
     def _readable(self, sample: Sample) -> Sample:
@@ -221,11 +238,10 @@ class RewardTrainer(AnswerTrainer):
         policy = session.policy
         budget = self.args.token_budget or default_token_budget(policy.device)
         score_P2 = score_pairs(policy, samples, budget, Packing(shared=policy.shares_prompts))
-        held_out = [index for index, sample in enumerate(samples) if fingerprint([sample]) not in self._learned]
-        if held_out:
-            right_P = score_P2[held_out, 0] > score_P2[held_out, 1]
+        if places := self.held_out(samples):
+            right_P = score_P2[places, 0] > score_P2[places, 1]
             with session.precision.exported():
-                found = validation_of(self.run.model, [samples[index] for index in held_out], right_P)
+                found = validation_of(self.run.model, [samples[place] for place in places], right_P)
             before = self._validations.get(found.weights)
             if before is None or before.n <= found.n:  # of several sets the largest
                 self._validations[found.weights] = found

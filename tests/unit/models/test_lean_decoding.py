@@ -13,6 +13,9 @@ from posttrain.models.decoding import Memory
 from posttrain.models.forward import Policy, open_policy
 from posttrain.models.lean_decoding import LeanRows, forward, lean_weights
 from posttrain.models.lean_weights import LeanWeights
+from posttrain.rollout.engines import Request
+from posttrain.rollout.engines.local import LocalEngine
+from posttrain.rollout.sampling import Sampling
 from tests.tiny_models import FAMILIES, tiny_model
 
 TAKEN = {"llama", "qwen2", "qwen3", "mistral"}
@@ -115,6 +118,39 @@ def test_what_is_trained_is_taken_anew() -> None:
     rows = rows_of(policy, weights=weights)
     rows.admit(0, 1)
     torch.testing.assert_close(rows.step([4])[0], whole(policy, [*PROMPTS[0], 4]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "tied"),
+    [("llama", True), ("llama", False), ("gemma3", True), ("gpt2", True)],
+    ids=["tied", "untied", "own forward", "own forward, other names"],
+)
+@torch.no_grad()
+def test_tokens_that_are_trained(family: str, tied: bool) -> None:
+    """The head that says them is as trained as the embeddings, whoever asks for it and whenever."""
+    torch.manual_seed(0)
+    model: Any = tiny_model(family).eval()
+    if tied:
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+    tokens = [4, 40] if tied else {"embed_tokens": [4, 40], "lm_head": [4, 40]}
+    lora = LoraConfig(r=3, target_modules="all-linear", trainable_token_indices=tokens)
+    model = get_peft_model(model, lora)
+    adapters.specialise(model)
+    policy = open_policy(model)
+    engine = LocalEngine(policy, [], max_rows=2)
+    asked = [Request(prompt, number, 2) for number, prompt in enumerate(PROMPTS)]
+    for _ in range(2):
+        for name, parameter in model.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter.add_(torch.randn_like(parameter))
+        engine.update_weights()
+        for request, made in zip(asked, engine.generate(asked, Sampling(max_tokens=4)), strict=True):
+            for one in made:
+                ids = torch.tensor([[*request.prompt_ids, *one.ids.tolist()]])
+                logp = model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+                torch.testing.assert_close(torch.tensor(one.logps), logp[-len(one.ids) :], rtol=1e-4, atol=1e-5)
+    assert (engine.lean() is not None) == (family in TAKEN)
 
 
 @torch.no_grad()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +22,8 @@ from posttrain.errors import ConfigError, Stopped
 from posttrain.models.forward import open_policy
 from posttrain.rollout.engines import Request
 from posttrain.rollout.engines.local import LocalEngine
-from posttrain.rollout.engines.vllm import EngineError, VllmEngine
+from posttrain.rollout.engines.vllm import VllmEngine
+from posttrain.rollout.engines.vllm_server import EngineError
 from posttrain.rollout.sampling import Sampling
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import chatml_tokenizer
@@ -28,12 +32,13 @@ ENDS = (2, 30, 31, 32, 33)
 
 
 class Server:
-    """`asked` are the requests it got; `answers` change what it says to a path."""
+    """`asked` are the requests it got; `answers` change what it says to a path; `pause` is that before each letter."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, Any]] = []
         self.answers: dict[str, Any] = {}
         self.delay = 0.0
+        self.pause = 0.0
         self.vocabulary = 97
         self.loaded: set[str] = set()
         self.lock = threading.Lock()
@@ -51,7 +56,12 @@ class Server:
             def reply(self, status: int, said: str) -> None:
                 self.send_response(status)
                 self.end_headers()
-                self.wfile.write(said.encode())
+                try:
+                    for letter in said if outer.pause else [said]:
+                        time.sleep(outer.pause)
+                        self.wfile.write(letter.encode())
+                except OSError:  # it does not wait that long
+                    self.close_connection = True
 
             def log_message(self, *_: Any) -> None:
                 pass
@@ -67,6 +77,8 @@ class Server:
             return self.answers[path]  # type: ignore[no-any-return]
         if path == "/v1/load_lora_adapter":
             assert load_file(Path(body["lora_path"]) / "adapter_model.safetensors")
+            if body["lora_name"] in self.loaded:
+                return 400, f"The lora adapter '{body['lora_name']}' has already been loaded."
             self.loaded.add(body["lora_name"])
         if path == "/v1/unload_lora_adapter":
             self.loaded.remove(body["lora_name"])
@@ -129,13 +141,42 @@ def test_what_is_asked_and_what_comes_back(server: Server, tmp_path: Path) -> No
 
 def test_adapters_are_loaded_and_the_one_before_is_let_go(server: Server, tmp_path: Path) -> None:
     sampler = engine(server, tmp_path)
-    sampler.update_weights()
-    assert server.loaded == {"posttrain-1"}
-    sampler.update_weights()
-    assert server.loaded == {"posttrain-2"}
+    for count in (1, 2, 3, 4):
+        sampler.update_weights()
+        (name,) = server.loaded
+        assert name.endswith(f"-{count}")
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter-3", "adapter-4"}
     sampler.generate([Request([5], 0, 1)], Sampling(max_tokens=2))
-    assert server.asked[-1][1]["model"] == "posttrain-2"
+    assert server.asked[-1][1]["model"] == name
     assert sampler.health() is None
+
+
+def test_another_run_is_not_in_the_way(server: Server, tmp_path: Path) -> None:
+    first, second = engine(server, tmp_path / "first"), engine(server, tmp_path / "second")
+    first.update_weights()
+    second.update_weights()
+    assert len(server.loaded) == 2
+    del first
+    gc.collect()
+    assert server.loaded == {second._server.loaded}
+
+
+ALONE = """
+import sys
+from pathlib import Path
+from posttrain.rollout.engines.vllm import VllmEngine
+def save(into): into.joinpath("..").resolve().mkdir(exist_ok=True)
+sampler = VllmEngine(sys.argv[1], "base", 20, save, Path(sys.argv[2]))
+sampler.update_weights()
+"""
+
+
+def test_the_last_adapter_is_let_go_when_the_process_ends(server: Server, tmp_path: Path) -> None:
+    server.answers["/v1/load_lora_adapter"] = (200, "")
+    server.answers["/v1/unload_lora_adapter"] = (200, "")
+    subprocess.run([sys.executable, "-c", ALONE, server.url, str(tmp_path / "vllm")], check=True, timeout=60)
+    assert [path for path, _ in server.asked] == ["/health", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"]
+    assert server.asked[-1][1]["lora_name"] == server.asked[-2][1]["lora_name"]
 
 
 WRONG: dict[str, tuple[Any, str]] = {
@@ -162,6 +203,15 @@ def test_a_server_that_is_late_or_dead_is_named(server: Server, tmp_path: Path) 
     server.http.server_close()
     with pytest.raises(EngineError, match="cannot be reached"):
         engine(server, tmp_path).update_weights()
+
+
+@pytest.mark.parametrize("status", [200, 500])
+def test_a_server_that_says_a_little_now_and_then_is_late(status: int, server: Server, tmp_path: Path) -> None:
+    server.pause, server.answers["/health"] = 0.1, (status, "." * 100)
+    started = time.monotonic()
+    said = engine(server, tmp_path, timeout=0.5).health()
+    assert said == f"the vLLM server at {server.url} has not answered /health within 0.5 s"
+    assert time.monotonic() - started < 2
 
 
 def test_a_signal_does_not_wait_for_the_server(server: Server, tmp_path: Path) -> None:
@@ -200,7 +250,9 @@ def test_grpo_learns_from_what_a_server_samples(server: Server, tmp_path: Path) 
     assert logs[0]["sampling/logp_difference"] < 1e-4  # the adapter is fresh, so the server's model is the policy
     assert logs[0]["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-3)
     assert logs[0]["grad_norm"] > 0
-    assert server.loaded == {"posttrain-2"}
+    assert made.rollouts.engine is not None
+    (name,) = server.loaded
+    assert name.endswith("-2")
 
 
 def test_what_is_refused(server: Server, tmp_path: Path) -> None:

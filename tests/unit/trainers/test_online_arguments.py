@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 import posttrain
 from posttrain.errors import ConfigError, UserError
+from posttrain.trainers.opening import TRAINER_ARGUMENTS
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import chatml_tokenizer
 
@@ -131,6 +133,54 @@ def test_what_means_nothing_without_vllm_is_taken(tmp_path: Path) -> None:
         generation_kwargs={"do_sample": True},
     )  # fmt: skip
     assert args.sampling().temperature == 1.0
+
+
+def no_reward(completions: Any, **_: Any) -> list[float]:
+    return [0.0] * len(completions)
+
+
+UNKNOWN: list[tuple[str, str, str | None]] = [
+    ("GRPO", "label_smoothing", None),
+    ("PPO", "loss_type", None),
+    ("PPO", "value_modell", "did you mean 'value_model'?"),
+    ("PPO", "reward_processing_class", "did you mean 'reward_processing_classes'?"),
+    ("GRPO", "reward_func", "did you mean 'reward_funcs'?"),
+    ("PPO", "num_mini_batches", "it is a setting: args=PPOConfig(num_mini_batches=...)"),
+]
+
+
+@pytest.mark.parametrize(("method", "name", "hint"), UNKNOWN)
+def test_what_a_trainer_does_not_know_is_never_suggested(method: str, name: str, hint: str | None) -> None:
+    with pytest.raises(ConfigError) as caught:
+        getattr(posttrain, f"{method}Trainer")(model=tiny_model("llama"), **{name: 1})
+    assert caught.value.message == f"{method}Trainer has no argument {name!r}"
+    assert caught.value.hint == hint
+
+
+@pytest.mark.parametrize("method", ["SFT", "DPO", "KTO", "ORPO", "Reward", "GRPO", "RLOO", "PPO"])
+def test_every_argument_of_a_trainer_may_be_meant(method: str) -> None:
+    refused = {
+        "data_collator", "compute_loss_func", "model_init", "preprocess_logits_for_metrics", "quantization_config",
+        "tools", "environment_factory",
+    }  # fmt: skip
+    arguments = set(inspect.signature(getattr(posttrain, f"{method}Trainer")).parameters) - {"older", *refused}
+    assert arguments <= set(TRAINER_ARGUMENTS)
+
+
+def test_a_setting_given_to_the_trainer_has_the_name_it_has_in_its_config(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = chatml_tokenizer()
+    given: dict[str, Any] = {
+        "processing_class": words,
+        "reward_model": no_reward,
+        "train_dataset": [{"prompt": "a"}] * 8,
+    }
+    made = posttrain.PPOTrainer(
+        posttrain.PPOConfig(str(tmp_path), **GIVEN), model=tiny_model("llama", len(words)), beta=0.1, **given
+    )
+    assert (made.args.kl_coef, made.args.beta) == (0.1, 0.1)
+    assert "read beta as args.kl_coef=0.1" in caplog.text
 
 
 def given_by(folder: Path, **changes: Any) -> posttrain.GRPOTrainer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from transformers import AutoModelForSequenceClassification
 
 import posttrain
 from posttrain.cli import main
+from posttrain.evaluate.learned import NAME as LEARNED
+from posttrain.evaluate.learned import read_learned
 from posttrain.evaluate.validation import NAME, Validation, hash_of_weights
 from posttrain.rewards.functions import RewardError
 from posttrain.trainers.ppo_config import PPOConfig
@@ -181,6 +184,43 @@ def test_pairs_that_were_trained_on_say_nothing(tmp_path: Path, caplog: pytest.L
     trainer.evaluate([*PAIRS, *HELD_OUT[:7]])
     assert trainer.validation is not None
     assert trainer.validation.n == 7
+
+
+def test_a_saved_model_says_what_it_was_trained_on(
+    reward: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_pairs(tmp_path / "trained.jsonl", [{**one, "margin": 1.0} for one in PAIRS])
+    assert main(["eval", "--reward-model", str(reward), "--data", data, "-q"]) == 3
+    assert f"{reward} was trained on all 16 pairs of {data}" in capsys.readouterr().err
+    assert not (reward / NAME).exists()
+    data = write_pairs(tmp_path / "some.jsonl", [*PAIRS, *HELD_OUT[:5], *[HELD_OUT[5]] * 40])
+    assert main(["eval", "--reward-model", str(reward), "--data", data, "-q"]) == 0
+    assert "55 of 61 pairs are left out: the model was trained on them, or they are repeated" in capsys.readouterr().err
+    assert Validation.read(reward / NAME).n == 6
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / LEARNED).write_text('{"schema_version": 1')
+    with pytest.raises(posttrain.ConfigError, match="cannot be read"):
+        read_learned(tmp_path / "torn")
+
+
+def test_a_model_that_does_not_say_is_warned_of(
+    reward: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(reward, tmp_path / "copy", ignore=shutil.ignore_patterns(LEARNED))
+    data = write_pairs(tmp_path / "held_out.jsonl", HELD_OUT)
+    assert main(["eval", "--reward-model", str(tmp_path / "copy"), "--data", data, "-q"]) == 0
+    assert "does not say which pairs it was trained on" in capsys.readouterr().err
+
+
+def test_what_was_learned_before_stays_learned(reward: Path, tmp_path: Path) -> None:
+    """Trained on from a folder, and in checkpoints."""
+    args = posttrain.RewardConfig(str(tmp_path), max_steps=1, **{**QUIET, "save_strategy": "steps", "save_steps": 1})
+    trainer = posttrain.RewardTrainer(str(reward), args, train_dataset=HELD_OUT[:4], eval_dataset=[*PAIRS, *HELD_OUT])
+    trainer.train()
+    trainer.evaluate()
+    assert trainer.validation is not None
+    assert trainer.validation.n == 56
+    assert len(read_learned(tmp_path / "checkpoint-1") or ()) == 20
 
 
 def test_a_record_that_does_not_hold(reward: Path, tmp_path: Path) -> None:
