@@ -207,7 +207,7 @@ class PolicyLoss:
     def _averaged(self, loss_R: torch.Tensor, length_S: torch.Tensor, batch: Batch) -> Terms:
         how = AVERAGES[self.loss_type]
         if how == "batch tokens":
-            return {"batches": loss_R.sum() / max(1, batch.counts["tokens"])}
+            return {"batches": loss_R.sum() / max(1, batch.counts["batch_tokens"])}
         if how == "sequence means":
             return {"sequences": (sum_by_sequence(loss_R, batch) / length_S.clamp(min=1)).sum()}
         if how == "longest":
