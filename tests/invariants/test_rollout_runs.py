@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import random
 import signal
@@ -82,6 +83,48 @@ def test_resumed_it_is_the_same_run(case: str, adapter: bool, tmp_path: Path) ->
         for mine, other in zip(resumed.state.log_history, whole.state.log_history, strict=False):
             for name in ("loss", "grad_norm", "reward", "kl", "completions/mean_length", "num_tokens"):
                 assert mine.get(name) == other.get(name), name
+
+
+def half_silent(prompts: list[Any], trainer: Any) -> dict[str, Any]:
+    """A sampler that does not say how likely every second token was, and of one that it never takes it."""
+    made = [[5 + (31 * i + 17 * j) % 200 for j in range(3 + i % 4)] for i in range(len(prompts))]
+    logps = [[None if j % 2 else -1.5 - j for j in range(len(ids))] for ids in made]
+    logps[0][0] = -math.inf
+    return {"prompt_ids": [[7, 8, 9]] * len(prompts), "completion_ids": made, "logprobs": logps}
+
+
+@pytest.mark.parametrize("method", ["GRPO", "RLOO", "PPO"])
+def test_what_the_sampler_has_not_said_stays_unsaid(method: str, tmp_path: Path) -> None:
+    """In a checkpoint in the middle of a round; and what is logged is a mean over what it has said."""
+    batch = {"per_device_train_batch_size": 8}
+    several = {"GRPO": {**batch, "steps_per_generation": 2}, "RLOO": {**batch, "steps_per_generation": 2},
+               "PPO": {"per_device_train_batch_size": 4, "num_mini_batches": 2, "num_ppo_epochs": 1}}  # fmt: skip
+    words, length = chatml_tokenizer(), "response_length" if method == "PPO" else "max_completion_length"
+
+    def made(folder: Path) -> Any:
+        settings = {**SETTINGS, **several[method], length: SETTINGS["max_completion_length"], "logging_steps": 3}
+        rewarded = {"reward_model" if method == "PPO" else "reward_funcs": few_vowels}
+        return getattr(posttrain, f"{method}Trainer")(
+            model=tiny_model("llama", len(words)), train_dataset=ROWS, processing_class=words, rollout_func=half_silent,
+            args=getattr(posttrain, f"{method}Config")(str(folder), **settings), **rewarded,
+        )  # fmt: skip
+
+    whole = made(tmp_path / "whole")
+    whole.train()
+    resumed = made(tmp_path / "whole")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
+    assert weights(resumed) == weights(whole)
+    name = "sampling/logp_difference"
+    logs = [[one[name] for one in trainer.state.log_history if name in one] for trainer in (whole, resumed)]
+    assert logs[0] == logs[1]
+    assert all(1 < one < 5 for one in logs[0])  # ln 270 is 5.6, and the sampler said 1.5 to 3.5 and more
+
+
+def test_what_cannot_be_stored_is_named(tmp_path: Path) -> None:
+    trainer = make(tmp_path, max_steps=2)
+    trainer.rollouts.source.state = lambda position: {"rounds": [math.nan]}  # type: ignore[method-assign]
+    with pytest.raises(posttrain.CheckpointError, match=r"the state of the run, 'loop', 'source', 'rounds' cannot be"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("case", CASES)
