@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -14,8 +15,11 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import TrainerCallback
 
 import posttrain
+from posttrain.errors import OutOfMemoryError
+from posttrain.rollout.engines.local import LocalEngine
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import chatml_tokenizer
 
@@ -294,6 +298,58 @@ def test_a_reward_that_fails_in_evaluation_loses_nothing(tmp_path: Path) -> None
         trainer.train()
     assert "step 3 is saved" in str(raised.value.__notes__)
     assert (tmp_path / "checkpoint-3" / "MANIFEST.json").is_file()
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_completions_that_memory_does_not_suffice_for(at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named, with a way out, and nothing lost."""
+    with monkeypatch.context() as patches:
+        trainer, calls, generate = (
+            make(tmp_path / "short", save_strategy="no"),
+            itertools.count(1),
+            LocalEngine.generate,
+        )
+
+        def runs_out(*given: Any) -> Any:
+            if next(calls) == at:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.10 GiB")
+            return generate(*given)
+
+        patches.setattr(LocalEngine, "generate", runs_out)
+        with pytest.raises(OutOfMemoryError) as caught:
+            trainer.train()
+    assert caught.value.message.startswith(f"step {at}, making batches: wanted 2.1 GiB")
+    assert "max_sampling_rows" in str(caught.value.hint)
+    assert caught.value.exit_code == 8
+    saved = tmp_path / "short" / "checkpoint-2"
+    assert getattr(caught.value, "__notes__", []) == ([f"Everything up to step 2 is saved: {saved}"] if at > 1 else [])
+    if at > 1:
+        whole, resumed = make(tmp_path / "whole"), make(tmp_path / "short")
+        whole.train()
+        resumed.train(resume_from_checkpoint=True)
+        assert weights(resumed) == weights(whole)
+
+
+@pytest.mark.parametrize("spoilt", ["weights", "outputs"])
+def test_a_model_that_says_no_numbers_is_named(spoilt: str, tmp_path: Path) -> None:
+    """Weights that are no numbers are not saved over those that were."""
+    trainer = make(tmp_path, save_steps=2, max_steps=6)
+
+    class Spoil(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+            if state.global_step == 3 and spoilt == "weights":
+                model.get_output_embeddings().weight.data[3] = torch.nan
+            elif state.global_step == 3:  # finite, and their products are not
+                model.get_output_embeddings().weight.data[:] = 3e38
+
+    trainer.add_callback(Spoil)
+    with pytest.raises(posttrain.NonFiniteError, match="sampling: what the model says") as caught:
+        trainer.train()
+    (note,) = caught.value.__notes__
+    if spoilt == "weights":
+        assert note == f"The weights of step 3 are not finite, and not saved. Last checkpoint: {tmp_path}/checkpoint-2"
+    else:
+        assert note == f"Everything up to step 3 is saved: {tmp_path}/checkpoint-3"
 
 
 def test_completions_are_printed_where_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
