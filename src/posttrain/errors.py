@@ -84,7 +84,8 @@ class OutOfMemoryError(UserError):
 
 
 class NonFiniteError(UserError):
-    """A loss or gradient that is not a number; the weights were not touched by it."""
+    """A loss or gradient that is not a number (the weights were not touched by it), or what the model says of the next
+    token where it is sampled from."""
 
     code = "E-TRAIN-0007"
 

@@ -121,20 +121,7 @@ class Loop:
         if self.schedule is not None:
             self.objective = self.schedule(self.source.epoch_after(step))
         self.meter.start_step()
-        try:
-            micro = self.source.micro_batches(step)
-        except Stopped:  # as if this step had never begun
-            self._discard(rng)
-            self._leave(stop)
-        except UserError as error:  # a stream came upon a bad row, or a reward failed
-            self.meter.discard_step()
-            if self.events.state.global_step:
-                restore_rng(rng)
-                self._save()
-                error.add_note(
-                    f"Everything up to step {self.events.state.global_step} is saved: {self.last_checkpoint}"
-                )
-            raise
+        micro = self._batches(step, stop, rng)
         counts, drawn = total_counts(micro), capture_rng()  # a stream may have drawn numbers
         while (loss := self._gradients(step, micro, counts, stop, rng)) is None:
             micro = self.source.micro_batches(step)
@@ -147,6 +134,18 @@ class Loop:
         self._advance_scheduler()
         self.optimizer.zero_grad()
         self._account(micro, counts, loss)
+
+    def _batches(self, step: int, stop: StopRequest, rng: dict[str, Any]) -> list[Batch]:
+        try:
+            return self.source.micro_batches(step)
+        except Stopped:  # as if this step had never begun
+            self._discard(rng)
+            self._leave(stop)
+        except Exception as error:  # a stream came upon a bad row, a reward failed, completions did not fit
+            failed = self._named(error, f"step {self.events.state.global_step + 1}, making batches")
+        self.meter.discard_step()
+        restore_rng(rng)
+        raise self._once_saved(failed)
 
     def _gradients(
         self, step: int, micro: list[Batch], counts: dict[str, float], stop: StopRequest, rng: dict[str, Any]
@@ -208,6 +207,33 @@ class Loop:
             if is_last or not nothing_changed(self.optimizer, marked):
                 raise self._torn(shortage)
             self.backoff.release_unused(self.events.state.global_step + 1, shortage)
+
+    def _named(self, error: Exception, phase: str) -> UserError:
+        """`error` as the user's to mend. One that memory ran out with is let go, and with it the frames that hold
+        what has to be freed; what is nobody's to mend is raised."""
+        if isinstance(error, UserError):
+            return error
+        if not is_out_of_memory(error):
+            raise error
+        shortage = shortage_of(error, phase, self.backoff.free())
+        return OutOfMemoryError(
+            f"{shortage}: it does not fit. Nothing was updated.",
+            hint="sample fewer completions at once (max_sampling_rows) or shorter ones (max_completion_length), or "
+            "lower token_budget",
+        )
+
+    def _once_saved(self, error: UserError) -> UserError:
+        """Save what was trained before `error`, which gets a note that says where."""
+        step = self.events.state.global_step
+        if isinstance(error, OutOfMemoryError):
+            self.backoff.give_back()
+        if isinstance(error, NonFiniteError) and not all(bool(one.isfinite().all()) for one in self.parameters):
+            error.add_note(f"The weights of step {step} are not finite, and not saved. "
+                           f"Last checkpoint: {self.last_checkpoint or 'none yet'}")  # fmt: skip
+        elif step:
+            self._save()
+            error.add_note(f"Everything up to step {step} is saved: {self.last_checkpoint}")
+        return error
 
     def _torn(self, shortage: Shortage) -> OutOfMemoryError:
         step = self.events.state.global_step + 1
@@ -281,12 +307,13 @@ class Loop:
         self.events.log(logs | rates | {"num_tokens": float(self.events.state.num_input_tokens_seen)} | extra)
 
     def _evaluate(self, stop: StopRequest) -> None:
+        failed = None
         try:
             metrics = self.evaluate()
-        except UserError as error:  # a reward failed, say; the evaluation is still due where the run is taken up again
-            self._save()
-            error.add_note(f"Everything up to step {self.events.state.global_step} is saved: {self.last_checkpoint}")
-            raise
+        except Exception as error:  # a reward failed, say; the evaluation is still due where the run is taken up again
+            failed = self._named(error, f"evaluation after step {self.events.state.global_step}")
+        if failed is not None:
+            raise self._once_saved(failed)
         if metrics is None:  # a signal came; evaluation is still due, and the resumed run begins with it
             self._leave(stop)
         if follows_metrics(self.scheduler):

@@ -53,7 +53,7 @@ class Meter:
             for name, (total, count) in metrics.items():
                 pick = PICKS.get(name[:4]) if step else None
                 if pick is None:
-                    self._count(name, float(total), count)
+                    self._count(name, float(total), float(count))
                 else:
                     extremes[step, name] = pick(extremes.get((step, name), float(total)), float(total))
         for (_, name), value in extremes.items():

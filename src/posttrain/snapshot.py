@@ -73,14 +73,20 @@ def restore_rng(captured: dict[str, Any]) -> None:
 # --- the whole ------------------------------------------------------------------------------------------------------
 
 
-def _must_be_json(value: Any, owner: str) -> None:
+def _must_be_json(value: Any, owner: str, hint: str) -> None:
+    if error := _refusal(value):
+        while refused := [name for name, one in value.items() if _refusal(one)] if isinstance(value, dict) else []:
+            owner, value = f"{owner}, {refused[0]!r}", value[refused[0]]
+        raise CheckpointError(f"the state of {owner} cannot be stored without pickle ({error})", hint=hint)
+
+
+def _refusal(value: Any) -> Exception | None:
+    """Why JSON has no words for `value`."""
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"the state of {owner} cannot be stored without pickle ({error})",
-            hint="choose an optimiser and scheduler of torch's or transformers', or save_only_model=True",
-        ) from None
+        return error
+    return None
 
 
 def write_training_state(
@@ -97,7 +103,10 @@ def write_training_state(
     scheduler_state |= {k: str(v) for k, v in scheduler_state.items() if v in INFINITIES}
     scheduler_state = take_apart(scheduler_state, "scheduler", tensors, type(scheduler).__name__)
     document = {**state, "optimizer": plain, "scheduler": scheduler_state, "rng": rng["plain"]}
-    _must_be_json(document, type(scheduler).__name__)
+    another = "choose an optimiser and scheduler of torch's or transformers', or save_only_model=True"
+    _must_be_json(plain, type(optimizer).__name__, another)
+    _must_be_json(scheduler_state, type(scheduler).__name__, another)
+    _must_be_json(document, "the run", "save_only_model=True leaves it out; such a run cannot be gone on with")
     save_file(tensors | training_weights(optimizer), folder / OPTIMIZER)
     (folder / STATE).write_text(json.dumps(document, allow_nan=False), encoding="utf-8")
 

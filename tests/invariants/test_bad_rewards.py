@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 
 import posttrain
 from posttrain.rewards.functions import Completions, RewardError, Rewards
+from posttrain.rollout.samplers import FunctionSampler, RolloutError
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import chatml_tokenizer
 
@@ -56,6 +58,14 @@ def raises(count: int) -> Any:
     raise KeyError("answer")
 
 
+def exits(count: int) -> Any:
+    sys.exit(0)
+
+
+def gives_up(count: int) -> Any:
+    raise asyncio.CancelledError("no time")
+
+
 def leaves_without(count: int) -> Any:
     return [float("nan")] * count
 
@@ -89,6 +99,8 @@ SAYS = {
     computes: "reward function 'bad' has not answered within 1 s",
     swallows: "reward function 'bad' has not answered within 1 s",
     raises: "reward function 'bad' failed: KeyError: 'answer'",
+    exits: "reward function 'bad' failed: SystemExit: 0",
+    gives_up: "reward function 'bad' failed: CancelledError: no time",
     leaves_without: "reward function 'bad' gave nan for completion 0: ",
     infinite: "reward function 'bad' gave inf for completion 3: ",
     too_few: "reward function 'bad' gave 3 rewards for 4 completions",
@@ -191,6 +203,27 @@ def test_a_coroutine_that_lets_no_other_run() -> None:
         Rewards({"fine": fine, "stuck": stuck}, [1.0, 1.0], deadline=0.5)(Completions(["p"], ["c"], [[1]], {}))
     assert caught.value.code == "E-REWARD-0002"
     assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("does", [raises, exits, gives_up])
+def test_a_coroutine_that_ends_otherwise(does: Any) -> None:
+    async def bad(completions: list[str], **_: Any) -> Any:
+        await asyncio.sleep(0)
+        return does(len(completions))
+
+    async def patient(completions: list[str], **_: Any) -> Any:
+        await asyncio.sleep(60)
+
+    with pytest.raises(RewardError) as caught:
+        Rewards({"patient": patient, "bad": bad}, [1.0, 1.0])(Completions(["p"], ["c"], [[1]], {}))
+    assert caught.value.message == SAYS[does]
+
+
+def test_a_rollout_func_that_ends_the_process(tmp_path: Path) -> None:
+    trainer, _ = make(tmp_path, raises, after=9)
+    sampler = FunctionSampler(lambda prompts, trainer: sys.exit(0), trainer, trainer.rollouts.prompts, frozenset(), 9)
+    with pytest.raises(RolloutError, match="rollout_func failed: SystemExit: 0"):
+        sampler([0], 2, 0, lambda: False)
 
 
 def test_the_trial_changes_no_random_state(tmp_path: Path) -> None:

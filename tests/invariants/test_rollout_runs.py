@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import math
 import os
 import random
 import signal
@@ -16,6 +18,8 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 import posttrain
+from posttrain.errors import OutOfMemoryError
+from posttrain.rollout.engines.local import LocalEngine
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import chatml_tokenizer
 
@@ -84,6 +88,48 @@ def test_resumed_it_is_the_same_run(case: str, adapter: bool, tmp_path: Path) ->
         for mine, other in zip(resumed.state.log_history, whole.state.log_history, strict=False):
             for name in ("loss", "grad_norm", "reward", "kl", "completions/mean_length", "num_tokens"):
                 assert mine.get(name) == other.get(name), name
+
+
+def half_silent(prompts: list[Any], trainer: Any) -> dict[str, Any]:
+    """A sampler that does not say how likely every second token was, and of one that it never takes it."""
+    made = [[5 + (31 * i + 17 * j) % 200 for j in range(3 + i % 4)] for i in range(len(prompts))]
+    logps = [[None if j % 2 else -1.5 - j for j in range(len(ids))] for ids in made]
+    logps[0][0] = -math.inf
+    return {"prompt_ids": [[7, 8, 9]] * len(prompts), "completion_ids": made, "logprobs": logps}
+
+
+@pytest.mark.parametrize("method", ["GRPO", "RLOO", "PPO"])
+def test_what_the_sampler_has_not_said_stays_unsaid(method: str, tmp_path: Path) -> None:
+    """In a checkpoint in the middle of a round; and what is logged is a mean over what it has said."""
+    batch = {"per_device_train_batch_size": 8}
+    several = {"GRPO": {**batch, "steps_per_generation": 2}, "RLOO": {**batch, "steps_per_generation": 2},
+               "PPO": {"per_device_train_batch_size": 4, "num_mini_batches": 2, "num_ppo_epochs": 1}}  # fmt: skip
+    words, length = chatml_tokenizer(), "response_length" if method == "PPO" else "max_completion_length"
+
+    def made(folder: Path) -> Any:
+        settings = {**SETTINGS, **several[method], length: SETTINGS["max_completion_length"], "logging_steps": 3}
+        rewarded = {"reward_model" if method == "PPO" else "reward_funcs": few_vowels}
+        return getattr(posttrain, f"{method}Trainer")(
+            model=tiny_model("llama", len(words)), train_dataset=ROWS, processing_class=words, rollout_func=half_silent,
+            args=getattr(posttrain, f"{method}Config")(str(folder), **settings), **rewarded,
+        )  # fmt: skip
+
+    whole = made(tmp_path / "whole")
+    whole.train()
+    resumed = made(tmp_path / "whole")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
+    assert weights(resumed) == weights(whole)
+    name = "sampling/logp_difference"
+    logs = [[one[name] for one in trainer.state.log_history if name in one] for trainer in (whole, resumed)]
+    assert logs[0] == logs[1]
+    assert all(1 < one < 5 for one in logs[0])  # ln 270 is 5.6, and the sampler said 1.5 to 3.5 and more
+
+
+def test_what_cannot_be_stored_is_named(tmp_path: Path) -> None:
+    trainer = make(tmp_path, max_steps=2)
+    trainer.rollouts.source.state = lambda position: {"rounds": [math.nan]}  # type: ignore[method-assign]
+    with pytest.raises(posttrain.CheckpointError, match=r"the state of the run, 'loop', 'source', 'rounds' cannot be"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -298,6 +344,58 @@ def test_a_reward_that_fails_in_evaluation_loses_nothing(tmp_path: Path) -> None
         trainer.train()
     assert "step 3 is saved" in str(raised.value.__notes__)
     assert (tmp_path / "checkpoint-3" / "MANIFEST.json").is_file()
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_completions_that_memory_does_not_suffice_for(at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named, with a way out, and nothing lost."""
+    with monkeypatch.context() as patches:
+        trainer, calls, generate = (
+            make(tmp_path / "short", save_strategy="no"),
+            itertools.count(1),
+            LocalEngine.generate,
+        )
+
+        def runs_out(*given: Any) -> Any:
+            if next(calls) == at:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.10 GiB")
+            return generate(*given)
+
+        patches.setattr(LocalEngine, "generate", runs_out)
+        with pytest.raises(OutOfMemoryError) as caught:
+            trainer.train()
+    assert caught.value.message.startswith(f"step {at}, making batches: wanted 2.1 GiB")
+    assert "max_sampling_rows" in str(caught.value.hint)
+    assert caught.value.exit_code == 8
+    saved = tmp_path / "short" / "checkpoint-2"
+    assert getattr(caught.value, "__notes__", []) == ([f"Everything up to step 2 is saved: {saved}"] if at > 1 else [])
+    if at > 1:
+        whole, resumed = make(tmp_path / "whole"), make(tmp_path / "short")
+        whole.train()
+        resumed.train(resume_from_checkpoint=True)
+        assert weights(resumed) == weights(whole)
+
+
+@pytest.mark.parametrize("spoilt", ["weights", "outputs"])
+def test_a_model_that_says_no_numbers_is_named(spoilt: str, tmp_path: Path) -> None:
+    """Weights that are no numbers are not saved over those that were."""
+    trainer = make(tmp_path, save_steps=2, max_steps=6)
+
+    class Spoil(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+            if state.global_step == 3 and spoilt == "weights":
+                model.get_output_embeddings().weight.data[3] = torch.nan
+            elif state.global_step == 3:  # finite, and their products are not
+                model.get_output_embeddings().weight.data[:] = 3e38
+
+    trainer.add_callback(Spoil)
+    with pytest.raises(posttrain.NonFiniteError, match="sampling: what the model says") as caught:
+        trainer.train()
+    (note,) = caught.value.__notes__
+    if spoilt == "weights":
+        assert note == f"The weights of step 3 are not finite, and not saved. Last checkpoint: {tmp_path}/checkpoint-2"
+    else:
+        assert note == f"Everything up to step 3 is saved: {tmp_path}/checkpoint-3"
 
 
 def test_completions_are_printed_where_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

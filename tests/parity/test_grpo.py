@@ -138,7 +138,7 @@ def _saved(folder: Path, family: str) -> Callable[[int], Any]:
 
 NOT_OURS = ("step_time", "clip_ratio/low_min", "clip_ratio/high_max", "vespo/phi_seq_mean", "policy_loss",
             "entropy_coef")  # fmt: skip
-MEANS_OF_MEANS = ("entropy", "kl", "rewards/answer_reward/mean", "clip_ratio/")
+MEANS_OF_MEANS = ("entropy", "kl", "rewards/answer_reward/mean", "clip_ratio/", "cispo_clip_ratio")
 """Over several batches TRL averages what each says, we what all their tokens say."""
 
 
@@ -169,6 +169,14 @@ def test_every_loss_off_policy(loss: str, tmp_path: Path) -> None:
 def test_every_option(option: str, tmp_path: Path) -> None:
     several = "accumulation" in str(OPTIONS[option])
     check(*both(tmp_path, **OPTIONS[option]), MEANS_OF_MEANS if several else ())
+
+
+@pytest.mark.parametrize("deal", ["several steps a round", "several rounds a step"])
+@pytest.mark.parametrize("loss", ["dapo", "cispo", "vespo"])
+@pytest.mark.parametrize("option", ["uncertain tokens", "entropy bonus"])
+def test_means_over_tokens_in_whole_batches(option: str, loss: str, deal: str, tmp_path: Path) -> None:
+    """Divided by the tokens of a mean batch of the round; the bonus is a mean of each batch."""
+    check(*both(tmp_path, loss_type=loss, **OPTIONS[option], **OPTIONS[deal]), MEANS_OF_MEANS)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3", "lfm2"])

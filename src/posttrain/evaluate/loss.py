@@ -80,7 +80,7 @@ def _group(
             loss += float(term) / max(1, sum(part.counts[unit] for part in micro))
         for name, (value, count) in metrics.items():
             sums[name] = sums.get(name, 0.0) + float(value)
-            counts[name] = counts.get(name, 0) + count
+            counts[name] = counts.get(name, 0) + float(count)
     return loss, {name: value / max(1, counts[name]) for name, value in sums.items()}
 
 

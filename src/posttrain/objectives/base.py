@@ -15,7 +15,7 @@ from posttrain.types import Batch, Needs, Outputs
 Terms = dict[str, torch.Tensor]
 """Summed loss by unit, e.g. `{"tokens": sum}`."""
 
-Metrics = dict[str, tuple[torch.Tensor, float]]
+Metrics = dict[str, tuple[torch.Tensor, float | torch.Tensor]]
 """Sum and count by metric name; tensors stay on the device until they are logged."""
 
 

@@ -22,6 +22,15 @@ from posttrain.types import Batch
 MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 
+def difference(old_logp_R: torch.Tensor, batch: Batch) -> Metrics:
+    """How far the sampler's log-probabilities lie from the policy's, over the tokens of which it has said any."""
+    if "sampled_logp_R" not in batch.columns:
+        return {}
+    gap_R = (old_logp_R.detach() - batch.columns["sampled_logp_R"]).abs()
+    known_R = gap_R.isfinite()
+    return {"sampling/logp_difference": (gap_R.where(known_R, 0.0).sum(), known_R.sum())}
+
+
 @dataclass(frozen=True)
 class Correction:
     """Ratios of tokens, or of whole sequences, that lie outside `least` to `most` are brought there (`truncate`) or

@@ -25,7 +25,7 @@ import torch
 
 from posttrain.errors import ConfigError
 from posttrain.objectives.base import Metrics, Terms
-from posttrain.objectives.correction import Correction
+from posttrain.objectives.correction import Correction, difference
 from posttrain.objectives.pairs import lengths, sum_by_sequence
 from posttrain.types import Batch, Needs, Outputs
 
@@ -166,9 +166,7 @@ class PolicyLoss:
         if self.correction is not None:
             weight_R, noted = self.correction(old_R, batch)
             loss_R, metrics = loss_R * weight_R, metrics | noted
-        if "sampled_logp_R" in batch.columns:
-            gap_R = (old_R.detach() - batch.columns["sampled_logp_R"]).abs()
-            metrics["sampling/logp_difference"] = (gap_R.nansum(), len(gap_R))
+        metrics |= difference(old_R, batch)
         if self.beta:
             kl_R = kl_divergence(outputs.logp_R, batch.columns["ref_logp_R"])
             if self.corrected_kl:
@@ -207,7 +205,7 @@ class PolicyLoss:
     def _averaged(self, loss_R: torch.Tensor, length_S: torch.Tensor, batch: Batch) -> Terms:
         how = AVERAGES[self.loss_type]
         if how == "batch tokens":
-            return {"batches": loss_R.sum() / max(1, batch.counts["tokens"])}
+            return {"batches": loss_R.sum() / max(1, batch.counts["batch_tokens"])}
         if how == "sequence means":
             return {"sequences": (sum_by_sequence(loss_R, batch) / length_S.clamp(min=1)).sum()}
         if how == "longest":

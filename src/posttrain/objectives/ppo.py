@@ -20,6 +20,7 @@ import torch
 
 from posttrain.errors import ConfigError
 from posttrain.objectives.base import Metrics, Terms
+from posttrain.objectives.correction import difference
 from posttrain.types import Batch, Needs, Outputs
 
 
@@ -72,7 +73,5 @@ class PPOLoss:
         }
         if outputs.entropy_R is not None:
             watched |= {"entropy": outputs.entropy_R, "policy/entropy_avg": outputs.entropy_R}
-        if "sampled_logp_R" in columns:
-            watched["sampling/logp_difference"] = (columns["old_logp_R"] - columns["sampled_logp_R"]).abs()
         metrics: Metrics = {name: (one_R.detach().sum(), len(ratio_R)) for name, one_R in watched.items()}
-        return {"tokens": (policy_R + self.vf_coef * loss_R).sum()}, metrics
+        return {"tokens": (policy_R + self.vf_coef * loss_R).sum()}, metrics | difference(columns["old_logp_R"], batch)

@@ -15,6 +15,7 @@ import torch
 
 from posttrain.errors import ConfigError
 from posttrain.objectives.base import Metrics, Terms
+from posttrain.objectives.correction import difference
 from posttrain.objectives.pairs import sum_by_sequence
 from posttrain.types import Batch, Needs, Outputs
 
@@ -56,7 +57,4 @@ class LeaveOneOutLoss:
             high_S = (ratio_S > 1 + self.epsilon_high) & (advantage_S > 0)
             for name, clipped_S in (("low", low_S), ("high", high_S), ("region", low_S | high_S)):
                 metrics[f"clip_ratio/{name}_mean"] = (clipped_S.sum(), len(clipped_S))
-            if "sampled_logp_R" in batch.columns:
-                gap_R = (old_R - batch.columns["sampled_logp_R"]).abs()
-                metrics["sampling/logp_difference"] = (gap_R.nansum(), len(gap_R))
-        return {"sequences": loss_S.sum()}, metrics
+        return {"sequences": loss_S.sum()}, metrics | difference(old_R, batch)

@@ -94,9 +94,9 @@ class Rewards:
                 return self.functions[name](**self._arguments(asked))
         except Overdue:
             raise self._late(name) from None
-        except UserError:
+        except (UserError, KeyboardInterrupt):
             raise
-        except Exception as error:
+        except BaseException as error:  # sys.exit too, which would end the run without a word
             raise self._failed(name, error) from error
         finally:
             if os.getpid() != owner:  # the function has forked, and this is the child: it must not train as well
@@ -109,15 +109,11 @@ class Rewards:
         async def one(name: str) -> Any:
             started = time.monotonic()
             try:
-                given = await asyncio.wait_for(self.functions[name](**self._arguments(asked)), self.deadline)
+                given = await asyncio.wait_for(self._awaited(name, asked), self.deadline)
                 waiting.discard(name)
                 return given
             except TimeoutError:
                 raise self._late(name) from None
-            except UserError:
-                raise
-            except Exception as error:
-                raise self._failed(name, error) from error
             finally:
                 self.seconds[name] = time.monotonic() - started
 
@@ -131,6 +127,18 @@ class Rewards:
         except Overdue:
             raise self._late(" or ".join(sorted(waiting))) from None
 
+    async def _awaited(self, name: str, asked: Completions) -> Any:
+        """What a coroutine gives. `asyncio` lets a SystemExit of one end everything, so it must not come so far."""
+        try:
+            return await self.functions[name](**self._arguments(asked))
+        except (UserError, KeyboardInterrupt, Overdue):
+            raise
+        except BaseException as error:
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                raise  # it was we who gave it up
+            raise self._failed(name, error) from error
+
     def _arguments(self, asked: Completions) -> dict[str, Any]:
         own = {"prompts": list(asked.prompts), "completions": list(asked.contents), "completion_ids": list(asked.ids)}
         return {**{name: list(values) for name, values in asked.columns.items()}, **self.extra, **own}
@@ -140,7 +148,7 @@ class Rewards:
                            code=LATE,
                            hint="give it a limit of its own, or raise reward_timeout")  # fmt: skip
 
-    def _failed(self, name: str, error: Exception) -> RewardError:
+    def _failed(self, name: str, error: BaseException) -> RewardError:
         return RewardError(f"reward function {name!r} failed: {type(error).__name__}: {error}",
                            hint="try it before training: posttrain reward test FILE.py --data DATA")  # fmt: skip
 

@@ -20,7 +20,7 @@ def evaluate_rollouts(
     def add(metrics: Metrics) -> None:
         for name, (total, count) in metrics.items():
             before, counted = sums.get(name, (0.0, 0.0))
-            sums[name] = before + float(total), counted + count
+            sums[name] = before + float(total), counted + float(count)
 
     source.report = add
     loss, rounds = 0.0, source.every_round()

@@ -4,6 +4,7 @@ were made. It serves several optimiser steps, and so is part of a checkpoint tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,7 +69,7 @@ class Generation:
         return [self.rollouts[i] for i in self.order[number * count // of : (number + 1) * count // of]]
 
     def state(self) -> dict[str, Any]:
-        """As plain values; numbers in fp32 come back bit for bit."""
+        """As plain values; numbers in fp32 come back bit for bit, NaN (what a sampler has not said) through None."""
         return {
             "index": self.index,
             "order": self.order,
@@ -84,7 +85,7 @@ class Generation:
                     "is_ended": one.is_ended,
                     "advantage": one.advantage,
                     **{
-                        name: None if (array := getattr(one, name)) is None else array.tolist()
+                        name: None if (array := getattr(one, name)) is None else _plain(array)
                         for name in OF_TOKENS.values()
                     },
                 }
@@ -101,7 +102,7 @@ class Generation:
 
 def _rollout(one: Mapping[str, Any]) -> Rollout:
     of_tokens: dict[str, Any] = {
-        name: None if one.get(name) is None else np.array(one[name], dtype=np.float32) for name in OF_TOKENS.values()
+        name: None if (values := one.get(name)) is None else _numbers(values) for name in OF_TOKENS.values()
     }
     return Rollout(
         prompt=one["prompt"],
@@ -113,6 +114,15 @@ def _rollout(one: Mapping[str, Any]) -> Rollout:
         advantage=one["advantage"],
         **of_tokens,
     )
+
+
+def _plain(array: np.ndarray) -> list[float | str | None]:
+    """As JSON can say it, which has no word for what is no finite number."""
+    return [one if math.isfinite(one) else None if math.isnan(one) else str(one) for one in array.tolist()]
+
+
+def _numbers(values: Sequence[float | str | None]) -> np.ndarray:
+    return np.array([math.nan if one is None else float(one) for one in values], dtype=np.float32)
 
 
 def grouped(rollouts: Sequence[Rollout], budget: int) -> list[list[Rollout]]:

@@ -85,9 +85,9 @@ class FunctionSampler:
     def _called(self, prompts: list[Any]) -> Mapping[str, Any]:
         try:
             return self.function(prompts, self.trainer)
-        except UserError:
+        except (UserError, KeyboardInterrupt):
             raise
-        except Exception as error:
+        except BaseException as error:  # sys.exit too, which would end the run without a word
             raise RolloutError(f"rollout_func failed: {type(error).__name__}: {error}",
                                hint="it is called as rollout_func(prompts, trainer)") from error  # fmt: skip
 

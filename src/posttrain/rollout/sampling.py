@@ -79,7 +79,8 @@ class Sampling:
 def choose(
     logits_BV: torch.Tensor, number_B: torch.Tensor, sampling: Sampling, said: list[torch.Tensor] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The next token of each row, and its log-probability in fp32. `said` are the tokens of each row so far, for the
+    """The next token of each row, and its log-probability in fp32: finite, unless what the model said of the row is
+    not, and the token means nothing. `said` are the tokens of each row so far, for the
     repetition penalty (arXiv 1909.05858, equation 8)."""
     if sampling.temperature and not sampling.narrows and sampling.repetition_penalty == 1.0:
         scaled_BV = logits_BV if sampling.temperature == 1.0 else logits_BV.float() / sampling.temperature
@@ -101,16 +102,17 @@ def choose(
 
 
 def draw(p_BV: torch.Tensor, number_B: torch.Tensor) -> torch.Tensor:
-    """`(B,)`: the token whose share of the cumulated probabilities each number falls into. Rows need not sum to 1."""
+    """`(B,)`: the token whose share of the cumulated probabilities each number falls into. Rows need not sum to 1; one
+    of NaN gives any token, for an index beyond the end would be the end of a GPU's process."""
     padded_BV = torch.nn.functional.pad(p_BV, (0, -p_BV.shape[1] % BLOCK))
     block_BMN = padded_BV.view(len(p_BV), -1, BLOCK)
     upto_BM = block_BMN.sum(-1, dtype=torch.float64).cumsum(-1)
     target_B1 = _below(number_B[:, None].to(upto_BM) * upto_BM[:, -1:], upto_BM[:, -1:])
-    block_B1 = torch.searchsorted(upto_BM, target_B1, right=True)
+    block_B1 = torch.searchsorted(upto_BM, target_B1, right=True).clamp(max=upto_BM.shape[1] - 1)
     before_B1 = torch.where(block_B1 > 0, upto_BM.gather(1, (block_B1 - 1).clamp(min=0)), 0.0)
     inner_BN = block_BMN.gather(1, block_B1[..., None].expand(-1, -1, BLOCK))[:, 0].double().cumsum(-1)
     within_B1 = torch.searchsorted(inner_BN, _below(target_B1 - before_B1, inner_BN[:, -1:]), right=True)
-    return (block_B1 * BLOCK + within_B1)[:, 0]
+    return (block_B1 * BLOCK + within_B1)[:, 0].clamp(max=p_BV.shape[1] - 1)
 
 
 def _below(value: torch.Tensor, end: torch.Tensor) -> torch.Tensor:

@@ -141,37 +141,49 @@ class RolloutSource:
     def _joined(self, slices: list[tuple[Generation, list[Rollout]]]) -> list[Batch]:
         """One pool for the whole step, cut as memory wants it. Where several rounds come together in a step, each has
         the same weight in means over tokens, as in TRL."""
-        tokens: float = sum(generation.num_tokens / self.rounds.batches for generation, _ in slices)
-        if self.learning.own_tokens:
-            tokens = sum(one.num_rows for _, members in slices for one in members)
-        counts = {"tokens": tokens, "sequences": sum(len(members) for _, members in slices)}
-        rounds = list({generation.index: generation for generation, _ in slices}.values())
+        counts = {"tokens": self._tokens(slices), "sequences": sum(len(members) for _, members in slices)}
+        weights = self._weights(slices)
         made = []
-        for one in rounds:
+        for one in {generation.index: generation for generation, _ in slices}.values():
             mine = [members for generation, members in slices if generation is one]
             batches = self._planned([rollout for members in mine for rollout in members if self._teaches(rollout)])
-            if len(rounds) > 1 and not self.resampling.leaves_out:
-                own = one.num_tokens * len(mine) / self.rounds.batches
-                weight = torch.tensor(len(mine) / len(slices) * tokens / max(own, 1.0))
-                batches = [batch.with_columns(round_weight=weight) for batch in batches]
-            made += batches
+            made += [batch.with_columns(**weights.get(one.index, {})) for batch in batches]
         return _counted(made, counts)
 
     def _whole(self, slices: list[tuple[Generation, list[Rollout]]]) -> list[Batch]:
-        """A batch for each that the user's batch size names, for losses that are no sums."""
+        """A batch for each that the user's batch size names, for losses that are no sums; `batch_tokens` are its own.
+        Means over tokens are those of `_joined`."""
+        weights = self._weights(slices)
         made = []
-        for _, members in slices:
+        for generation, members in slices:
             used = [one for one in members if self._teaches(one)]
             if not used:
                 continue
             (batch,) = self._planned(used, whole=True)
-            own = {"tokens": sum(one.num_rows for one in members), "batches": 0, "sequences": 0}
+            own = {"batch_tokens": sum(one.num_rows for one in members), "tokens": 0, "batches": 0, "sequences": 0}
+            batch = batch.with_columns(**weights.get(generation.index, {}))
             made.append(replace(batch, counts=own, can_be_cut=False))
         counted = [members for _, members in slices if members or not self.resampling.leaves_out]
-        totals = {"batches": len(counted), "sequences": sum(len(members) for _, members in slices)}
+        sequences = sum(len(members) for _, members in slices)
+        totals = {"tokens": self._tokens(slices), "batches": len(counted), "sequences": sequences}
         if made:
             made[0] = replace(made[0], counts={**made[0].counts, **totals})
         return made
+
+    def _tokens(self, slices: list[tuple[Generation, list[Rollout]]]) -> float:
+        """What means over tokens are divided by."""
+        if self.learning.own_tokens:
+            return sum(one.num_rows for _, members in slices for one in members)
+        return sum(generation.num_tokens / self.rounds.batches for generation, _ in slices)
+
+    def _weights(self, slices: list[tuple[Generation, list[Rollout]]]) -> dict[int, dict[str, torch.Tensor]]:
+        """A column for each of several rounds that come together in a step: it weighs what their tokens say, so that
+        each round counts alike."""
+        generations = [generation for generation, _ in slices]
+        if len({one.index for one in generations}) == 1 or self.resampling.leaves_out:
+            return {}
+        share = self._tokens(slices) * self.rounds.batches / len(slices)
+        return {one.index: {"round_weight": torch.tensor(share / max(one.num_tokens, 1))} for one in generations}
 
     def _teaches(self, one: Rollout) -> bool:
         return one.num_rows > 0 and not (self.learning.skips_indifferent and one.advantage == 0)

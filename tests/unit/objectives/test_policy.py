@@ -31,7 +31,7 @@ def batch(**columns: Tensor) -> Batch:
         sequence_R=torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS)),
         sample_S=tuple(range(len(LENGTHS))),
         origins_S=(Origin("here", 0),) * len(LENGTHS),
-        counts={"tokens": rows, "sequences": len(LENGTHS), "batches": 1},
+        counts={"tokens": rows, "batch_tokens": rows, "sequences": len(LENGTHS), "batches": 1},
         columns={"advantage_S": torch.tensor(ADVANTAGES, dtype=torch.float64), **columns},
     )
 

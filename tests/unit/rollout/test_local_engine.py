@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from posttrain.errors import Stopped
+from posttrain.errors import NonFiniteError, Stopped
 from posttrain.models.forward import Policy, open_policy
 from posttrain.rollout.engines import Completion, Request
 from posttrain.rollout.engines.local import LocalEngine
@@ -95,6 +95,14 @@ def test_a_penalty_on_repetition_counts_the_prompt() -> None:
     (made,) = engine(ends=()).generate([Request(PROMPTS[0], 0)], sampling)
     assert len(set(made[0].ids.tolist())) == 20
     assert not set(made[0].ids.tolist()) & set(PROMPTS[0])
+
+
+def test_weights_that_are_no_numbers_are_said() -> None:
+    sampler = engine()
+    with torch.no_grad():
+        sampler.policy.base.get_output_embeddings().weight[3] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"no finite number in 4 of 4 rows"):
+        sampler.generate([Request(PROMPTS[0], 0, 4)], Sampling(max_tokens=9))
 
 
 def test_a_signal_ends_it() -> None:

@@ -39,6 +39,19 @@ def test_tokens_without_probability_are_never_drawn(number: float) -> None:
     assert tokens[0] == 300
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.7}, {"temperature": 0.0}, {"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.1}]
+)
+def test_what_is_no_finite_number_shows_in_the_log_probability(options: dict[str, Any], bad: float) -> None:
+    """And in that row alone; no index lies beyond the end, which a GPU's process would not survive."""
+    z = logits()
+    z[1, V // 2] = bad
+    token, logp = choose(z, torch.tensor([0.1, 0.5, 0.9]), Sampling(**options))
+    assert logp.isfinite().tolist() == [True, False, True]
+    assert ((token >= 0) & (token < V)).all()
+
+
 def test_how_often() -> None:
     p = torch.tensor([[0.5, 0.2, 0.0, 0.3]])
     numbers = torch.arange(1000, dtype=torch.float64) / 1000

@@ -12,6 +12,7 @@ Shape suffixes: `B` rows, `V` vocabulary.
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from posttrain.errors import ConfigError, Stopped
+from posttrain.errors import ConfigError, NonFiniteError, Stopped
 from posttrain.models.decoding import Memory
 from posttrain.models.forward import Policy
 from posttrain.models.head import HeadShape
@@ -218,7 +219,13 @@ class _Flight:
         if self.sampling.repetition_penalty != 1.0:
             said = [torch.tensor([*self.requests[row.request].prompt_ids, *row.ids]) for row in rows]
         token_B, logp_B = choose(logits_BV, number_B.to(logits_BV.device), self.sampling, said)
-        for row, token, logp in zip(rows, token_B.tolist(), logp_B.tolist(), strict=True):
+        logps = logp_B.tolist()
+        if bad := sum(not math.isfinite(logp) for logp in logps):
+            raise NonFiniteError(
+                f"sampling: what the model says of the next token is no finite number in {bad} of {len(rows)} rows",
+                hint="lower the learning rate, or train in fp32 (bf16=False)",
+            )
+        for row, token, logp in zip(rows, token_B.tolist(), logps, strict=True):
             row.ids.append(token)
             row.logps.append(logp)
 
