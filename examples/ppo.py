@@ -33,17 +33,16 @@ def main() -> None:
     reward = train_reward_model(folder / "reward", options.reward_steps)
     args = PPOConfig(
         output_dir=str(folder),
-        learning_rate=1e-4,
-        kl_coef=0.05,
+        learning_rate=3e-4,
+        kl_coef=0.03,
         response_length=24,
         temperature=1.0,
         per_device_train_batch_size=16,
         num_mini_batches=2,
         num_ppo_epochs=2,
         total_episodes=32 * options.rounds,
-        whiten_rewards=False,
         lr_scheduler_type="constant_with_warmup",
-        warmup_steps=8,
+        warmup_steps=4,
         logging_steps=4,
         per_device_eval_batch_size=48,
         **QUIET,
@@ -109,7 +108,7 @@ def _scores(metrics: dict[str, float]) -> str:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", default="outputs/ppo")
-    parser.add_argument("--rounds", type=int, default=24, help="of 32 replies each")
+    parser.add_argument("--rounds", type=int, default=28, help="of 32 replies each")
     parser.add_argument("--reward-steps", type=int, default=32)
     return parser.parse_args()
 
