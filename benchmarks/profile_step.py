@@ -31,7 +31,10 @@ from posttrain import SFTConfig, SFTTrainer
 # The first that matches an operation, or one of those it was called from, innermost first.
 INSIDE = (
     ("head", re.compile(r"_TokenLogps")),
-    ("attention", re.compile(r"_SegmentAttention|scaled_dot_product|flash_attention|varlen|_efficient_attention")),
+    (
+        "attention",
+        re.compile(r"_(Segment|Fused)Attention|scaled_dot_product|flash_attention|varlen|_efficient_attention"),
+    ),
     ("norms", re.compile(r"RmsNorm|layer_norm|native_layer_norm")),
     ("optimiser", re.compile(r"Optimizer\.step|_fused_adam|_foreach_(?!norm)|clip_grad|_foreach_norm")),
 )

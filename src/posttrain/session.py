@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 
 from posttrain.models import adapters
 from posttrain.models.forward import Policy, open_policy
+from posttrain.models.fused_attention import specialise_attention
 from posttrain.models.lean_layers import give_back, specialise_layers
 from posttrain.models.memory import keep_freed_pages
 from posttrain.models.precision import MixedPrecision
@@ -67,6 +68,8 @@ class Session:
             for base, before in zip(bases, attention, strict=True):
                 base.set_attn_implementation(before)
             raise
+        lean += [layer for base, one in zip(bases, [policy, *others], strict=True) if one.is_packed
+                 for layer in specialise_attention(base)]  # fmt: skip
         policy.shape = replace(policy.shape, temperature=getattr(args, "temperature", 1.0))
         for other in others:
             policy.value_model = other

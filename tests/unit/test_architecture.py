@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "src" / "posttrain"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("types", "errors", "hub", "children"),
+    ("native",),
     (
         "data",
         "models",

@@ -22,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from posttrain.models.decoding import Memory, Reading
+from posttrain.models.fused_attention import can_fuse, fused_attention
 from posttrain.models.segment_attention import MAX_LENGTH, segment_attention
 from posttrain.types import Layout
 
@@ -58,6 +59,8 @@ def packed_attention(
         layout.memory.remember(module.layer_idx, key, value, layout)
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and softcap is None and not dropout:
         return _varlen(query, key, value, layout, scaling, sliding_window), None
+    if softcap is None and not dropout and can_fuse(query, value, layout, sliding_window):
+        return fused_attention(query, key, value, layout, scaling or query.shape[-1] ** -0.5), None
     if softcap is None and not dropout and _is_quicker_by_products(query, layout, sliding_window):
         scale = scaling or query.shape[-1] ** -0.5
         return segment_attention(query, key, value, layout, scale, keeps_weights), None

@@ -17,6 +17,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from posttrain import native
 from posttrain.models.head import BLOCK_SIZE, CHUNK_ROWS, SLICE_ROWS
 from posttrain.models.segment_attention import MAX_LENGTH
 
@@ -72,7 +73,7 @@ def footprint(base: Any, trained: Mapping[str, nn.Parameter], lean: set[nn.Modul
     widest = max((layer.working for layer in layers), default=0.0)
     inputs = len(layers) * base.config.get_text_config().hidden_size * head.element_size()
     largest = max((layer.kept for layer in layers), default=0.0)
-    keeps_weights = low == 2 and head.device.type == "cpu"
+    keeps_weights = low == 2 and head.device.type == "cpu" and native.kernels() is None
     weights = sum(layer.weights for layer in layers) if keeps_weights else 0.0
     return Footprint(
         gradients=4 * count,

@@ -19,8 +19,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from posttrain import native
 from posttrain.models.adapters import LeanLora
 from posttrain.models.recomputation import Recipe
+from posttrain.native.kernels import Kernels
 
 
 def specialise_layers(model: nn.Module) -> list[nn.Module]:
@@ -96,6 +98,9 @@ def _norm(module: Any, hidden: torch.Tensor) -> torch.Tensor:
 
 def _normalise(flat: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The normed rows and one over their root mean square."""
+    if (kernels := _kernels(flat, weight)) is not None:
+        normed, scale_T = kernels.norm(flat.contiguous(), weight, epsilon)
+        return normed, scale_T[:, None]
     normed = _accurate_copy(flat)
     scale = torch.linalg.vector_norm(normed, dim=-1, keepdim=True)
     scale.square_().div_(flat.shape[-1]).add_(epsilon).rsqrt_()
@@ -116,12 +121,21 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:
         (grad,) = grads
         flat, weight, scale = ctx.saved_tensors
+        learns = ctx.needs_input_grad[1]
+        if (kernels := _kernels(flat, weight, grad)) is not None:
+            rows = grad.reshape(flat.shape).contiguous(), flat.contiguous()
+            grad_x, grad_weight = kernels.norm_backward(*rows, weight, scale, learns)
+            return grad_x.view(grad.shape), None if grad_weight is None else grad_weight.to(weight.dtype), None
         normed, grad_normed = _accurate_copy(flat).mul_(scale), _accurate_copy(grad.reshape(flat.shape))
-        grad_weight = (grad_normed * normed).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        grad_weight = (grad_normed * normed).sum(0).to(weight.dtype) if learns else None
         grad_normed.mul_(weight.to(grad_normed.dtype))
         along = (grad_normed * normed).mean(-1, keepdim=True)
         grad_x = grad_normed.addcmul_(normed, along, value=-1).mul_(scale)
         return grad_x.to(flat.dtype).view(grad.shape), grad_weight, None
+
+
+def _kernels(*tensors: torch.Tensor) -> Kernels | None:
+    return native.kernels() if native.fits(*tensors) else None
 
 
 def _accurate(dtype: torch.dtype) -> torch.dtype:
@@ -165,7 +179,7 @@ class _GatedDown(torch.autograd.Function):
         dropout: float,
     ) -> torch.Tensor:
         flat_gate, flat_up = (x.reshape(-1, x.shape[-1]) for x in (gate, up))
-        product = functional.silu(flat_gate).mul_(flat_up)
+        product = _product(flat_gate, flat_up)
         out = functional.linear(product, weight, bias)
         low_a = low_b = inner = keep = None
         if a is not None and b is not None:
@@ -184,25 +198,41 @@ class _GatedDown(torch.autograd.Function):
         flat_gate, flat_up, weight, low_a, low_b, inner, keep = ctx.saved_tensors
         grad = grads[0].reshape(-1, grads[0].shape[-1])
         needs = ctx.needs_input_grad
-        activated = functional.silu(flat_gate)
         grad_product = grad @ weight
-        grad_weight = grad_bias = grad_a = grad_b = None
-        if needs[2]:
-            grad_weight = grad.t() @ (activated * flat_up)
-        if needs[3]:
-            grad_bias = grad.sum(0)
+        grad_weight = grad_bias = grad_a = grad_b = grad_inner = None
         if low_a is not None:
             grad_inner = grad @ low_b
-            if needs[4]:
-                product = activated * flat_up if keep is None else (activated * flat_up).mul_(keep)
-                grad_a = (grad_inner.t() @ product).to(ctx.learned)
-            if needs[5]:
-                grad_b = (grad.t() @ inner).to(ctx.learned) * ctx.scale
             if keep is None:
                 grad_product.addmm_(grad_inner, low_a)
             else:
                 grad_product += (grad_inner @ low_a).mul_(keep)
-        grad_up = activated.mul_(grad_product)
-        grad_gate = torch.ops.aten.silu_backward(grad_product.mul_(flat_up), flat_gate)
+        grad_gate, grad_up, product = _product_backward(flat_gate, flat_up, grad_product, needs[2] or needs[4])
+        if needs[2]:
+            grad_weight = grad.t() @ product
+        if needs[3]:
+            grad_bias = grad.sum(0)
+        if grad_inner is not None:
+            if needs[4]:
+                grad_a = (grad_inner.t() @ (product if keep is None else product.mul_(keep))).to(ctx.learned)
+            if needs[5]:
+                grad_b = (grad.t() @ inner).to(ctx.learned) * ctx.scale
         shape = (*grads[0].shape[:-1], flat_gate.shape[-1])
         return grad_gate.view(shape), grad_up.view(shape), grad_weight, grad_bias, grad_a, grad_b, None, None
+
+
+def _product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """`silu(gate) * up`."""
+    if (kernels := _kernels(gate, up)) is not None:
+        return kernels.gated(gate.contiguous(), up.contiguous())
+    return functional.silu(gate).mul_(up)
+
+
+def _product_backward(
+    gate: torch.Tensor, up: torch.Tensor, grad: torch.Tensor, again: bool
+) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """The gradients of gate and up, and the product `again` if it is wanted. `grad` is written over."""
+    if (kernels := _kernels(gate, up, grad)) is not None:
+        return kernels.gated_backward(gate.contiguous(), up.contiguous(), grad, again)
+    activated = functional.silu(gate)
+    product = activated * up if again else None
+    return torch.ops.aten.silu_backward(grad * up, gate), activated.mul_(grad), product

@@ -16,6 +16,7 @@ from torch import nn
 from posttrain.models.adapters import LeanLora
 from posttrain.models.available import total_memory
 from posttrain.models.forward import Policy
+from posttrain.models.fused_attention import window_of
 
 PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -183,14 +184,8 @@ def _layer(layer: Any) -> LeanLayer | None:
     return LeanLayer(
         attention.layer_idx, norms, None if head_norms[0] is None else head_norms, Product([q, k, v]), Product([out]),
         Product([gate, up]), Product([down]), _rows(gate),
-        getattr(attention, "sliding_window", None) or _window(attention),
+        window_of(attention),
     )  # fmt: skip
-
-
-def _window(attention: Any) -> int | None:
-    """Mistral says it for all layers alike."""
-    config = attention.config
-    return None if hasattr(config, "layer_types") else getattr(config, "sliding_window", None)
 
 
 def _is_linear(layer: Any) -> bool:

@@ -1,0 +1,188 @@
+"""Attention of packed segments on a CPU through the native kernels (posttrain/native), rotary embeddings included.
+
+`fused_attention` stands where transformers calls for attention, with queries and keys already turned.
+`specialise_attention` goes further for attention modules of the usual kind (four projections, perhaps norms of queries
+and keys): they get a forward that turns and attends in one autograd function, on the projections' own memory. As with
+norms (models/lean_layers.py) a module gets it only if it gives the module's own numbers on a few random tokens; calls
+without a packed layout go to the module's own forward.
+
+Shape suffixes: `T` tokens, `D` hidden, `H` query heads, `K` key heads, `E` head size.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from posttrain import native
+from posttrain.models.decoding import Memory, Reading
+from posttrain.native.kernels import LANES
+from posttrain.types import Layout
+
+PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
+HEAD_NORMS = {"q_norm", "k_norm"}
+TRIAL = Layout((0, 5), (5, 3), (-1, 0))
+
+
+def can_fuse(query_HTE: torch.Tensor, value_KTE: torch.Tensor, layout: Layout, window: int | None) -> bool:
+    """Whether the kernels know these shapes; a window counts where something is longer."""
+    size = query_HTE.shape[-1]
+    return (
+        native.fits(query_HTE, value_KTE)
+        and size % LANES == 0
+        and value_KTE.shape[-1] == size
+        and (window is None or layout.max_length <= window)
+        and min(layout.lengths, default=0) > 0
+        and native.kernels() is not None
+    )
+
+
+def fused_attention(
+    query_1HTE: torch.Tensor, key_1KTE: torch.Tensor, value_1KTE: torch.Tensor, layout: Layout, scale: float
+) -> torch.Tensor:
+    """`(1, T, H, E)`: every token attends to itself and what precedes it in its own segment."""
+    by_token = (x[0].transpose(0, 1) for x in (query_1HTE, key_1KTE, value_1KTE))
+    return _FusedAttention.apply(*by_token, None, layout, scale)[None]
+
+
+class _FusedAttention(torch.autograd.Function):
+    """With `turns`, cosines and sines `(T, E)`, queries and keys are turned by them first (arXiv 2104.09864)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query_THE: torch.Tensor,
+        key_TKE: torch.Tensor,
+        value_TKE: torch.Tensor,
+        turns: tuple[torch.Tensor, torch.Tensor] | None,
+        layout: Layout,
+        scale: float,
+    ) -> torch.Tensor:
+        kernels = _kernels()
+        query_THE, key_TKE, value_TKE = (_readable(one) for one in (query_THE, key_TKE, value_TKE))
+        if turns is not None:
+            query_THE, key_TKE = (kernels.rotate(one, *turns) for one in (query_THE, key_TKE))
+        out_THE, log_sum_HT = kernels.attention(query_THE, key_TKE, value_TKE, layout, scale)
+        ctx.layout, ctx.scale, ctx.turns = layout, scale, turns
+        ctx.save_for_backward(query_THE, key_TKE, value_TKE, log_sum_HT)
+        return out_THE
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:
+        kernels = _kernels()
+        query_THE, key_TKE, value_TKE, log_sum_HT = ctx.saved_tensors
+        grad_query, grad_key, grad_value = kernels.attention_backward(
+            query_THE, key_TKE, value_TKE, _readable(grads[0]), log_sum_HT, ctx.layout, ctx.scale
+        )
+        if ctx.turns is not None:
+            grad_query, grad_key = (kernels.rotate(one, *ctx.turns, backwards=True) for one in (grad_query, grad_key))
+        return grad_query, grad_key, grad_value, None, None, None
+
+
+def _kernels() -> Any:
+    kernels = native.kernels()
+    assert kernels is not None
+    return kernels
+
+
+def _readable(one_THE: torch.Tensor) -> torch.Tensor:
+    """As it is if heads lie whole in memory, pairs of numbers aligned; a copy if not."""
+    tokens, heads, last = one_THE.stride()
+    usable = last == 1 and tokens % 2 == 0 and heads % 2 == 0 and one_THE.data_ptr() % 4 == 0
+    return one_THE if usable else one_THE.contiguous()
+
+
+# --- whole modules --------------------------------------------------------------------------------------------------
+
+
+def specialise_attention(base: nn.Module) -> list[nn.Module]:
+    """Give attention modules of the usual kind the fused forward; those that got it. For a model whose attention is
+    ours already."""
+    if native.kernels() is None:
+        return []
+    changed = [module for module in base.modules() if _is_usual(module) and _gives_the_same(module)]
+    for module in changed:
+        module.forward = partial(_attention, module)  # type: ignore[method-assign]
+    return changed
+
+
+def window_of(attention: Any) -> int | None:
+    """How far back an attention module looks; Mistral says it for all layers alike."""
+    own = getattr(attention, "sliding_window", None)
+    if own is not None or hasattr(attention.config, "layer_types"):
+        return own
+    return getattr(attention.config, "sliding_window", None)
+
+
+def _is_usual(module: Any) -> bool:
+    children = {name for name, _ in module.named_children()}
+    return (
+        PROJECTIONS <= children <= PROJECTIONS | HEAD_NORMS
+        and len(children & HEAD_NORMS) in (0, 2)
+        and all(hasattr(module, name) for name in ("head_dim", "scaling", "layer_idx", "config"))
+        and "forward" not in module.__dict__
+        and module.head_dim % LANES == 0
+    )
+
+
+def _gives_the_same(module: Any) -> bool:
+    """On a few random tokens, a shared prompt among them."""
+    if not native.fits(next(module.q_proj.parameters())):
+        return False
+    tokens, width, size = TRIAL.num_tokens, int(module.q_proj.in_features), int(module.head_dim)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, tokens, width, generator=generator).to(torch.bfloat16)
+    turns = tuple(torch.randn(1, tokens, size, generator=generator).to(hidden) for _ in range(2))
+    options: dict[str, Any] = {"attention_mask": torch.empty(1, 1, 0, 0), "layout": TRIAL}
+    training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            expected = module(hidden, position_embeddings=turns, **options)[0]
+            seen = _attention(module, hidden, position_embeddings=turns, **options)[0]
+    except (RuntimeError, TypeError, ValueError, AttributeError):  # it does not take these arguments
+        return False
+    finally:
+        module.train(training)
+    return bool((expected - seen).abs().max() <= 2e-2 * expected.abs().max())
+
+
+def _attention(
+    module: Any,
+    hidden_states: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+    attention_mask: torch.Tensor | None = None,
+    past_key_values: Any = None,
+    layout: Layout | Memory | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers' attention modules do, for a packed layout."""
+    if position_embeddings is None or past_key_values is not None or not _is_ours(module, hidden_states, layout):
+        return type(module).forward(
+            module, hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask,
+            past_key_values=past_key_values, layout=layout, **kwargs,
+        )  # fmt: skip
+    tokens = hidden_states.shape[1]
+    query_THE, key_TKE, value_TKE = (
+        project(hidden_states).view(tokens, -1, module.head_dim)
+        for project in (module.q_proj, module.k_proj, module.v_proj)
+    )
+    if hasattr(module, "q_norm"):
+        query_THE, key_TKE = module.q_norm(query_THE), module.k_norm(key_TKE)
+    turns: Any = tuple(one[0].contiguous() for one in position_embeddings)
+    if isinstance(layout, Reading) and layout.memory is not None:
+        query_THE, key_TKE = (_kernels().rotate(_readable(one), *turns) for one in (query_THE, key_TKE))
+        layout.memory.remember(module.layer_idx, key_TKE.transpose(0, 1)[None], value_TKE.transpose(0, 1)[None], layout)
+        turns = None
+    out_THE = _FusedAttention.apply(query_THE, key_TKE, value_TKE, turns, layout, module.scaling)
+    return module.o_proj(out_THE.view(1, tokens, -1)), None
+
+
+def _is_ours(module: Any, hidden_1TD: torch.Tensor, layout: Any) -> bool:
+    if not isinstance(layout, Layout) or (module.training and getattr(module, "attention_dropout", 0.0)):
+        return False
+    head = hidden_1TD.new_empty(0, module.head_dim)
+    return can_fuse(head, head, layout, window_of(module))

@@ -1,0 +1,61 @@
+"""What torch takes a dozen passes over memory for on a CPU, in one: kernels in C++ for norms, SwiGLU, rotary
+embeddings, attention and decoding, in bf16.
+
+They are a faster way to the same numbers and nothing needs them: without a compiler, on another processor, in another
+dtype, torch's own operations do the same, and the twins are compared in tests. `POSTTRAIN_NATIVE=0` leaves them out.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from posttrain.native.build import NotBuilt, load
+from posttrain.native.kernels import Kernels
+
+logger = logging.getLogger("posttrain")
+_is_off = False
+
+
+def kernels() -> Kernels | None:
+    """The kernels, compiled on first use; None where there are none. Why not is said once."""
+    return None if _is_off else _loaded()
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Inside, torch's own operations."""
+    global _is_off
+    before, _is_off = _is_off, True
+    try:
+        yield
+    finally:
+        _is_off = before
+
+
+@lru_cache(maxsize=1)
+def _loaded() -> Kernels | None:
+    if os.environ.get("POSTTRAIN_NATIVE") == "0":
+        return None
+    try:
+        return Kernels(load(_cache()))
+    except NotBuilt as reason:
+        logger.info("no native kernels, torch's own operations instead: %s", reason)
+        return None
+
+
+def _cache() -> Path:
+    own = os.environ.get("POSTTRAIN_CACHE")
+    root = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "posttrain"
+    return root / "kernels"
+
+
+def fits(*tensors: torch.Tensor) -> bool:
+    """Whether the kernels take these: bf16 on a CPU."""
+    return all(one.device.type == "cpu" and one.dtype == torch.bfloat16 for one in tensors)

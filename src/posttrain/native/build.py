@@ -1,0 +1,102 @@
+"""The kernels of `source/`, compiled once on the machine that runs them and kept in posttrain's cache.
+
+Any C++ compiler will do (`$CXX`, `c++`, `g++`, `clang++`); a compilation takes seconds. What was compiled is named by
+its sources, flags and compiler, so that a new version of either is compiled anew, and it is put in place whole. The
+OpenMP library is the one that torch has loaded already: a second one would fight the first for the cores.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+SOURCE = Path(__file__).parent / "source"
+FLAGS = (
+    "-std=c++17", "-O3", "-fPIC", "-shared", "-fno-strict-aliasing", "-fno-math-errno",
+    "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma", "-mbmi2",
+)  # fmt: skip
+NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "fma", "bmi2"}
+"""What the processor must be able to do, as Linux spells it."""
+DEADLINE = 300.0
+
+
+class NotBuilt(Exception):
+    """Why there are no kernels here."""
+
+
+def load(cache: Path) -> ctypes.CDLL:
+    """The library, compiled if it is not in `cache` yet. Raises NotBuilt."""
+    _check_processor()
+    openmp = _openmp()
+    target = _built(cache)
+    ctypes.CDLL(openmp, ctypes.RTLD_GLOBAL)  # what it offers is found by the library that is loaded next
+    try:
+        return ctypes.CDLL(str(target))
+    except OSError as error:
+        raise NotBuilt(f"{target} cannot be loaded: {error}") from None
+
+
+def _check_processor() -> None:
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        raise NotBuilt(f"they are for Linux on x86-64, this is {platform.system()} on {platform.machine()}")
+    text = Path("/proc/cpuinfo").read_text("utf-8", errors="replace")
+    flags = next((set(line.split()) for line in text.splitlines() if line.startswith("flags")), set[str]())
+    if missing := sorted(NEEDED - flags):
+        raise NotBuilt(f"the processor has no {', '.join(missing)}")
+
+
+def _openmp() -> str:
+    """The OpenMP library in this process, by its path."""
+    for line in Path("/proc/self/maps").read_text("utf-8", errors="replace").splitlines():
+        path = line.split(maxsplit=5)[-1]
+        if any(name in Path(path).name for name in ("libgomp", "libiomp5", "libomp.")):
+            return path
+    raise NotBuilt("torch has loaded no OpenMP library")
+
+
+def _compiler() -> list[str]:
+    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    for command in wanted:
+        words = shlex.split(command)
+        if words and shutil.which(words[0]):
+            return words
+    raise NotBuilt(f"there is no C++ compiler ({', '.join(wanted)})")
+
+
+def _built(cache: Path) -> Path:
+    compiler = _compiler()
+    sources = sorted(SOURCE.iterdir())
+    key = hashlib.sha256()
+    for part in (*FLAGS, _run([*compiler, "--version"]), *(path.read_text("utf-8") for path in sources)):
+        key.update(part.encode() + b"\0")
+    target = cache / f"kernels-{key.hexdigest()[:16]}.so"
+    if target.exists():
+        return target
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            made = Path(folder) / target.name
+            files = [str(path) for path in sources if path.suffix == ".cpp"]
+            _run([*compiler, *FLAGS, "-o", str(made), *files])
+            made.replace(target)
+    except OSError as error:
+        raise NotBuilt(f"{cache} cannot be written: {error}") from None
+    return target
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NotBuilt(f"{shlex.join(command[:1])}: {error}") from None
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or ["nothing"])[0]
+        raise NotBuilt(f"{shlex.join(command[:1])} ended with {done.returncode}: {said}")
+    return done.stdout

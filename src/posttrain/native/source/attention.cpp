@@ -1,0 +1,274 @@
+// Causal attention of packed segments, forward and backward (arXiv 2205.14135 for what the backward pass keeps).
+//
+// A segment's tokens see their parent's (a shared prompt's) and their own, up to themselves. Scores of a block of
+// queries are written down in the processor's cache, never in memory, and only as far as the block sees; of the soft-max
+// one number a query is kept. Query heads of one key head are done by the same thread one after another, and in the
+// backward pass so are a parent and its children, so that each gradient is summed in a fixed order.
+//
+// Heads are `size` wide, a multiple of 16. Tensors are given by strides of token and head, in elements.
+
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+#include "products.h"
+
+namespace {
+
+constexpr long BLOCK = 48;  // queries at a time
+
+struct View {
+    bf16* data;
+    long token, head;
+    bf16* at(long t, long h) const { return data + t * token + h * head; }
+};
+
+struct Segment {
+    int32_t start, length, parent_start, parent_length;
+};
+
+struct Shape {
+    long heads, groups, size;
+    float scale;
+    long per_group() const { return heads / groups; }
+};
+
+thread_local Scratch scratch;
+
+const uint32_t* pairs_of(const bf16* p) { return reinterpret_cast<const uint32_t*>(p); }
+
+// Keys or values that a segment sees, packed across or down; places up to `room` are zeros.
+void gather_across(const View& x, const Segment& s, long head, long size, uint32_t* out, long room) {
+    const long seen = s.parent_length + s.length;
+    pack_across(x.at(s.parent_start, head), x.token, s.parent_length, size, out, room);
+    pack_across(x.at(s.start, head), x.token, s.length, size, out + s.parent_length, room);
+    for (long pair = 0; pair < size / 2; ++pair)
+        std::memset(out + pair * room + seen, 0, (room - seen) * sizeof(uint32_t));
+}
+
+void gather_down(const View& x, const Segment& s, long head, long size, uint32_t* out, long room) {
+    const long seen = s.parent_length + s.length;
+    pack_down(x.at(s.parent_start, head), x.token, s.parent_length, size, out, size, 0);
+    pack_down(x.at(s.start, head), x.token, s.length, size, out, size, s.parent_length);
+    std::memset(out + up(seen, 2) / 2 * size, 0, (room / 2 - up(seen, 2) / 2) * size * sizeof(uint32_t));
+}
+
+// The soft-max of a row's first `seen` scores as bf16, zeros up to `room`; returns the log of the sum of exponentials.
+float softmax(const float* score, long seen, long room, float scale, bf16* out) {
+    __m512 most = _mm512_set1_ps(-INFINITY);
+    for (long i = 0; i < seen; i += LANES) {
+        const __mmask16 some = first(seen - i);
+        // NaN stays: max returns its second argument where either is NaN, and a NaN already there is put back
+        const __m512 v = _mm512_mask_loadu_ps(most, some, score + i);
+        most = _mm512_max_ps(most, v);
+    }
+    const float top = _mm512_reduce_max_ps(most) * scale;
+    const __m512 scales = _mm512_set1_ps(scale), tops = _mm512_set1_ps(top);
+    float* kept = const_cast<float*>(score);
+    __m512 sum = _mm512_setzero_ps();
+    for (long i = 0; i < seen; i += LANES) {
+        const __mmask16 some = first(seen - i);
+        const __m512 e = _mm512_maskz_mov_ps(some, exponential(_mm512_fmsub_ps(_mm512_loadu_ps(score + i), scales, tops)));
+        sum = _mm512_add_ps(sum, e);
+        _mm512_storeu_ps(kept + i, e);
+    }
+    const float total = _mm512_reduce_add_ps(sum);
+    const __m512 inverse = _mm512_set1_ps(1.0f / total);
+    for (long i = 0; i < room; i += LANES)
+        store(out + i, i < seen ? _mm512_mul_ps(_mm512_loadu_ps(kept + i), inverse) : _mm512_setzero_ps());
+    return top + std::log(total);
+}
+
+void forward_item(const Segment& s, long group, const Shape& shape, const View& q, const View& k, const View& v,
+                  const View& out, float* lse, long tokens) {
+    const long size = shape.size, seen = s.parent_length + s.length, room = up(seen, LANES);
+    scratch.begin(Scratch::bytes<uint32_t>(size / 2 * room) * 2 + Scratch::bytes<float>(BLOCK * room) +
+                  Scratch::bytes<bf16>(BLOCK * room) + Scratch::bytes<float>(BLOCK * size));
+    uint32_t* keys = scratch.take<uint32_t>(size / 2 * room);
+    uint32_t* values = scratch.take<uint32_t>(size / 2 * room);
+    float* score = scratch.take<float>(BLOCK * room);
+    bf16* weight = scratch.take<bf16>(BLOCK * room);
+    float* sum = scratch.take<float>(BLOCK * size);
+    gather_across(k, s, group, size, keys, room);
+    gather_down(v, s, group, size, values, room);
+    for (long h = group * shape.per_group(); h < (group + 1) * shape.per_group(); ++h)
+        for (long begin = 0; begin < s.length; begin += BLOCK) {
+            const long rows = std::min(BLOCK, s.length - begin), reach = up(s.parent_length + begin + rows, LANES);
+            product<false>(pairs_of(q.at(s.start + begin, h)), q.token / 2, 1, keys, room, score, reach, rows, reach,
+                           size / 2);
+            for (long r = 0; r < rows; ++r)
+                lse[h * tokens + s.start + begin + r] =
+                    softmax(score + r * reach, s.parent_length + begin + r + 1, reach, shape.scale, weight + r * reach);
+            product<false>(pairs_of(weight), reach / 2, 1, values, size, sum, size, rows, size, reach / 2);
+            for (long r = 0; r < rows; ++r)
+                for (long i = 0; i < size; i += LANES)
+                    store(out.at(s.start + begin + r, h) + i, _mm512_loadu_ps(sum + r * size + i));
+        }
+}
+
+// Weights and the gradient of scores, of two queries at once: in pairs for the products that sum over queries, and the
+// scores' gradient by rows as well. A second query that is not there gives zeros.
+void softmax_backward(const float* score, const float* weight_grad, long reach, long seen, int queries, float scale,
+                      const float* lse, uint32_t* weight_pairs, uint32_t* score_pairs, bf16* score_grad) {
+    __m512 along[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    float* weight = const_cast<float*>(score);
+    for (int q = 0; q < queries; ++q) {
+        const __m512 scales = _mm512_set1_ps(scale), logs = _mm512_set1_ps(lse[q]);
+        for (long i = 0; i < reach; i += LANES) {
+            float* at = weight + q * reach + i;
+            const __mmask16 some = seen + q - i <= 0 ? 0 : first(seen + q - i);
+            const __m512 w =
+                _mm512_maskz_mov_ps(some, exponential(_mm512_fmsub_ps(_mm512_loadu_ps(at), scales, logs)));
+            along[q] = _mm512_fmadd_ps(w, _mm512_loadu_ps(weight_grad + q * reach + i), along[q]);
+            _mm512_storeu_ps(at, w);
+        }
+        along[q] = _mm512_set1_ps(_mm512_reduce_add_ps(along[q]));
+    }
+    for (long i = 0; i < reach; i += LANES) {
+        __m256i w[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()}, g[2] = {w[0], w[0]};
+        for (int q = 0; q < queries; ++q) {
+            const __m512 weights = _mm512_loadu_ps(weight + q * reach + i);
+            const __m512 slope = _mm512_sub_ps(_mm512_loadu_ps(weight_grad + q * reach + i), along[q]);
+            w[q] = narrow(weights);
+            g[q] = narrow(_mm512_mul_ps(weights, slope));
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(score_grad + q * reach + i), g[q]);
+        }
+        _mm512_storeu_si512(weight_pairs + i, interleaved(w[0], w[1]));
+        _mm512_storeu_si512(score_pairs + i, interleaved(g[0], g[1]));
+    }
+}
+
+struct Gradients {
+    View q, k, v;
+};
+
+// One segment's share of everything; `key_grad` and `value_grad` (seen, size) are added to.
+void backward_segment(const Segment& s, long group, const Shape& shape, const View& q, const View& k, const View& v,
+                      const View& grad, const float* lse, long tokens, const Gradients& grads, float* key_grad,
+                      float* value_grad) {
+    const long size = shape.size, seen = s.parent_length + s.length, room = up(seen, LANES);
+    uint32_t* keys = scratch.take<uint32_t>(size / 2 * room);
+    uint32_t* values = scratch.take<uint32_t>(size / 2 * room);
+    uint32_t* keys_down = scratch.take<uint32_t>(size / 2 * room);
+    float* score = scratch.take<float>(BLOCK * room);
+    float* weight_grad = scratch.take<float>(BLOCK * room);
+    bf16* score_grad = scratch.take<bf16>(BLOCK * room);
+    uint32_t* weight_pairs = scratch.take<uint32_t>(BLOCK / 2 * room);
+    uint32_t* score_pairs = scratch.take<uint32_t>(BLOCK / 2 * room);
+    uint32_t* queries_down = scratch.take<uint32_t>(BLOCK / 2 * size);
+    uint32_t* grads_down = scratch.take<uint32_t>(BLOCK / 2 * size);
+    float* query_grad = scratch.take<float>(BLOCK * size);
+    gather_across(k, s, group, size, keys, room);
+    gather_across(v, s, group, size, values, room);
+    gather_down(k, s, group, size, keys_down, room);
+    const __m512 scales = _mm512_set1_ps(shape.scale);
+    for (long h = group * shape.per_group(); h < (group + 1) * shape.per_group(); ++h)
+        for (long begin = 0; begin < s.length; begin += BLOCK) {
+            const long rows = std::min(BLOCK, s.length - begin), visible = s.parent_length + begin + rows;
+            const long reach = up(visible, LANES), at = s.start + begin, pairs = (rows + 1) / 2;
+            product<false>(pairs_of(q.at(at, h)), q.token / 2, 1, keys, room, score, reach, rows, reach, size / 2);
+            product<false>(pairs_of(grad.at(at, h)), grad.token / 2, 1, values, room, weight_grad, reach, rows, reach,
+                           size / 2);
+            for (long r = 0; r < rows; r += 2)
+                softmax_backward(score + r * reach, weight_grad + r * reach, reach, s.parent_length + begin + r + 1,
+                                 r + 1 < rows ? 2 : 1, shape.scale, lse + h * tokens + at + r,
+                                 weight_pairs + r / 2 * reach, score_pairs + r / 2 * reach, score_grad + r * reach);
+            product<false>(pairs_of(score_grad), reach / 2, 1, keys_down, size, query_grad, size, rows, size, reach / 2);
+            for (long r = 0; r < rows; ++r)
+                for (long i = 0; i < size; i += LANES)
+                    store(grads.q.at(at + r, h) + i, _mm512_mul_ps(_mm512_loadu_ps(query_grad + r * size + i), scales));
+            pack_down(q.at(at, h), q.token, rows, size, queries_down, size, 0);
+            pack_down(grad.at(at, h), grad.token, rows, size, grads_down, size, 0);
+            product<true>(weight_pairs, 1, reach, grads_down, size, value_grad, size, visible, size, pairs);
+            product<true>(score_pairs, 1, reach, queries_down, size, key_grad, size, visible, size, pairs);
+        }
+}
+
+void write(const View& to, long start, long count, long head, long size, const float* from, float scale) {
+    for (long n = 0; n < count; ++n)
+        for (long i = 0; i < size; i += LANES)
+            store(to.at(start + n, head) + i,
+                  _mm512_mul_ps(_mm512_loadu_ps(from + n * size + i), _mm512_set1_ps(scale)));
+}
+
+// A segment without a parent and all its children, for one key head.
+void backward_item(const std::vector<Segment>& family, long group, const Shape& shape, const View& q, const View& k,
+                   const View& v, const View& grad, const float* lse, long tokens, const Gradients& grads) {
+    const long size = shape.size, first_length = family[0].length;
+    long longest = 0;
+    for (const Segment& s : family) longest = std::max<long>(longest, s.parent_length + s.length);
+    const long room = up(longest, LANES);
+    scratch.begin(Scratch::bytes<float>(room * size) * 2 + Scratch::bytes<uint32_t>(size / 2 * room) * 3 +
+                  Scratch::bytes<float>(BLOCK * room) * 2 + Scratch::bytes<bf16>(BLOCK * room) +
+                  Scratch::bytes<uint32_t>(BLOCK / 2 * room) * 2 + Scratch::bytes<uint32_t>(BLOCK / 2 * size) * 2 +
+                  Scratch::bytes<float>(BLOCK * size) + 4096);
+    float* key_grad = scratch.take<float>(room * size);
+    float* value_grad = scratch.take<float>(room * size);
+    const Scratch::Mark mark = scratch.mark();
+    std::memset(key_grad, 0, room * size * sizeof(float));
+    std::memset(value_grad, 0, room * size * sizeof(float));
+    for (const Segment& s : family) {
+        scratch.back_to(mark);
+        backward_segment(s, group, shape, q, k, v, grad, lse, tokens, grads, key_grad, value_grad);
+        if (s.parent_length == 0) continue;
+        const long own = s.parent_length * size;  // what stands before it is the parent's and goes on growing
+        write(grads.k, s.start, s.length, group, size, key_grad + own, shape.scale);
+        write(grads.v, s.start, s.length, group, size, value_grad + own, 1.0f);
+        std::memset(key_grad + own, 0, s.length * size * sizeof(float));
+        std::memset(value_grad + own, 0, s.length * size * sizeof(float));
+    }
+    write(grads.k, family[0].start, first_length, group, size, key_grad, shape.scale);
+    write(grads.v, family[0].start, first_length, group, size, value_grad, 1.0f);
+}
+
+long cost(const Segment& s) { return static_cast<long>(s.length) * (2 * s.parent_length + s.length); }
+
+}  // namespace
+
+extern "C" {
+
+// `strides` are those of token and head of q, k, v and out in turn; `segments` (count, 4): start, length, and the
+// parent's, whose length is 0 where there is none. `lse` (heads, tokens).
+void posttrain_attention(bf16* q, bf16* k, bf16* v, bf16* out, float* lse, const long* strides, const int32_t* segments,
+                         long count, long tokens, long heads, long groups, long size, float scale) {
+    const View qs{q, strides[0], strides[1]}, ks{k, strides[2], strides[3]}, vs{v, strides[4], strides[5]};
+    const View outs{out, strides[6], strides[7]};
+    const Shape shape{heads, groups, size, scale};
+    const Segment* all = reinterpret_cast<const Segment*>(segments);
+    std::vector<long> order(count);  // the longest first, so that threads end together
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](long a, long b) { return cost(all[a]) > cost(all[b]); });
+    one_by_one(count * groups, [&](long i) {
+        forward_item(all[order[i / groups]], i % groups, shape, qs, ks, vs, outs, lse, tokens);
+    });
+}
+
+// `strides` of q, k, v, grad, and of the gradients of q, k and v.
+void posttrain_attention_backward(bf16* q, bf16* k, bf16* v, bf16* grad, const float* lse, bf16* grad_q, bf16* grad_k,
+                                  bf16* grad_v, const long* strides, const int32_t* segments, long count, long tokens,
+                                  long heads, long groups, long size, float scale) {
+    const View qs{q, strides[0], strides[1]}, ks{k, strides[2], strides[3]}, vs{v, strides[4], strides[5]};
+    const View gs{grad, strides[6], strides[7]};
+    const Gradients grads{{grad_q, strides[8], strides[9]}, {grad_k, strides[10], strides[11]},
+                          {grad_v, strides[12], strides[13]}};
+    const Shape shape{heads, groups, size, scale};
+    const Segment* all = reinterpret_cast<const Segment*>(segments);
+    std::vector<std::vector<Segment>> families;
+    for (long i = 0; i < count; ++i)
+        if (all[i].parent_length == 0) families.push_back({all[i]});
+    for (long i = 0; i < count; ++i)
+        if (all[i].parent_length != 0)
+            for (auto& family : families)
+                if (family[0].start == all[i].parent_start) family.push_back(all[i]);
+    auto whole = [](const std::vector<Segment>& family) {
+        long sum = 0;
+        for (const Segment& s : family) sum += cost(s);
+        return sum;
+    };
+    std::stable_sort(families.begin(), families.end(),
+                     [&](const auto& a, const auto& b) { return whole(a) > whole(b); });
+    one_by_one(static_cast<long>(families.size()) * groups, [&](long i) {
+        backward_item(families[i / groups], i % groups, shape, qs, ks, vs, gs, lse, tokens, grads);
+    });
+}
+}
