@@ -1,7 +1,7 @@
 """How a step is to be cut and what of it is made again, so that it fits into the memory there is.
 
-Where memory is plentiful nothing is given up for it: freed pages are kept, and everything that a gradient needs. Where
-it is not, freed pages go back at once, so that the formula (models/footprint.py) holds to a few per cent, and the least
+Where memory is plentiful nothing is given up for it: freed pages are kept, everything that a gradient needs, and frozen
+weights in a second layout (models/laid_out.py). Where it is not, freed pages go back at once, so that the formula (models/footprint.py) holds to a few per cent, and the least
 recomputation that fits is taken, with micro-batches as large as fit; a probe, one forward and backward over arbitrary
 tokens, says whether this model is what the formula takes it for. None of it changes the result.
 """
@@ -92,18 +92,23 @@ def make_plan(
     total = total_memory(device)
     limit = int(SHARE * total) if max_memory is None else min(parse_size(max_memory), total)
     levels = _levels(session, recompute)
-    plan = _roomy(needs, work, token_budget or default_token_budget(device), levels[0], device, (total, limit))
+    budget, bounds = token_budget or default_token_budget(device), (total, limit)
+    plan = _roomy(needs, work, budget, levels[0], device, bounds, session.laid_out_bytes)
+    if plan.fits:
+        session.lay_out()
+    else:
+        plan = _roomy(needs, work, budget, levels[0], device, bounds)
     if not plan.fits:
         if device.type == "cpu":
             return_freed_pages()
         session.precision.sheds_copies = True
-        plan = _tight(needs, work, token_budget, levels, device, (total, limit))
+        plan = _tight(needs, work, token_budget, levels, device, bounds)
         session.recompute(plan.recomputation)
         longest = min(work.longest, PROBE_TOKENS)
         ratio = probe(session, needs, [longest] * (PROBE_TOKENS // longest))
         if ratio > TOLERANCE:
             logger.warning("memory   this model keeps %.1f times what was expected; planning with that", ratio)
-            plan = _tight(_scaled(needs, ratio), work, token_budget, levels, device, (total, limit))
+            plan = _tight(_scaled(needs, ratio), work, token_budget, levels, device, bounds)
     session.recompute(plan.recomputation)
     log = logger.info if plan.fits else logger.warning
     log("memory   %s%s", plan, "" if plan.fits else ": it may not fit; lower max_length or train an adapter")
@@ -138,9 +143,16 @@ def _levels(session: Session, recompute: str) -> tuple[str, ...]:
 
 
 def _roomy(
-    needs: Footprint, work: Workload, budget: int, level: str, device: torch.device, bounds: tuple[int, int]
+    needs: Footprint,
+    work: Workload,
+    budget: int,
+    level: str,
+    device: torch.device,
+    bounds: tuple[int, int],
+    more: int = 0,
 ) -> Plan:
-    fixed = memory_in_use(device) + needs.optimizer
+    """`more` bytes are spent on speed."""
+    fixed = memory_in_use(device) + needs.optimizer + more
     low, high = (
         _step(needs, tokens, work.longest, level, budget, tight=False) for tokens in (work.usual, work.largest)
     )

@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 from posttrain.models import adapters
 from posttrain.models.forward import Policy, open_policy
 from posttrain.models.fused_attention import specialise_attention
+from posttrain.models.laid_out import laid_out_bytes, lay_out, take_back
 from posttrain.models.lean_layers import give_back, specialise_layers
 from posttrain.models.memory import keep_freed_pages
 from posttrain.models.precision import MixedPrecision
@@ -116,7 +117,19 @@ class Session:
         self.recompute(above[0])
         return True
 
+    @property
+    def laid_out_bytes(self) -> int:
+        """What `lay_out` would take."""
+        return sum(laid_out_bytes(policy.base) for policy in self.policies())
+
+    def lay_out(self) -> None:
+        """Spend memory on quicker products (models/laid_out.py)."""
+        for policy in self.policies():
+            lay_out(policy.base)
+
     def close(self) -> None:
+        for policy in self.policies():
+            take_back(policy.base)
         self.recompute("none")
         give_back(self.lean)
         self.precision.restore()

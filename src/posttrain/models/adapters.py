@@ -10,6 +10,7 @@ several adapters, disabled or merged adapters, GPT-2's Conv1D) runs PEFT's own f
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -74,13 +75,15 @@ def specialise(model: nn.Module) -> int:
 
 
 class LeanLora(PeftLoraLinear):
-    """PEFT's LoRA layer with one autograd function for the ordinary case."""
+    """PEFT's LoRA layer with one autograd function for the ordinary case. `transposed`: models/laid_out.py."""
+
+    transposed: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         name = self.ordinary_adapter()
         if name is None or args or kwargs:
             return super().forward(x, *args, **kwargs)
-        return _LoraProduct.apply(x, *self.parts(name))
+        return _LoraProduct.apply(x, *self.parts(name), self.transposed)
 
     def parts(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, float, float]:
         """W, b, A, B, the scale and the rate of dropout now."""
@@ -119,6 +122,7 @@ class _LoraProduct(torch.autograd.Function):
         b: torch.Tensor,
         scale: float,
         dropout: float,
+        transposed: Callable[[torch.Tensor], torch.Tensor] | None,
     ) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
         low_a, low_b = a.to(x.dtype), (b * scale).to(x.dtype)
@@ -130,7 +134,7 @@ class _LoraProduct(torch.autograd.Function):
         inner = dropped @ low_a.t()
         out = torch.nn.functional.linear(flat, weight, bias)
         out.addmm_(inner, low_b.t())
-        ctx.scale, ctx.learned = scale, a.dtype
+        ctx.scale, ctx.learned, ctx.transposed = scale, a.dtype, transposed
         ctx.save_for_backward(dropped, inner, weight, low_a, low_b, keep)
         return out.view(*x.shape[:-1], out.shape[-1])
 
@@ -144,10 +148,10 @@ class _LoraProduct(torch.autograd.Function):
         grad_b = (flat.t() @ inner).to(ctx.learned) * ctx.scale if ctx.needs_input_grad[4] else None
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = flat @ weight
+            grad_x = flat @ weight if ctx.transposed is None else ctx.transposed(flat)
             if keep is None:
                 grad_x.addmm_(grad_inner, low_a)
             else:
                 grad_x += (grad_inner @ low_a) * keep
             grad_x = grad_x.view(*grad.shape[:-1], weight.shape[1])
-        return grad_x, None, None, grad_a, grad_b, None, None
+        return grad_x, None, None, grad_a, grad_b, None, None, None
