@@ -1,9 +1,10 @@
 """How a step is to be cut and what of it is made again, so that it fits into the memory there is.
 
 Where memory is plentiful nothing is given up for it: freed pages are kept, everything that a gradient needs, and frozen
-weights in a second layout (models/laid_out.py). Where it is not, freed pages go back at once, so that the formula (models/footprint.py) holds to a few per cent, and the least
-recomputation that fits is taken, with micro-batches as large as fit; a probe, one forward and backward over arbitrary
-tokens, says whether this model is what the formula takes it for. None of it changes the result.
+weights in a second layout (models/laid_out.py). Where it is not, freed pages go back at once, so that the formula
+(models/footprint.py) holds to a few per cent, and the least recomputation that fits is taken, with micro-batches as
+large as fit; a probe, one forward and backward over arbitrary tokens, says whether this model is what the formula takes
+it for. None of it changes the result.
 """
 
 from __future__ import annotations

@@ -158,7 +158,8 @@ class _Layer:
 
     def _feed_forward(self, width: int, is_lean: bool, learns: bool) -> None:
         self.kept += width * self._size * (2 if is_lean else 3 + learns)
-        self.working = max(self.working, 5 * width * self._size)
+        fused = self._size == 2 and native.kernels() is not None  # three tensors in one pass, without a fourth
+        self.working = max(self.working, (4 if fused else 5) * width * self._size)
 
     def _adapters(self, layer: Any) -> None:
         """LoRA's inner product, and with dropout the dropped input and its mask."""
