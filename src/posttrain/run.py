@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_utils import TrainOutput, enable_full_determinism, set_seed, speed_metrics
 
@@ -36,11 +34,12 @@ from posttrain.locks import only_run_in
 from posttrain.loop import Loop
 from posttrain.meter import Meter
 from posttrain.models.available import free_memory
+from posttrain.models.critic import Critic
 from posttrain.models.flops import flops_counter, measure_limit
 from posttrain.models.memory import give_back_freed_memory, peak_memory_bytes, return_freed_pages
 from posttrain.models.weights import load_weights, save_weights
 from posttrain.objectives.base import Objective
-from posttrain.optimization import check_holds, check_holds_values, make_optimizer, make_scheduler
+from posttrain.optimization import check_holds, check_holds_all_of, make_optimizer, make_scheduler
 from posttrain.optimizer_state import evaluation_weights, has_two_modes, make_state
 from posttrain.planner import Workload, default_token_budget, make_plan
 from posttrain.reference import Reference, ReferenceModel, precompute
@@ -50,8 +49,6 @@ from posttrain.signals import StopRequest
 from posttrain.types import Batch, Sample
 
 logger = logging.getLogger("posttrain")
-VALUE_HEAD = "value_head.safetensors"
-VALUE_MODEL = "value_model"
 
 
 class Rollouts(Protocol):
@@ -101,8 +98,7 @@ class Run:
     metrics over an evaluation set; `schedule` has the objective for each moment, in epochs, where it changes;
     `first_look` is called before the first step, while the model is what it was. With `rollouts` completions are
     sampled as training goes: `train_samples` are the prompts alone, and evaluation sets are what it knows how to
-    evaluate. A `value_head` or a `value_model` is trained beside the model; the first is saved with it, the second with
-    checkpoints. `beside` writes what else belongs beside the model's weights."""
+    evaluate. A `critic` is trained beside the model. `beside` writes what else belongs beside the model's weights."""
 
     model: Any
     processing_class: Any
@@ -117,8 +113,7 @@ class Run:
     schedule: Callable[[float], Objective] | None = None
     first_look: Callable[[Session], None] | None = None
     rollouts: Rollouts | None = None
-    value_head: nn.Linear | None = None
-    value_model: Any = None
+    critic: Critic | None = None
     beside: Callable[[Path], None] | None = None
     optimizers: tuple[Any, Any] = (None, None)
     optimizer_choice: tuple[type, dict[str, Any]] | None = None
@@ -243,10 +238,11 @@ class Run:
         if optimizer is not None:
             check_holds(optimizer, session.trained)
         with session.precision.exported():  # the optimiser finds the masters in the model
-            beside = {} if self.value_model is None else {"value_model": self.value_model}
+            beside = {} if self.critic is None else self.critic.models
             chosen = self.optimizer_choice
             self.optimizer = optimizer or make_optimizer(args, self.model, session.trained, chosen, beside)
-        check_holds_values(self.optimizer, session.trained)
+        if self.critic is not None:
+            check_holds_all_of(self.critic.name, self.optimizer, session.trained)
         self.scheduler = scheduler or make_scheduler(args, self.optimizer, max_steps)
         return Loop(
             annotate=self._annotate(session),
@@ -453,10 +449,7 @@ class Run:
 
         def fill(folder: Path) -> None:
             with self._weights_to_use(session):
-                self.write_model(folder, session)
-                if self.value_model is not None:
-                    with session.precision.exported():
-                        save_weights(self.value_model, folder / VALUE_MODEL)
+                self.write_model(folder, session, is_checkpoint=True)
             if self.reference is not None:
                 self.reference.save(folder)
             self.events.save_state(str(folder / "trainer_state.json"))
@@ -466,7 +459,7 @@ class Run:
 
         return str(self._checkpoints().write(state.global_step, fill, best))
 
-    def write_model(self, folder: Path, session: Session | None = None) -> None:
+    def write_model(self, folder: Path, session: Session | None = None, is_checkpoint: bool = False) -> None:
         """Weights, tokenizer and settings, so that the folder can be loaded by PEFT or transformers as it is."""
         folder.mkdir(parents=True, exist_ok=True)
         session = session or self.session
@@ -474,8 +467,8 @@ class Run:
             save_weights(self.model, folder)
             if self.beside is not None:
                 self.beside(folder)
-        if self.value_head is not None:
-            save_file(self.value_head.state_dict(), folder / VALUE_HEAD)
+            if self.critic is not None:
+                self.critic.save(folder, is_checkpoint)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         write_json(folder / "training_args.json", identity.plain(self.args.to_sanitized_dict()))
@@ -510,10 +503,8 @@ class Run:
         """Of everything that is trained."""
         with session.precision.exported():
             load_weights(self.model, folder)
-            if self.value_model is not None:
-                load_weights(self.value_model, folder / VALUE_MODEL)
-        if self.value_head is not None:
-            self.value_head.load_state_dict(load_file(folder / VALUE_HEAD))
+            if self.critic is not None:
+                self.critic.load(folder)
 
     def _identity(self, session: Session) -> dict[str, Any]:
         args, samples = self.args, self.train_samples
@@ -551,9 +542,7 @@ class Run:
         if self.session is not None:
             yield self.session
             return
-        self.session = Session.open(self.model, self.args, self.value_model)
-        if self.value_head is not None:
-            self.session.attach(self.value_head)
+        self.session = Session.open(self.model, self.args, self.critic)
         try:
             yield self.session
         finally:
