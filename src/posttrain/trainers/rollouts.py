@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class TrainerRollouts:
-    """What the run asks of a trainer that samples (`posttrain.run.Rollouts`)."""
+    """What the run asks of a trainer that samples (`posttrain.course.Rollouts`)."""
 
     def __init__(self, trainer: OnlineTrainer, prompts: list[Prompt], rounds: Rounds, rollout_func: Any):
         self.trainer, self.prompts, self.rounds, self.rollout_func = trainer, prompts, rounds, rollout_func
@@ -93,7 +93,7 @@ class TrainerRollouts:
         source.sample = self._sampler(self.prompts, ends)
         source.ask_policy = _asked(session.policy, with_values="old_value_R" in source.of_policy)
         source.ask_reference = None if reference is None else lambda batch: (reference(batch),)
-        source.packing = self.trainer.run._packing(session)
+        source.packing = self.trainer.run.annotation.packing(session)
 
     def _ends(self, session: Session) -> list[int]:
         """What ends a completion: the model's own tokens, and stop strings that are tokens, which no text shows."""
