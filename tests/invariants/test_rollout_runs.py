@@ -401,6 +401,12 @@ def test_fewer_completions_at_once_where_memory_runs_out(
         [json.loads(line)["completion"] for line in samples(tmp_path / name)] for name in ("short", "whole")
     )
     assert said == expected
+    learned = weights(short)
+    tried.clear()
+    resumed = make(tmp_path / "short")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "short" / "checkpoint-3"))
+    assert set(tried) == {2}
+    assert weights(resumed) == learned
 
 
 @pytest.mark.parametrize("spoilt", ["weights", "outputs"])

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from posttrain.errors import OutOfMemoryError
 from posttrain.models.available import free_memory
@@ -17,6 +19,23 @@ from posttrain.rollout.sampling import Sampling
 from posttrain.shortage import RETRY_CODE, Shortage, is_out_of_memory, shortage_of
 
 logger = logging.getLogger("posttrain")
+
+
+@dataclass
+class RowsAtOnce:
+    """How many rows `engine` has come down to, of those that were `asked` for, as a checkpoint keeps it: a run that is
+    taken up again goes on with as many, since products of another shape are rounded otherwise."""
+
+    engine: LocalEngine
+    asked: int
+
+    def state(self) -> dict[str, Any]:
+        return {} if self.engine.max_rows >= self.asked else {"sampling_rows": [self.asked, self.engine.max_rows]}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        asked, rows = state.get("sampling_rows", (None, None))
+        if asked == self.asked:
+            self.engine.max_rows = rows
 
 
 def generate_fitting(

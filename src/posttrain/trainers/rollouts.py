@@ -19,6 +19,7 @@ from posttrain.reference import Reference
 from posttrain.rollout.engines.local import LocalEngine
 from posttrain.rollout.engines.vllm import VllmEngine
 from posttrain.rollout.evaluation import evaluate_rollouts
+from posttrain.rollout.fitting import RowsAtOnce
 from posttrain.rollout.generation import Rollout
 from posttrain.rollout.log import SamplesLog
 from posttrain.rollout.order import Rounds
@@ -90,6 +91,8 @@ class TrainerRollouts:
             self.engine = self._server(session)
         elif not (isinstance(self.engine, LocalEngine) and self.engine.policy is session.policy):
             self.engine = LocalEngine(session.policy, ends, self._decode, args.max_sampling_rows)
+        if isinstance(self.engine, LocalEngine):
+            source.rows = RowsAtOnce(self.engine, args.max_sampling_rows)
         source.sample = self._sampler(self.prompts, ends)
         source.ask_policy = _asked(session.policy, with_values="old_value_R" in source.of_policy)
         source.ask_reference = None if reference is None else lambda batch: (reference(batch),)
