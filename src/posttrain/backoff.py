@@ -1,4 +1,4 @@
-"""What a run does when memory runs out in the middle of a step.
+"""What a run does when memory runs out in the middle of a step, or before the first.
 
 The step is redone from its beginning with the token budget halved; where a single sequence does not fit, more of its
 activations are made again; where nothing is left to change, the run ends and says what was wanted, what was free and
@@ -13,8 +13,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from posttrain.errors import OutOfMemoryError
-from posttrain.shortage import RETRY_CODE, Shortage
+from posttrain.models.available import free_memory
+from posttrain.optimizer_state import make_state
+from posttrain.shortage import RETRY_CODE, Shortage, is_out_of_memory, shortage_of
 from posttrain.types import Batch
 
 logger = logging.getLogger("posttrain")
@@ -68,3 +72,18 @@ class BackOff:
             hint = "lower max_length, train an adapter (peft_config), set bf16=True, or take a smaller model"
         return OutOfMemoryError(f"step {step}, {shortage}: {message}, and nothing is left to cut. Nothing was updated.",
                                 hint=hint)  # fmt: skip
+
+
+def make_state_or_raise(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Raises OutOfMemoryError for an optimiser's state that does not fit, before anything was updated."""
+    try:
+        make_state(optimizer)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        shortage = shortage_of(error, "before the first step", free_memory(device))
+        raise OutOfMemoryError(
+            f"{shortage}: the optimiser's state does not fit",
+            hint="train an adapter (peft_config), or set optim='adamw_bnb_8bit'",
+            code="E-OOM-0002",
+        ) from None

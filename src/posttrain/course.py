@@ -1,4 +1,4 @@
-"""The course of a run over data that are known: where its steps come from, how many there are, and how large.
+"""The course of a run: where its steps come from, how many there are, and how large.
 
 As transformers counts them: a step has `per_device_train_batch_size x gradient_accumulation_steps` samples, an epoch
 may end with fewer, and the last epoch may be cut short.
@@ -9,17 +9,49 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from transformers import TrainingArguments
 
 from posttrain.data.batches import Order, StaticSource, StreamSource
 from posttrain.errors import ConfigError, DataError
 from posttrain.planner import Workload
+from posttrain.reference import Reference
+from posttrain.session import Session
 from posttrain.types import Sample
 
 Samples = Sequence[Sample] | Callable[[int], Iterator[Sample]]
 """All of them, or a function that starts a new pass over a stream."""
+
+
+class Rollouts(Protocol):
+    """What a run asks of a method that samples its own completions."""
+
+    @property
+    def source(self) -> Any:
+        """A `RolloutSource`."""
+        ...
+
+    @property
+    def workload(self) -> Workload: ...
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a resumed run to be the same run."""
+        ...
+
+    def open(self, session: Session, reference: Reference | None) -> None:
+        """Before anything is sampled."""
+        ...
+
+    def resumed(self, step: int) -> None:
+        """A run is taken up again after `step` steps."""
+        ...
+
+    def evaluate(
+        self, session: Session, prompts: Any, stopped: Callable[[], bool], batch_done: Callable[[], None]
+    ) -> dict[str, float] | None:
+        """Metrics of one evaluation set, or None if `stopped()` came true."""
+        ...
 
 
 @dataclass(frozen=True)

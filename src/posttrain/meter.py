@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from posttrain.objectives.base import Metrics
 
-PICKS: dict[str, Callable[[float, float], float]] = {"min_": min, "max_": max}
+PICKS: dict[str, Callable[[float, float], float]] = {"min": min, "max": max}
 
 
 @dataclass
@@ -47,11 +47,12 @@ class Meter:
 
     def settle(self) -> None:
         """Bring pending metrics to the host; sums are in fp64 so that their order hardly matters. What begins with
-        `min_` or `max_` is the least or greatest of a step, however it was cut, and then a mean over steps."""
+        `min_` or `max_` or ends with `_min` or `_max` is the least or greatest of a step, however it was cut, and then
+        a mean over steps."""
         extremes: dict[tuple[int, str], float] = {}
         for step, metrics in self._pending:
             for name, (total, count) in metrics.items():
-                pick = PICKS.get(name[:4]) if step else None
+                pick = _pick(name) if step else None
                 if pick is None:
                     self._count(name, float(total), float(count))
                 else:
@@ -98,3 +99,8 @@ class Meter:
     def load_state(self, state: dict) -> None:
         for name, value in state.items():
             setattr(self, name, {k: tuple(v) for k, v in value.items()} if name == "metrics" else value)
+
+
+def _pick(name: str) -> Callable[[float, float], float] | None:
+    first, last = name.partition("_")[0], name.rpartition("_")[2]
+    return PICKS.get(first) or PICKS.get(last)

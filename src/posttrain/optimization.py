@@ -115,14 +115,13 @@ def check_holds(optimizer: torch.optim.Optimizer, trained: Mapping[str, nn.Param
         logger.warning("optimizers: %d trained parameters are not in the optimiser, %s first", len(missing), missing[0])
 
 
-def check_holds_values(optimizer: torch.optim.Optimizer, trained: Mapping[str, nn.Parameter]) -> None:
-    """Raises ConfigError where what says values would learn nothing."""
+def check_holds_all_of(part: str, optimizer: torch.optim.Optimizer, trained: Mapping[str, nn.Parameter]) -> None:
+    """Raises ConfigError where `part` of what is trained (`value_head`: its names begin with that) would not learn."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for part in ("value_head", "value_model"):
-        if not all(id(parameter) in held for name, parameter in trained.items() if name.startswith(f"{part}.")):
-            raise ConfigError(f"{type(optimizer).__name__} does not hold the {part.replace('_', ' ')}, which would "
-                              "learn nothing", hint=f"make the optimiser of trainer.model's parameters and "
-                              f"trainer.{part}'s; of those with a name, optim='adamw_torch' does it")  # fmt: skip
+    if not all(id(parameter) in held for name, parameter in trained.items() if name.startswith(f"{part}.")):
+        raise ConfigError(f"{type(optimizer).__name__} does not hold the {part.replace('_', ' ')}, which would "
+                          "learn nothing", hint=f"make the optimiser of trainer.model's parameters and "
+                          f"trainer.{part}'s; of those with a name, optim='adamw_torch' does it")  # fmt: skip
 
 
 def make_scheduler(args: TrainingArguments, optimizer: torch.optim.Optimizer, max_steps: int) -> Any:

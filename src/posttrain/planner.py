@@ -140,7 +140,7 @@ def _levels(session: Session, recompute: str) -> tuple[str, ...]:
     """Those to choose from, the quickest first."""
     if recompute != "auto" or session.recomputation == "full":
         return (session.recomputation,)
-    return LEVELS if session.policy.base.supports_gradient_checkpointing else LEVELS[:2]
+    return LEVELS if session.can_recompute_layers else LEVELS[:2]
 
 
 def _roomy(

@@ -12,76 +12,41 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_utils import TrainOutput, enable_full_determinism, set_seed, speed_metrics
 
 from posttrain import identity, snapshot
-from posttrain.backoff import BackOff
+from posttrain.annotation import Annotation
+from posttrain.backoff import BackOff, make_state_or_raise
 from posttrain.checkpoint import Checkpoints, verify, write_json
-from posttrain.course import Course, Samples, course_of, course_over, workload_of
+from posttrain.course import Course, Rollouts, Samples, course_of, course_over, workload_of
 from posttrain.data.fingerprint import fingerprint
-from posttrain.data.planning import Packing
-from posttrain.errors import ConfigError, OutOfMemoryError
+from posttrain.errors import ConfigError
 from posttrain.evaluate.best import find_best_again, note_best
 from posttrain.evaluate.loss import evaluate_loss
 from posttrain.events import Events
+from posttrain.gauges import flops_of, machine_logs
 from posttrain.locks import only_run_in
 from posttrain.loop import Loop
-from posttrain.meter import Meter
 from posttrain.models.available import free_memory
-from posttrain.models.flops import flops_counter, measure_limit
-from posttrain.models.memory import give_back_freed_memory, peak_memory_bytes, return_freed_pages
+from posttrain.models.critic import Critic
+from posttrain.models.memory import give_back_all
 from posttrain.models.weights import load_weights, save_weights
 from posttrain.objectives.base import Objective
-from posttrain.optimization import check_holds, check_holds_values, make_optimizer, make_scheduler
-from posttrain.optimizer_state import evaluation_weights, has_two_modes, make_state
-from posttrain.planner import Workload, default_token_budget, make_plan
-from posttrain.reference import Reference, ReferenceModel, precompute
+from posttrain.optimization import check_holds, check_holds_all_of, make_optimizer, make_scheduler
+from posttrain.optimizer_state import evaluation_weights, has_two_modes
+from posttrain.planner import default_token_budget, make_plan
+from posttrain.reference import ReferenceModel
 from posttrain.session import Session
-from posttrain.shortage import is_out_of_memory, shortage_of
 from posttrain.signals import StopRequest
-from posttrain.types import Batch, Sample
+from posttrain.types import Sample
 
 logger = logging.getLogger("posttrain")
-VALUE_HEAD = "value_head.safetensors"
-VALUE_MODEL = "value_model"
-
-
-class Rollouts(Protocol):
-    """What a run asks of a method that samples its own completions."""
-
-    @property
-    def source(self) -> Any:
-        """A `RolloutSource`."""
-        ...
-
-    @property
-    def workload(self) -> Workload: ...
-
-    def identity(self) -> dict[str, Any]:
-        """What must be the same for a resumed run to be the same run."""
-        ...
-
-    def open(self, session: Session, reference: Reference | None) -> None:
-        """Before anything is sampled."""
-        ...
-
-    def resumed(self, step: int) -> None:
-        """A run is taken up again after `step` steps."""
-        ...
-
-    def evaluate(
-        self, session: Session, prompts: Any, stopped: Callable[[], bool], batch_done: Callable[[], None]
-    ) -> dict[str, float] | None:
-        """Metrics of one evaluation set, or None if `stopped()` came true."""
-        ...
 
 
 class TrainResult(TrainOutput):
@@ -101,8 +66,7 @@ class Run:
     metrics over an evaluation set; `schedule` has the objective for each moment, in epochs, where it changes;
     `first_look` is called before the first step, while the model is what it was. With `rollouts` completions are
     sampled as training goes: `train_samples` are the prompts alone, and evaluation sets are what it knows how to
-    evaluate. A `value_head` or a `value_model` is trained beside the model; the first is saved with it, the second with
-    checkpoints. `beside` writes what else belongs beside the model's weights."""
+    evaluate. A `critic` is trained beside the model. `beside` writes what else belongs beside the model's weights."""
 
     model: Any
     processing_class: Any
@@ -117,8 +81,7 @@ class Run:
     schedule: Callable[[float], Objective] | None = None
     first_look: Callable[[Session], None] | None = None
     rollouts: Rollouts | None = None
-    value_head: nn.Linear | None = None
-    value_model: Any = None
+    critic: Critic | None = None
     beside: Callable[[Path], None] | None = None
     optimizers: tuple[Any, Any] = (None, None)
     optimizer_choice: tuple[type, dict[str, Any]] | None = None
@@ -127,8 +90,13 @@ class Run:
     optimizer: Any = None
     scheduler: Any = None
     columns: tuple[str, ...] = ()
+    annotation: Annotation = field(init=False, repr=False)
     identity: dict[str, Any] = field(default_factory=dict, repr=False)
     run_id: str = field(default_factory=lambda: time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2))
+
+    def __post_init__(self) -> None:
+        samples_its_own = self.rollouts is not None
+        self.annotation = Annotation(self.objective, self.reference, self.columns, self.args, samples_its_own)
 
     # --- training ---------------------------------------------------------------------------------------------------
 
@@ -141,15 +109,15 @@ class Run:
         source, max_steps, epochs = course.source, course.max_steps, course.epochs
         with only_run_in(Path(args.output_dir), self.run_id), self._open() as session, StopRequest() as stop:
             session.policy.model.train()
-            source.packing = self._packing(session)
+            source.packing = self.annotation.packing(session)
             if self.first_look is not None:
                 self.first_look(session)
-            self._open_reference(session, source, stop)
+            self._ask_ahead(session, source, stop)
             started = time.time()
             source.token_budget = self._plan(session)
             self.source = source
             if self.rollouts is not None:
-                self.rollouts.open(session, self._asker(session))
+                self.rollouts.open(session, self.annotation.asker(session))
                 source.stopped = lambda: stop.received is not None
             loop = self._loop(session, source, max_steps, epochs, stop)
             if self.rollouts is not None:
@@ -160,7 +128,7 @@ class Run:
             rng = self._take_up(session, loop, folder) if folder is not None else None
             if rng is None:
                 self.events.reset_state()
-            self._make_state(session)
+            make_state_or_raise(self.optimizer, session.policy.device)
             first_step = self.events.state.global_step
             if first_step >= max_steps:
                 logger.warning("%s is at step %d of %d: nothing is left to train", folder, first_step, max_steps)
@@ -207,30 +175,13 @@ class Run:
             max_memory=getattr(args, "max_memory", None),
         ).token_budget
 
-    def _make_state(self, session: Session) -> None:
-        try:
-            make_state(self.optimizer)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            shortage = shortage_of(error, "before the first step", free_memory(session.policy.device))
-            raise OutOfMemoryError(
-                f"{shortage}: the optimiser's state does not fit",
-                hint="train an adapter (peft_config), or set optim='adamw_bnb_8bit'",
-                code="E-OOM-0002",
-            ) from None
-
     def _backoff(self, session: Session, source: Any) -> BackOff:
-        def give_back() -> None:
-            return_freed_pages()
-            give_back_freed_memory()
-
         return BackOff(
             source=source,
             recompute_more=session.recompute_more,
             recomputation=lambda: session.recomputation,
             forget=session.precision.drop_gradients,
-            give_back=give_back,
+            give_back=give_back_all,
             free=lambda: free_memory(session.policy.device),
             asked=self.token_budget,
         )
@@ -243,13 +194,14 @@ class Run:
         if optimizer is not None:
             check_holds(optimizer, session.trained)
         with session.precision.exported():  # the optimiser finds the masters in the model
-            beside = {} if self.value_model is None else {"value_model": self.value_model}
+            beside = {} if self.critic is None else self.critic.models
             chosen = self.optimizer_choice
             self.optimizer = optimizer or make_optimizer(args, self.model, session.trained, chosen, beside)
-        check_holds_values(self.optimizer, session.trained)
+        if self.critic is not None:
+            check_holds_all_of(self.critic.name, self.optimizer, session.trained)
         self.scheduler = scheduler or make_scheduler(args, self.optimizer, max_steps)
         return Loop(
-            annotate=self._annotate(session),
+            annotate=self.annotation.of_batches(session),
             forward=session.policy,
             objective=self.objective,
             source=source,
@@ -264,25 +216,11 @@ class Run:
             publish=session.precision.publish,
             evaluate=lambda: self._evaluate_due(stop),
             save=lambda state: self._checkpoint(session, state),
-            extra_logs=self._extra_logs(session),
-            flops=_flops_of(session),
+            extra_logs=machine_logs(session, args, lambda: self.events.state),
+            flops=flops_of(session),
             backoff=self._backoff(session, source),
             schedule=self.schedule,
         )
-
-    def _extra_logs(self, session: Session) -> Callable[[Meter], dict[str, float]]:
-        limit = measure_limit(session.policy.base, session.precision.compute_dtype)
-        device = session.policy.device
-
-        def logs(meter: Meter) -> dict[str, float]:
-            extra = {"peak_memory_gib": peak_memory_bytes(device) / 2**30}
-            if meter.seconds > 0:
-                extra["hardware_share"] = meter.flops / meter.seconds / limit
-            if self.args.include_num_input_tokens_seen != "no":
-                extra["num_input_tokens_seen"] = self.events.state.num_input_tokens_seen
-            return extra
-
-        return logs
 
     def _finish(self, session: Session, loop: Loop, started: float, first_step: int) -> TrainResult:
         args, state = self.args, self.events.state
@@ -301,73 +239,15 @@ class Run:
         result.last_loss = loop.last_loss
         return result
 
-    # --- the reference ----------------------------------------------------------------------------------------------
-
-    def _packing(self, session: Session, batch_size: int | None = None) -> Packing:
-        """What the objective asks of batches, as far as the model can give it."""
-        size = batch_size or self.args.per_device_train_batch_size
-        return Packing(
-            shared=session.policy.shares_prompts and session.policy.neftune_alpha is None,
-            group_size=None if self.objective.is_sum else size,
-            columns=self.columns,
-            prompts=self.objective.needs.prompts,
-        )
-
-    def _open_reference(self, session: Session, source: Any, stop: StopRequest) -> None:
+    def _ask_ahead(self, session: Session, source: Any, stop: StopRequest) -> None:
         """Before anything is learned: the reference is remembered, or asked all its questions ahead."""
-        reference = self.reference
-        if reference is None:
+        if not self.annotation.open(session):
             return
-        reference.open(session)
-        if not reference.precompute or "ref_logp" in self.columns:
-            return
-        ask, depends_on = reference.ask(session), reference.depends_on(session)
-        device, packing = session.policy.device, self._packing(session)
-
-        def ahead(samples: Sequence[Sample], name: str) -> Sequence[Sample]:
-            return precompute(
-                samples, ask, device, self._budget(), packing, reference.folder, depends_on, name,
-                stopped=lambda: stop.received,
-            )  # fmt: skip
-
-        source.samples = self.train_samples = ahead(source.samples, "train")
-        self.eval_sets = {name: ahead(samples, name or "eval") for name, samples in self.eval_sets.items()}
-        self.columns = (*self.columns, "ref_logp")
-        source.packing = self._packing(session)
-        reference.close()
-
-    def _asked(self, session: Session, samples: Sequence[Sample], name: str) -> Sequence[Sample]:
-        """`samples` with what the reference says of them, where that was asked ahead of all others."""
-        reference = self.reference
-        if reference is None or "ref_logp" not in self.columns or "ref_logp" in samples[0][0].columns:
-            return samples
-        if not reference.can_be_asked:
-            raise ConfigError("the reference, the weights that training started from, is gone: it was asked ahead",
-                              hint="give this set as eval_dataset, or set precompute_ref_log_probs=False")  # fmt: skip
-        packing = self._packing(session)
-        plain = replace(packing, columns=tuple(name for name in packing.columns if name != "ref_logp"))
-        ask = reference.ask(session)
-        try:
-            return precompute(samples, ask, session.policy.device, self._budget(), plain, None, {}, name)
-        finally:
-            reference.close()
-
-    def _annotate(self, session: Session) -> Callable[[Batch], Batch]:
-        device, ask = session.policy.device, self._asker(session)
-        if ask is None or "ref_logp" in self.columns or self.rollouts is not None:
-            return lambda batch: batch.to(device)
-
-        def annotate(batch: Batch) -> Batch:
-            batch = batch.to(device)
-            return batch.with_columns(ref_logp_R=ask(batch))
-
-        return annotate
-
-    def _asker(self, session: Session) -> Reference | None:
-        if self.reference is None:
-            return None
-        self.reference.open(session)
-        return self.reference.ask(session)
+        sets = [("train", source.samples), *((name or "eval", samples) for name, samples in self.eval_sets.items())]
+        train, *others = self.annotation.ask_ahead(session, sets, self._budget(), lambda: stop.received)
+        source.samples = self.train_samples = train
+        self.eval_sets = dict(zip(self.eval_sets, others, strict=True))
+        source.packing = self.annotation.packing(session)
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
@@ -415,10 +295,10 @@ class Run:
             return stop is not None and stop.received is not None
 
         if self.rollouts is not None:
-            self.rollouts.open(session, self._asker(session))
+            self.rollouts.open(session, self.annotation.asker(session))
             values = self.rollouts.evaluate(session, samples, stopped, self.events.prediction_step)
         else:
-            samples = self._asked(session, samples, prefix)
+            samples = self.annotation.complete(session, samples, prefix, self._budget())
             values = evaluate_loss(
                 session.policy,
                 self.objective if self.schedule is None else self.schedule(self.events.state.epoch or 0.0),
@@ -427,8 +307,8 @@ class Run:
                 self._budget(),
                 stopped=stopped,
                 batch_done=self.events.prediction_step,
-                packing=self._packing(session, args.per_device_eval_batch_size),
-                annotate=self._annotate(session),
+                packing=self.annotation.packing(session, args.per_device_eval_batch_size),
+                annotate=self.annotation.of_batches(session),
             )
         if values is None:
             return None
@@ -453,10 +333,7 @@ class Run:
 
         def fill(folder: Path) -> None:
             with self._weights_to_use(session):
-                self.write_model(folder, session)
-                if self.value_model is not None:
-                    with session.precision.exported():
-                        save_weights(self.value_model, folder / VALUE_MODEL)
+                self.write_model(folder, session, is_checkpoint=True)
             if self.reference is not None:
                 self.reference.save(folder)
             self.events.save_state(str(folder / "trainer_state.json"))
@@ -466,7 +343,7 @@ class Run:
 
         return str(self._checkpoints().write(state.global_step, fill, best))
 
-    def write_model(self, folder: Path, session: Session | None = None) -> None:
+    def write_model(self, folder: Path, session: Session | None = None, is_checkpoint: bool = False) -> None:
         """Weights, tokenizer and settings, so that the folder can be loaded by PEFT or transformers as it is."""
         folder.mkdir(parents=True, exist_ok=True)
         session = session or self.session
@@ -474,8 +351,8 @@ class Run:
             save_weights(self.model, folder)
             if self.beside is not None:
                 self.beside(folder)
-        if self.value_head is not None:
-            save_file(self.value_head.state_dict(), folder / VALUE_HEAD)
+            if self.critic is not None:
+                self.critic.save(folder, is_checkpoint)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         write_json(folder / "training_args.json", identity.plain(self.args.to_sanitized_dict()))
@@ -510,10 +387,8 @@ class Run:
         """Of everything that is trained."""
         with session.precision.exported():
             load_weights(self.model, folder)
-            if self.value_model is not None:
-                load_weights(self.value_model, folder / VALUE_MODEL)
-        if self.value_head is not None:
-            self.value_head.load_state_dict(load_file(folder / VALUE_HEAD))
+            if self.critic is not None:
+                self.critic.load(folder)
 
     def _identity(self, session: Session) -> dict[str, Any]:
         args, samples = self.args, self.train_samples
@@ -551,9 +426,7 @@ class Run:
         if self.session is not None:
             yield self.session
             return
-        self.session = Session.open(self.model, self.args, self.value_model)
-        if self.value_head is not None:
-            self.session.attach(self.value_head)
+        self.session = Session.open(self.model, self.args, self.critic)
         try:
             yield self.session
         finally:
@@ -570,8 +443,3 @@ def _evaluating(session: Session) -> Iterator[None]:
             yield
     finally:
         model.train(training)
-
-
-def _flops_of(session: Session) -> Callable[[Batch], float]:
-    counters = [flops_counter(policy.base) for policy in session.policies()]
-    return lambda batch: sum(count(batch) for count in counters)

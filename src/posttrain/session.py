@@ -14,6 +14,7 @@ import torch
 from transformers import TrainingArguments
 
 from posttrain.models import adapters
+from posttrain.models.critic import Critic
 from posttrain.models.forward import Policy, open_policy
 from posttrain.models.fused_attention import specialise_attention
 from posttrain.models.laid_out import laid_out_bytes, lay_out, take_back
@@ -26,8 +27,8 @@ from posttrain.models.scoring import Scorer, is_classifier
 
 @dataclass
 class Session:
-    """`trained` maps names to what the optimiser holds: fp32 masters and adapter parameters, those of a value model as
-    `value_model.<name>`."""
+    """`trained` maps names to what the optimiser holds: fp32 masters and adapter parameters, and what is trained of a
+    critic, whose name stands before its own."""
 
     policy: Policy
     precision: MixedPrecision
@@ -39,18 +40,17 @@ class Session:
     checkpoint_options: dict[str, Any] | None = None
 
     @classmethod
-    def open(cls, model: Any, args: TrainingArguments, value_model: Any = None) -> Session:
-        """`value_model`, a model with one score, is opened and trained with it. Raises ConfigError where a model cannot
-        be trained faithfully."""
+    def open(cls, model: Any, args: TrainingArguments, critic: Critic | None = None) -> Session:
+        """`critic` is opened and trained with it. Raises ConfigError where a model cannot be trained faithfully."""
         keep_freed_pages()
-        both = Together(model, value_model)
-        both.to(args.device)
+        together = torch.nn.ModuleDict({"policy": model, **({} if critic is None else critic.models)})
+        together.to(args.device)
         adapter_parameters = set[torch.nn.Parameter]()
-        for one in both.models():
+        for one in together.values():
             adapters.specialise(one)
             adapter_parameters |= adapters.adapter_parameters(one)
-        precision = MixedPrecision(both, torch.bfloat16 if args.bf16 else torch.float32, adapter_parameters)
-        bases = [_base(one) for one in both.models()]
+        precision = MixedPrecision(together, torch.bfloat16 if args.bf16 else torch.float32, adapter_parameters)
+        bases = [_base(one) for one in together.values()]
         attention = [base.config._attn_implementation for base in bases]
         lean = [layer for base in bases for layer in specialise_layers(base)]
         try:
@@ -61,7 +61,7 @@ class Session:
                     neftune_alpha=args.neftune_noise_alpha,
                     router_aux_loss_coef=getattr(args, "router_aux_loss_coef", None),
                 )
-                for one, base in zip(both.models(), bases, strict=True)
+                for one, base in zip(together.values(), bases, strict=True)
             ]
         except BaseException:
             give_back(lean)
@@ -72,12 +72,14 @@ class Session:
         lean += [layer for base, one in zip(bases, [policy, *others], strict=True) if one.is_packed
                  for layer in specialise_attention(base)]  # fmt: skip
         policy.shape = replace(policy.shape, temperature=getattr(args, "temperature", 1.0))
-        for other in others:
-            policy.value_model = other
-            policy.shares_prompts = policy.shares_prompts and other.shares_prompts
+        policy.shares_prompts = all(one.shares_prompts for one in (policy, *others))
         trained = dict(precision.masters())
-        trained |= {n: p for n, p in both.named_parameters() if p in adapter_parameters and p.requires_grad}
+        trained |= {n: p for n, p in together.named_parameters() if p in adapter_parameters and p.requires_grad}
         trained = {name.removeprefix("policy."): parameter for name, parameter in trained.items()}
+        if critic is not None:
+            critic.open(others, policy.device)
+            policy.critic = critic
+            trained |= critic.own_parameters()
         options = args.activation_checkpointing_kwargs
         session = cls(policy, precision, trained, attention, lean, args, checkpoint_options=options)
         session.recompute(_asked(args))
@@ -85,13 +87,11 @@ class Session:
 
     @property
     def trained_of_policy(self) -> dict[str, torch.nn.Parameter]:
-        """Without what says values."""
-        return {name: one for name, one in self.trained.items() if not name.startswith(("value_head.", "value_model."))}
-
-    def attach(self, value_head: torch.nn.Linear) -> None:
-        """Let the policy say values too; the head is trained beside the model, in its own precision."""
-        self.policy.value_head = value_head.to(self.policy.device)
-        self.trained |= {f"value_head.{name}": parameter for name, parameter in value_head.named_parameters()}
+        """Without the critic's."""
+        critic = self.policy.critic
+        if critic is None:
+            return self.trained
+        return {name: one for name, one in self.trained.items() if not name.startswith(f"{critic.name}.")}
 
     def recompute(self, level: str) -> None:
         """From the next forward on, make again what `level` says (models/recomputation.py)."""
@@ -105,14 +105,18 @@ class Session:
         self.recomputation = level
 
     def policies(self) -> list[Policy]:
-        """The policy, and the value model where there is one."""
-        return [self.policy, *([self.policy.value_model] if self.policy.value_model is not None else [])]
+        """The policy, and the critic's model where it has one."""
+        return [self.policy, *([] if self.policy.critic is None else self.policy.critic.policies)]
+
+    @property
+    def can_recompute_layers(self) -> bool:
+        """Whether every model that is open has layers that can be made again."""
+        return all(policy.base.supports_gradient_checkpointing for policy in self.policies())
 
     def recompute_more(self) -> bool:
-        """One level up. False where there is none, or the model has no layers that can be made again."""
+        """One level up. False where there is none, or it is not to be had."""
         above = LEVELS[LEVELS.index(self.recomputation) + 1 :]
-        can = all(policy.base.supports_gradient_checkpointing for policy in self.policies())
-        if not above or (above[0] == "full" and not can):
+        if not above or (above[0] == "full" and not self.can_recompute_layers):
             return False
         self.recompute(above[0])
         return True
@@ -135,17 +139,6 @@ class Session:
         self.precision.restore()
         for policy, attention in zip(self.policies(), self.attention, strict=True):
             policy.base.set_attn_implementation(attention)
-
-
-class Together(torch.nn.Module):
-    """A policy and the value model that is trained beside it, as one module."""
-
-    def __init__(self, policy: torch.nn.Module, value_model: torch.nn.Module | None):
-        super().__init__()
-        self.policy, self.value_model = policy, value_model
-
-    def models(self) -> list[torch.nn.Module]:
-        return [self.policy, *([] if self.value_model is None else [self.value_model])]
 
 
 def _base(model: Any) -> Any:

@@ -21,7 +21,7 @@ def runs() -> Iterator[RunServer]:
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Training in this process on one thread, which tiny models are quickest on, and without measuring how fast the
     machine is, which costs 0.2 s a run."""
-    monkeypatch.setattr("posttrain.run.measure_limit", lambda *_: 1e12)
+    monkeypatch.setattr("posttrain.gauges.measure_limit", lambda *_: 1e12)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import posttrain
 from posttrain.data.planning import Packing, plan
+from posttrain.models.critic import ValueHead
 from posttrain.models.scoring import as_classifier
 from posttrain.session import Session
 from posttrain.types import Branch, Needs, Origin, Tokenized
@@ -126,8 +127,7 @@ def test_values_of_packed_and_shared_are_those_of_each_alone(family: str, tmp_pa
             for ids in said:
                 states = model.base_model(input_ids=torch.tensor([prompt + ids])).last_hidden_state[0]
                 expected.append(value_head(states[len(prompt) - 1 : -1])[:, 0])
-    session = Session.open(model, posttrain.PPOConfig(str(tmp_path), bf16=False, use_cpu=True))
-    session.attach(value_head)
+    session = Session.open(model, posttrain.PPOConfig(str(tmp_path), bf16=False, use_cpu=True), ValueHead(value_head))
     try:
         for shared in (False, True):
             (batch,) = plan([(part,) for part in parts], 1000, Packing(shared=shared and session.policy.shares_prompts))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
 import os
 import random
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -346,26 +346,33 @@ def test_a_reward_that_fails_in_evaluation_loses_nothing(tmp_path: Path) -> None
     assert (tmp_path / "checkpoint-3" / "MANIFEST.json").is_file()
 
 
+def out_of_memory_above(rows: int, at: int = 1) -> tuple[Callable[..., Any], list[int]]:
+    """In the place of `LocalEngine.generate`: from call `at` on, no more than `rows` fit at once; what was tried."""
+    generate, tried = LocalEngine.generate, list[int]()
+
+    def runs_out(engine: LocalEngine, requests: Any, *given: Any) -> Any:
+        tried.append(min(engine.max_rows, sum(one.count for one in requests)))
+        made = generate(engine, requests, *given)
+        if tried[-1] > rows and len(tried) >= at:  # with everything said, and told
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.10 GiB")
+        return made
+
+    return runs_out, tried
+
+
 @pytest.mark.parametrize("at", [1, 3])
-def test_completions_that_memory_does_not_suffice_for(at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_completion_that_memory_does_not_suffice_for(
+    at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Named, with a way out, and nothing lost."""
     with monkeypatch.context() as patches:
-        trainer, calls, generate = (
-            make(tmp_path / "short", save_strategy="no"),
-            itertools.count(1),
-            LocalEngine.generate,
-        )
-
-        def runs_out(*given: Any) -> Any:
-            if next(calls) == at:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.10 GiB")
-            return generate(*given)
-
-        patches.setattr(LocalEngine, "generate", runs_out)
+        trainer = make(tmp_path / "short", save_strategy="no")
+        patches.setattr(LocalEngine, "generate", out_of_memory_above(0, at)[0])
         with pytest.raises(OutOfMemoryError) as caught:
             trainer.train()
-    assert caught.value.message.startswith(f"step {at}, making batches: wanted 2.1 GiB")
-    assert "max_sampling_rows" in str(caught.value.hint)
+    assert caught.value.message.startswith("sampling: wanted 2.1 GiB, ")
+    assert "a single completion of up to 8 tokens, after a prompt of up to " in caught.value.message
+    assert "max_completion_length" in str(caught.value.hint)
     assert caught.value.exit_code == 8
     saved = tmp_path / "short" / "checkpoint-2"
     assert getattr(caught.value, "__notes__", []) == ([f"Everything up to step 2 is saved: {saved}"] if at > 1 else [])
@@ -374,6 +381,32 @@ def test_completions_that_memory_does_not_suffice_for(at: int, tmp_path: Path, m
         whole.train()
         resumed.train(resume_from_checkpoint=True)
         assert weights(resumed) == weights(whole)
+
+
+def test_fewer_completions_at_once_where_memory_runs_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same completions come out, and the run stays with what fits."""
+    whole, short = make(tmp_path / "whole"), make(tmp_path / "short")
+    whole.train()
+    runs_out, tried = out_of_memory_above(2)
+    monkeypatch.setattr(LocalEngine, "generate", runs_out)
+    short.train()
+    assert tried[:2] == [5, 2]
+    assert set(tried[1:]) == {2}
+    (warned,) = [message for message in caplog.messages if message.startswith("E-OOM")]
+    assert warned.startswith("E-OOM-0003 sampling: wanted 2.1 GiB, ")
+    assert warned.endswith(" free. Retried with 5 → 2 completions at once (same completions). Run continues.")
+    said, expected = (
+        [json.loads(line)["completion"] for line in samples(tmp_path / name)] for name in ("short", "whole")
+    )
+    assert said == expected
+    learned = weights(short)
+    tried.clear()
+    resumed = make(tmp_path / "short")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "short" / "checkpoint-3"))
+    assert set(tried) == {2}
+    assert weights(resumed) == learned
 
 
 @pytest.mark.parametrize("spoilt", ["weights", "outputs"])

@@ -37,6 +37,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "with KL": {"beta": 0.1},
     "KL as it was": {"beta": 0.1, "use_bias_correction_kl": False},
     "sequence level": {"importance_sampling_level": "sequence", "loss_type": "grpo"},
+    "sequence level, off policy": {
+        "importance_sampling_level": "sequence",
+        "loss_type": "luspo",
+        "num_iterations": 3,
+        "epsilon": 0.002,
+        "epsilon_high": 0.002,
+    },
     "upper clip": {"epsilon": 0.05, "epsilon_high": 0.28},
     "two-sided": {"delta": 1.3, "epsilon": 0.1},
     "batch scale": {"scale_rewards": "batch"},
@@ -136,9 +143,8 @@ def _saved(folder: Path, family: str) -> Callable[[int], Any]:
     return make
 
 
-NOT_OURS = ("step_time", "clip_ratio/low_min", "clip_ratio/high_max", "vespo/phi_seq_mean", "policy_loss",
-            "entropy_coef")  # fmt: skip
-MEANS_OF_MEANS = ("entropy", "kl", "rewards/answer_reward/mean", "clip_ratio/", "cispo_clip_ratio")
+NOT_OURS = ("step_time", "entropy_coef")
+MEANS_OF_MEANS = ("entropy", "kl", "rewards/answer_reward/mean", "clip_ratio/", "cispo_clip_ratio", "policy_loss")
 """Over several batches TRL averages what each says, we what all their tokens say."""
 
 
@@ -151,7 +157,7 @@ def check(ours: Trained, theirs: Trained, leaving_out: tuple[str, ...] = ()) -> 
     for mine, other in zip(ours.history, theirs.history, strict=True):
         for name, value in other.items():
             if not name.startswith((*NOT_OURS, *leaving_out, "loss", "grad_norm", "train_loss")):
-                assert mine.get(name) == pytest.approx(value, rel=2e-5, abs=3e-7), name
+                assert mine.get(name) == pytest.approx(value, rel=1e-5, abs=3e-7), name
     assert any(value > 1e-4 for value in ours.numbers[1::2]), "nothing was learned"
 
 

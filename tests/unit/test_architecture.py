@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("rollout",),
     ("snapshot", "checkpoint", "locks", "meter", "session", "backoff", "evaluate"),
     ("reference", "planner"),
-    ("loop", "identity", "course"),
+    ("loop", "identity", "course", "annotation", "gauges"),
     ("run", "export"),
     ("trainers",),
     ("runner",),

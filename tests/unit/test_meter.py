@@ -77,3 +77,14 @@ def test_state_goes_through_json_and_on() -> None:
     assert (one.steps, one.tokens, one.supervised, one.flops) == (2, 20, 8, 200.0)
     assert (other.steps, other.tokens, other.supervised, other.flops) == (2, 20, 8, 200.0)
     assert one.drain()["accuracy"] == other.drain()["accuracy"] == 3 / 8
+
+
+@pytest.mark.parametrize("name", ["min_reward", "clip_ratio/low_min", "max_reward", "clip_ratio/high_max"])
+def test_extremes_are_of_a_step_however_it_was_cut(name: str) -> None:
+    meter, best = Meter(), min if "min" in name else max
+    for values in ([0.25, 0.5], [0.75]):
+        meter.start_step()
+        for value in values:
+            meter.add({name: (torch.tensor(value), 1)})
+        meter.end_step(0.0, tokens=1, supervised=1, flops=0.0)
+    assert meter.drain()[name] == (best(0.25, 0.5) + 0.75) / 2

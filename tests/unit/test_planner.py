@@ -15,7 +15,9 @@ import torch
 from posttrain import ConfigError, SFTConfig
 from posttrain.models import available
 from posttrain.models.available import free_memory, parse_size, total_memory
+from posttrain.models.critic import ValueModel
 from posttrain.models.footprint import Footprint
+from posttrain.models.scoring import as_classifier
 from posttrain.planner import Plan, Workload, make_plan
 from posttrain.session import Session
 from tests.tiny_models import tiny_model
@@ -146,6 +148,25 @@ def test_less_memory_more_recomputation_smaller_pieces(
         ("full", 100, True, False),
     ]
     opened.close()
+
+
+def test_layers_are_made_again_only_where_a_value_model_has_such_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("posttrain.planner.memory_in_use", lambda _: 1000)
+    monkeypatch.setattr("posttrain.planner.total_memory", lambda _: 10**9)
+    monkeypatch.setattr("posttrain.planner.return_freed_pages", lambda: None)
+    monkeypatch.setattr("posttrain.planner.probe", lambda *_: 1.0)
+    valued = as_classifier(tiny_model("llama", seed=1))
+    for has_such, wanted in ((True, "full"), (False, "selective")):
+        monkeypatch.setattr(type(valued), "supports_gradient_checkpointing", has_such)
+        opened = Session.open(tiny_model("qwen2"), SFTConfig(str(tmp_path), bf16=False), ValueModel(valued))
+        work = Workload(usual=3000, largest=4000, longest=100)
+        plan = make_plan(opened, work, optimizer="adamw", token_budget=None, recompute="auto", max_memory=2000)
+        assert plan.recomputation == opened.recomputation == wanted
+        opened.recompute("selective")
+        assert opened.recompute_more() is has_such
+        opened.close()
 
 
 def test_a_model_that_keeps_more_is_planned_with_what_the_probe_found(

@@ -16,6 +16,7 @@ from posttrain.models import adapters
 from posttrain.models.forward import Policy, open_policy
 from posttrain.rollout.engines import Request
 from posttrain.rollout.engines.local import LocalEngine
+from posttrain.rollout.fitting import generate_fitting
 from posttrain.rollout.sampling import Sampling
 from posttrain.types import Message
 
@@ -39,7 +40,7 @@ def generate_answers(
             if policy is not None:
                 engine = LocalEngine(policy, stops, max_rows=batch_size)
                 requests = [Request(ids, number) for number, ids in enumerate(encoded)]
-                made = engine.generate(requests, Sampling(max_new_tokens, temperature=0.0), landed=bar.update)
+                made = generate_fitting(engine, requests, Sampling(max_new_tokens, temperature=0.0), landed=bar.update)
                 rows = [group[0].ids.tolist() for group in made]
                 return [tokenizer.decode(_until_stop(row, stops), skip_special_tokens=True) for row in rows]
         return _in_batches(model, tokenizer, encoded, max_new_tokens, stops, batch_size, bar)

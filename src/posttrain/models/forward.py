@@ -17,6 +17,7 @@ import torch
 
 from posttrain.errors import ConfigError
 from posttrain.models import attention, capabilities
+from posttrain.models.critic import Critic
 from posttrain.models.head import HeadShape, token_logps
 from posttrain.models.recomputation import keeping_recipes
 from posttrain.types import Batch, Layout, Needs, Origin, Outputs
@@ -29,8 +30,7 @@ class Policy:
     """`model` as the user knows it, `base` without the PEFT wrapper. `shares_prompts`: a prompt may stand in a batch
     once, before all its answers. `neftune_alpha` adds noise to the embeddings while training (NEFTune, arXiv
     2310.05914): uniform, of size `alpha / sqrt(length x D)`, each sequence's own length. `recomputes_cheap_parts`:
-    models/recomputation.py. What is to be expected of a state is said by `value_head`, in fp32 and no part of the
-    model, or by `value_model`, another model with a score."""
+    models/recomputation.py. `critic` says what is to be expected of a state."""
 
     model: Any
     base: Any
@@ -39,8 +39,7 @@ class Policy:
     shares_prompts: bool = True
     neftune_alpha: float | None = None
     recomputes_cheap_parts: bool = False
-    value_head: torch.nn.Linear | None = None
-    value_model: Policy | None = None
+    critic: Critic | None = None
 
     @property
     def device(self) -> torch.device:
@@ -53,20 +52,15 @@ class Policy:
         bias = getattr(head, "bias", None)  # PEFT's wrapper of a tied head with trainable tokens has none
         hidden_RD = self.states(batch)[batch.rows_R]
         outputs = token_logps(hidden_RD, head.weight, bias, batch.target_R, self.shape, needs)
-        return replace(outputs, value_R=self._values(hidden_RD, batch)) if needs.value else outputs
+        if not needs.value:
+            return outputs
+        assert self.critic is not None
+        return replace(outputs, value_R=self.critic.values(hidden_RD, batch, self.model.training))
 
     def states(self, batch: Batch) -> torch.Tensor:
         """The last hidden state of every token, `(T, D)`."""
         with keeping_recipes() if self.recomputes_cheap_parts and torch.is_grad_enabled() else nullcontext():
             return self._packed(batch) if self.is_packed else self._padded(batch)
-
-    def _values(self, hidden_RD: torch.Tensor, batch: Batch) -> torch.Tensor:
-        if self.value_model is not None:
-            self.value_model.model.train(self.model.training)
-            scored_RD = self.value_model.states(batch)[batch.rows_R]
-            return self.value_model.base.score(scored_RD)[:, 0].float()
-        assert self.value_head is not None
-        return self.value_head(hidden_RD.to(self.value_head.weight.dtype))[:, 0]
 
     @classmethod
     def of(cls, model: Any, base: Any) -> Policy:

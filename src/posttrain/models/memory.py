@@ -51,6 +51,12 @@ def give_back_freed_memory() -> None:
         libc.malloc_trim(0)
 
 
+def give_back_all() -> None:
+    """After memory ran out: what is free goes back, and what will be freed does so at once."""
+    return_freed_pages()
+    give_back_freed_memory()
+
+
 def _glibc() -> ctypes.CDLL | None:
     """None with musl and other systems, which run as they are."""
     if not sys.platform.startswith("linux"):

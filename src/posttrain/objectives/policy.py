@@ -78,13 +78,17 @@ def sapo(rows: Rows, to: Settings) -> torch.Tensor:
 
 
 def vespo(rows: Rows, to: Settings) -> torch.Tensor:
-    """VESPO: sequences weigh `phi(w) = w^k e^(lambda (1 - w))`, 1 at w = 1."""
+    """VESPO: every token keeps its gradient, its sequence has a soft weight."""
+    return -vespo_weight(rows, to) * rows.advantage_R * rows.logp_R
+
+
+def vespo_weight(rows: Rows, to: Settings) -> torch.Tensor:
+    """`phi(w) = w^k e^(lambda (1 - w))` of each row's sequence, whose ratio is w; 1 at w = 1."""
     log_w_R = rows.log_ratio_S.detach().clamp(LEAST_LOG_RATIO, MOST_LOG_RATIO)[rows.sequence_R]
     good_R = rows.advantage_R >= 0
     k_R = _either(good_R, to.vespo_k_pos, to.vespo_k_neg, log_w_R)
     lambda_R = _either(good_R, to.vespo_lambda_pos, to.vespo_lambda_neg, log_w_R).clamp(min=1e-4)
-    phi_R = torch.exp(lambda_R + k_R * log_w_R - lambda_R * log_w_R.exp()).nan_to_num(0.0, 0.0, 0.0)
-    return -phi_R * rows.advantage_R * rows.logp_R
+    return torch.exp(lambda_R + k_R * log_w_R - lambda_R * log_w_R.exp()).nan_to_num(0.0, 0.0, 0.0)
 
 
 def _either(is_first_R: torch.Tensor, first: float, other: float, like_R: torch.Tensor) -> torch.Tensor:
@@ -162,7 +166,7 @@ class PolicyLoss:
             assert outputs.entropy_R is not None
             acting_R = _most_uncertain(outputs.entropy_R, self.top_entropy)
             loss_R = loss_R * acting_R
-        metrics = self._watch(outputs, rows, batch)
+        metrics = self._watch(outputs, rows, length_S, batch)
         if self.correction is not None:
             weight_R, noted = self.correction(old_R, batch)
             loss_R, metrics = loss_R * weight_R, metrics | noted
@@ -176,6 +180,8 @@ class PolicyLoss:
         terms = self._averaged(loss_R, length_S, batch)
         if self.entropy_coef:
             assert outputs.entropy_R is not None
+            ((unit, term),) = terms.items()
+            metrics["policy_loss"] = (term.detach(), batch.counts[unit])  # the loss without the bonus
             mean = (outputs.entropy_R * acting_R).sum() / acting_R.sum().clamp(min=1)
             terms["batches"] = terms.get("batches", 0.0) - self.entropy_coef * mean
         return terms, metrics
@@ -214,21 +220,37 @@ class PolicyLoss:
             return {"tokens": loss_R.sum() * batch.columns.get("round_weight", 1.0)}
         return {"sequences": loss_R.sum()}
 
-    def _watch(self, outputs: Outputs, rows: Rows, batch: Batch) -> Metrics:
+    def _watch(self, outputs: Outputs, rows: Rows, length_S: torch.Tensor, batch: Batch) -> Metrics:
+        """Of the tokens that were computed: those that could not teach anything may have been left out."""
         assert outputs.entropy_R is not None
-        tokens = len(outputs.logp_R)  # that were computed: those that could not teach anything may have been left out
-        metrics: Metrics = {"entropy": (outputs.entropy_R.detach().sum(), tokens)}
+        metrics: Metrics = {"entropy": (outputs.entropy_R.detach().sum(), len(outputs.logp_R))}
         with torch.no_grad():
             ratio_R, advantage_R, to = rows.ratio_R, rows.advantage_R, self.settings
             if self.loss_type in CLIPS:
                 low_R = (ratio_R < 1 - to.epsilon) & (advantage_R < 0)
                 high_R = (ratio_R > 1 + to.epsilon_high) & (advantage_R > 0)
-                metrics["clip_ratio/low_mean"] = (low_R.sum(), tokens)
-                metrics["clip_ratio/high_mean"] = (high_R.sum(), tokens)
-                metrics["clip_ratio/region_mean"] = ((low_R | high_R).sum(), tokens)
+                low_S, high_S = (_means(one_R, length_S, batch) for one_R in (low_R, high_R))
+                metrics["clip_ratio/low_mean"] = self._share(low_R, low_S)
+                metrics["clip_ratio/high_mean"] = self._share(high_R, high_S)
+                metrics["clip_ratio/region_mean"] = self._share(low_R | high_R, low_S + high_S)
+                metrics["clip_ratio/low_min"] = (low_S.amin(), 1)
+                metrics["clip_ratio/high_max"] = (high_S.amax(), 1)
             elif self.loss_type == "cispo":
-                metrics["cispo_clip_ratio"] = (((ratio_R > to.epsilon_high) & (advantage_R > 0)).sum(), tokens)
+                clipped_R = (ratio_R > to.epsilon_high) & (advantage_R > 0)
+                metrics["cispo_clip_ratio"] = self._share(clipped_R, _means(clipped_R, length_S, batch))
+            elif self.loss_type == "vespo":
+                phi_S = _means(vespo_weight(rows, to), length_S, batch)
+                metrics["vespo/phi_seq_mean"] = (phi_S.sum(), len(phi_S))
         return metrics
+
+    def _share(self, is_R: torch.Tensor, mean_S: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Of tokens, or of sequences where those have one ratio each."""
+        return (mean_S.sum(), len(mean_S)) if self.level == "sequence" else (is_R.sum(), len(is_R))
+
+
+def _means(value_R: torch.Tensor, length_S: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """`(S,)`: the mean over each sequence's tokens."""
+    return sum_by_sequence(value_R.to(length_S.dtype), batch) / length_S.clamp(min=1)
 
 
 def kl_divergence(logp_R: torch.Tensor, ref_logp_R: torch.Tensor) -> torch.Tensor:

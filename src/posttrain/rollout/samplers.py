@@ -12,6 +12,8 @@ import numpy as np
 from posttrain.data.prompts import Prompt
 from posttrain.errors import ConfigError, UserError
 from posttrain.rollout.engines import Completion, Engine, Request
+from posttrain.rollout.engines.local import LocalEngine
+from posttrain.rollout.fitting import generate_fitting
 from posttrain.rollout.generation import Rollout
 from posttrain.rollout.sampling import Sampling
 
@@ -36,7 +38,10 @@ class EngineSampler:
     def __call__(self, places: Sequence[int], count: int, key: int, stopped: Callable[[], bool]) -> list[Rollout]:
         self.engine.update_weights()
         requests = [Request(self.prompts[place].ids.tolist(), key + group, count) for group, place in enumerate(places)]
-        made = self.engine.generate(requests, self.sampling, stopped)
+        if isinstance(self.engine, LocalEngine):
+            made = generate_fitting(self.engine, requests, self.sampling, stopped)
+        else:
+            made = self.engine.generate(requests, self.sampling, stopped)
         return [
             _rollout(place, group, self.prompts[place].ids, completion)
             for group, (place, completions) in enumerate(zip(places, made, strict=True))

@@ -20,6 +20,7 @@ from posttrain.data.prompts import Prompt
 from posttrain.errors import Stopped
 from posttrain.objectives.base import Metrics
 from posttrain.rollout.advantages import Advantages
+from posttrain.rollout.fitting import RowsAtOnce
 from posttrain.rollout.generation import Generation, Rollout, grouped, together
 from posttrain.rollout.kl_control import KLControl
 from posttrain.rollout.order import Rounds
@@ -71,7 +72,7 @@ class RolloutSource:
     """`advantages` turns a round's rewards into advantages; with `logps_first` it is told what the policy and the
     reference said of every completion. `ask_policy` and `ask_reference` answer for the session that trains, with what
     `of_policy` names and with log-probabilities; `log` is told of every round: its rollouts with their verdict; `kl`
-    adapts to every round."""
+    adapts to every round; `rows` are what sampling in this process has come down to."""
 
     prompts: Sequence[Prompt]
     rounds: Rounds
@@ -89,6 +90,7 @@ class RolloutSource:
     log: Callable[[Generation, Verdict, int], None] | None = None
     of_policy: tuple[str, ...] = ("old_logp_R",)
     kl: KLControl | None = None
+    rows: RowsAtOnce | None = None
     ask_policy: Ask | None = None
     ask_reference: Ask | None = None
     report: Callable[[Metrics], None] = lambda metrics: None
@@ -314,6 +316,8 @@ class RolloutSource:
         dealt = {round_ for round_, _ in self.rounds.step(position)} if self.rounds.rounds_per_epoch else set()
         wanted = {number for number in dealt if not self._begins(number, position)}
         state: dict[str, Any] = {"rounds": [one.state() for number, one in self._held.items() if number in wanted]}
+        if self.rows is not None:
+            state |= self.rows.state()
         if self.kl is None:
             return state
         begun, before = self._kl_before
@@ -323,6 +327,8 @@ class RolloutSource:
     def load_state(self, state: dict[str, Any]) -> None:
         generations = [Generation.from_state(one) for one in state.get("rounds", [])]
         self._held = {one.index: one for one in generations}
+        if self.rows is not None:
+            self.rows.load_state(state)
         if self.kl is not None and "kl_coef" in state:
             self.kl.coef = state["kl_coef"]
 

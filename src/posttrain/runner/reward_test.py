@@ -135,6 +135,7 @@ def _sample(tryout: TryOut, samples: Samples, data: str, names: dict[str, str]) 
     from posttrain.models.load import load_model, load_tokenizer
     from posttrain.rollout.engines import Request
     from posttrain.rollout.engines.local import LocalEngine
+    from posttrain.rollout.fitting import generate_fitting
     from posttrain.rollout.sampling import Sampling
     from posttrain.session import Session
 
@@ -147,7 +148,7 @@ def _sample(tryout: TryOut, samples: Samples, data: str, names: dict[str, str]) 
                              lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)))  # fmt: skip
         requests = [Request(prompt.ids.tolist(), key, samples.count) for key, prompt in enumerate(prompts)]
         sampling = Sampling(max_tokens=samples.max_tokens, temperature=samples.temperature, seed=samples.seed)
-        made = engine.generate(requests, sampling)
+        made = generate_fitting(engine, requests, sampling)
     finally:
         session.close()
     texts = [str(tokenizer.decode(one.ids, skip_special_tokens=True)) for group in made for one in group]

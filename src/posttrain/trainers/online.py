@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 from peft import PeftModel
-from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, set_seed
 
@@ -20,6 +19,7 @@ from posttrain.data.prompts import Prompt, PromptSettings, check_tokens, read_pr
 from posttrain.data.report import DataReport
 from posttrain.data.templates import find_template
 from posttrain.errors import ConfigError
+from posttrain.models.critic import Critic
 from posttrain.objectives.base import Objective
 from posttrain.reference import ReferenceModel
 from posttrain.rewards.check import SHORT_ROWS, Material, before_training
@@ -65,8 +65,7 @@ class OnlineTrainer(PackedTrainer):
     CONFIG: ClassVar[type[OnlineConfig]]
     args: OnlineConfig
     of_policy: ClassVar[tuple[str, ...]] = ("old_logp_R",)
-    value_head: nn.Linear | None = None
-    value_model: Any = None
+    critic: Critic | None = None
     kl: KLControl | None = None
 
     def __init__(
@@ -165,8 +164,7 @@ class OnlineTrainer(PackedTrainer):
             optimizers=optimizers,
             reference=self._reference() if args.beta else None,
             rollouts=self.rollouts,
-            value_head=self.value_head,
-            value_model=self.value_model,
+            critic=self.critic,
         )
         if self.run.reference is not None and self.run.reference.moves:
             self.add_callback(Follow(self.run.reference))
@@ -212,12 +210,12 @@ class OnlineTrainer(PackedTrainer):
         prompts, report = read_prompts(dataset, self._tokenizer, settings, name)
         self.data_reports[name] = report
         assert args.max_completion_length is not None
-        for model in (self._model, self.value_model):
-            if model is not None:
-                config = model.config.get_text_config()
-                places = config.max_position_embeddings if config.model_type == "gpt2" else None
-                vocabulary = model.get_input_embeddings().weight.shape[0]
-                check_tokens(prompts, vocabulary, places, args.max_completion_length)
+        models: list[Any] = [self._model, *([] if self.critic is None else self.critic.models.values())]
+        for model in models:
+            config = model.config.get_text_config()
+            places = config.max_position_embeddings if config.model_type == "gpt2" else None
+            vocabulary = model.get_input_embeddings().weight.shape[0]
+            check_tokens(prompts, vocabulary, places, args.max_completion_length)
         lost = report.num_skipped or report.truncated.count
         logger.log(
             logging.WARNING if lost else logging.INFO,

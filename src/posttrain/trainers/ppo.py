@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from posttrain.errors import ConfigError
 from posttrain.evaluate.validation import check_validated
+from posttrain.models.critic import ValueHead, ValueModel
 from posttrain.models.load import load_model
 from posttrain.models.scoring import as_classifier, is_classifier
 from posttrain.objectives.ppo import PPOLoss
@@ -91,9 +92,9 @@ class PPOTrainer(OnlineTrainer):
         self.kl = self.args.control()
         value_model = self.args.value_model_path if value_model is None else value_model
         if value_model is None:
-            self.value_head = _value_head(self._model)
+            self.critic = ValueHead(_value_head(self._model))
         else:
-            self.value_model = self._open_value_model(value_model)
+            self.critic = ValueModel(self._open_value_model(value_model))
         rewards, tokenizers = self._rewards(reward_model, reward_funcs, reward_processing_classes)
         self._start(rewards, tokenizers, train_dataset, eval_dataset, callbacks, optimizers, rollout_func)
         for given, one in zip(rewards, self.reward_funcs, strict=True):
@@ -104,6 +105,16 @@ class PPOTrainer(OnlineTrainer):
                 name = given if isinstance(given, str) else str(one.config._name_or_path or "")
                 check_validated(one.model, name, self.args.reward_validation, self.args.reward_validation_accuracy,
                                 self.args.reward_validation_pairs)  # fmt: skip
+
+    @property
+    def value_head(self) -> nn.Linear | None:
+        """What says values, on the policy's own layers; None with a value model."""
+        return self.critic.module if isinstance(self.critic, ValueHead) else None
+
+    @property
+    def value_model(self) -> Any:
+        """What says values, a model of its own; None with a head on the policy's layers."""
+        return self.critic.module if isinstance(self.critic, ValueModel) else None
 
     def _open_value_model(self, given: Any) -> Any:
         """Raises ConfigError for what is no model with one score over the policy's vocabulary."""

@@ -19,6 +19,7 @@ from posttrain.reference import Reference
 from posttrain.rollout.engines.local import LocalEngine
 from posttrain.rollout.engines.vllm import VllmEngine
 from posttrain.rollout.evaluation import evaluate_rollouts
+from posttrain.rollout.fitting import RowsAtOnce
 from posttrain.rollout.generation import Rollout
 from posttrain.rollout.log import SamplesLog
 from posttrain.rollout.order import Rounds
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class TrainerRollouts:
-    """What the run asks of a trainer that samples (`posttrain.run.Rollouts`)."""
+    """What the run asks of a trainer that samples (`posttrain.course.Rollouts`)."""
 
     def __init__(self, trainer: OnlineTrainer, prompts: list[Prompt], rounds: Rounds, rollout_func: Any):
         self.trainer, self.prompts, self.rounds, self.rollout_func = trainer, prompts, rounds, rollout_func
@@ -90,10 +91,12 @@ class TrainerRollouts:
             self.engine = self._server(session)
         elif not (isinstance(self.engine, LocalEngine) and self.engine.policy is session.policy):
             self.engine = LocalEngine(session.policy, ends, self._decode, args.max_sampling_rows)
+        if isinstance(self.engine, LocalEngine):
+            source.rows = RowsAtOnce(self.engine, args.max_sampling_rows)
         source.sample = self._sampler(self.prompts, ends)
         source.ask_policy = _asked(session.policy, with_values="old_value_R" in source.of_policy)
         source.ask_reference = None if reference is None else lambda batch: (reference(batch),)
-        source.packing = self.trainer.run._packing(session)
+        source.packing = self.trainer.run.annotation.packing(session)
 
     def _ends(self, session: Session) -> list[int]:
         """What ends a completion: the model's own tokens, and stop strings that are tokens, which no text shows."""

@@ -4,6 +4,7 @@ values, and gradients down to the log-probabilities."""
 from __future__ import annotations
 
 import math
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -200,8 +201,61 @@ def test_metrics() -> None:
         "entropy": entropy.mean().item(), "kl": (x.exp() - x - 1).mean().item(),
         "clip_ratio/low_mean": low.double().mean().item(), "clip_ratio/high_mean": high.double().mean().item(),
         "clip_ratio/region_mean": (low | high).double().mean().item(),
+        "clip_ratio/low_min": min(one.double().mean().item() for one in low.split(list(LENGTHS))),
+        "clip_ratio/high_max": max(one.double().mean().item() for one in high.split(list(LENGTHS))),
     })  # fmt: skip
     assert 0 < found["clip_ratio/region_mean"] < 1
+
+
+def test_the_least_that_is_clipped_from_below() -> None:
+    """Of completions that are all bad, and in which all tokens but the first are clipped."""
+    now, *_, entropy = values(6)
+    one = batch(old_logp_R=now.detach() + 1)
+    one.columns["advantage_S"].fill_(-1)
+    for end, length in zip(accumulate(LENGTHS), LENGTHS, strict=True):
+        if length > 1:
+            one.columns["old_logp_R"][end - length] = now[end - length].detach()
+    _, metrics = PolicyLoss("grpo", settings=TO)(outputs(now, entropy), one)
+    assert metrics["clip_ratio/low_min"][0] == pytest.approx(min((n - 1) / n for n in LENGTHS if n > 1))
+    assert metrics["clip_ratio/high_max"][0] == 0
+
+
+def test_sequences_of_one_ratio_count_alike() -> None:
+    now, old, _, entropy = values(6)
+    old = old - 0.5 * torch.tensor(ADVANTAGES, dtype=torch.float64).repeat_interleave(torch.tensor(LENGTHS))
+    _, metrics = PolicyLoss("luspo", level="sequence", settings=TO)(outputs(now, entropy), batch(old_logp_R=old))
+    log_ratios = (now - old).split(list(LENGTHS))
+    ratio_S = torch.stack([one.mean().exp() for one in log_ratios])
+    high_S = (ratio_S > 1 + HIGH) & (torch.tensor(ADVANTAGES) > 0)
+    value, count = metrics["clip_ratio/high_mean"]
+    assert float(value) / count == pytest.approx(high_S.double().mean().item())
+    assert 0 < high_S.sum() < len(LENGTHS)
+    assert metrics["clip_ratio/high_max"][0] == 1
+
+
+def test_what_vespo_weighs_sequences_with() -> None:
+    now, old, _, entropy = values(6)
+    _, metrics = PolicyLoss("vespo", settings=TO)(outputs(now, entropy), batch(old_logp_R=old))
+    expected = []
+    for log_ratio, advantage in zip((now - old).split(list(LENGTHS)), ADVANTAGES, strict=True):
+        w = math.exp(log_ratio.sum().item())
+        k, rate = (TO.vespo_k_pos, TO.vespo_lambda_pos) if advantage >= 0 else (TO.vespo_k_neg, TO.vespo_lambda_neg)
+        expected.append(w**k * math.exp(rate * (1 - w)))
+    value, count = metrics["vespo/phi_seq_mean"]
+    assert float(value) / count == pytest.approx(sum(expected) / len(expected))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_loss_without_the_bonus_is_said(name: str) -> None:
+    now, old, _, entropy = values(6)
+    bare = loss_of(PolicyLoss(name, settings=TO), now, entropy, old_logp_R=old)
+    made = PolicyLoss(name, settings=TO, entropy_coef=0.3)
+    _, metrics = made(outputs(now, entropy), batch(old_logp_R=old))
+    value, count = metrics["policy_loss"]
+    assert float(value) / count == pytest.approx(bare.item())
+    assert loss_of(made, now, entropy, old_logp_R=old).item() == pytest.approx(
+        bare.item() - 0.3 * entropy.mean().item()
+    )
 
 
 @pytest.mark.parametrize("name", LOSSES)
