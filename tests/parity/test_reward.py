@@ -92,6 +92,12 @@ def test_evaluation(tmp_path: Path) -> None:
     check(tmp_path, PAIRS, given=given, eval_strategy="steps", eval_steps=1)
 
 
+@pytest.mark.parametrize("of_training", [True, False])
+def test_margins_of_one_set_only(of_training: bool, tmp_path: Path) -> None:
+    rows, others = (WITH_MARGIN, PAIRS) if of_training else (PAIRS, WITH_MARGIN)
+    check(tmp_path, rows, given=lambda: {"eval_dataset": as_dataset(others[:4])}, eval_strategy="steps", eval_steps=1)
+
+
 def test_a_padding_token_that_ends_turns(tmp_path: Path) -> None:
     """transformers reads the score before it."""
 
