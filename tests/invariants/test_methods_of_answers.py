@@ -129,6 +129,34 @@ def test_labels_that_come_sorted_or_all_alike(tmp_path: Path, caplog: pytest.Log
     assert "every answer is labelled True" in caplog.text
 
 
+@pytest.mark.parametrize("options", [{"per_device_train_batch_size": 1}, {"train_sampling_strategy": "random"},
+                                     {"shuffle_dataset": True}], ids=lambda options: next(iter(options)))  # fmt: skip
+def test_sorted_labels_are_nothing_to_losses_that_shuffle(
+    options: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = sorted(RATED, key=lambda row: row["label"])
+    trainer("KTO", tmp_path, rows=rows, loss_type="apo_zero_unpaired", **options)
+    assert "sorted" not in caplog.text
+
+
+def test_answers_that_weigh_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer("KTO", tmp_path, undesirable_weight=0.0)
+    assert "undesirable_weight=0 leaves 4 of 8 answers out" in caplog.text
+    assert "between" not in caplog.text
+    with pytest.raises(ConfigError, match="leave nothing to learn"):
+        trainer("KTO", tmp_path, desirable_weight=0.0, undesirable_weight=0.0)
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_the_last_answer_of_a_stream_alone(drop_last: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stream = pytest.importorskip("datasets").Dataset.from_list(RATED[:5]).to_iterable_dataset()
+    one = trainer("KTO", tmp_path, rows=stream, max_steps=3, dataloader_drop_last=drop_last)
+    one.train()
+    assert ("the last answer of pass 1 over the stream is alone in its batch of 4" in caplog.text) is not drop_last
+    tokens = [entry["num_tokens"] for entry in one.state.log_history if "loss" in entry]
+    assert (tokens[1] == 2 * tokens[0]) is drop_last
+
+
 @pytest.mark.parametrize(
     "wrong",
     [{"per_device_train_batch_size": 1}, {"train_sampling_strategy": "random"}, {"truncation_mode": "keep_end"},

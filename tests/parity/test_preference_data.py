@@ -13,6 +13,7 @@ import pytest
 from posttrain.data.prepare import prepare
 from posttrain.data.ratings import with_mismatched
 from posttrain.data.settings import DataSettings
+from posttrain.models.scoring import as_classifier
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import chatml_tokenizer, plain_tokenizer
 
@@ -110,6 +111,26 @@ def test_pairs(words: str, rows: list[dict[str, Any]], max_length: int | None, m
     if not expected:
         pytest.skip("nothing is left")
     assert ours(rows, TOKENIZERS[words](), "preference", max_length=max_length, truncation_mode=mode) == expected
+
+
+REWARD_CASES: list[tuple[str, list[dict[str, Any]]]] = [
+    ("plain", TEXT), ("bos", TEXT), ("plain", IMPLICIT), ("chatml", CHAT), ("chatml, bos", IMPLICIT_CHAT),
+    ("tools", TOOLS),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("max_length", [None, 40])
+@pytest.mark.parametrize(("words", "rows"), REWARD_CASES, ids=lambda x: x if isinstance(x, str) else "")
+def test_pairs_of_reward_models(words: str, rows: list[dict[str, Any]], max_length: int | None, tmp_path: Path) -> None:
+    tokenizer = TOKENIZERS[words]()
+    model = as_classifier(tiny_model("llama", len(tokenizer)))
+    args = trl.RewardConfig(str(tmp_path), max_length=max_length, use_cpu=True, bf16=False, report_to="none")
+    theirs = trl.RewardTrainer(model, args, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer)
+    expected = [[row["chosen_ids"], row["rejected_ids"]] for row in theirs.train_dataset]
+    if not expected:
+        pytest.skip("nothing is left")
+    found = ours(rows, TOKENIZERS[words](), "preference", max_length=max_length, truncation_mode="drop")
+    assert [[ids for ids, _ in pair] for pair in found] == expected
 
 
 RATED = [

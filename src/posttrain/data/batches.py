@@ -113,7 +113,7 @@ class StaticSource:
 class StreamSource:
     """Samples that come one after another from `restart(pass)`, an iterator made anew whenever it is exhausted; passes
     count from 0. To resume at step n it reads past what the first n steps used. The whole run counts as one epoch, so
-    what is due every epoch is due at its end. What fills no batch of `whole` samples at the end of a pass is left out."""
+    what is due every epoch is due at its end. What fills no batch of `whole` samples when a pass ends is left out."""
 
     restart: Callable[[int], Iterator[Sample]]
     step_size: int
