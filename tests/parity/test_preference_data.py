@@ -13,6 +13,7 @@ import pytest
 from posttrain.data.prepare import prepare
 from posttrain.data.ratings import with_mismatched
 from posttrain.data.settings import DataSettings
+from posttrain.errors import DataError
 from posttrain.models.scoring import as_classifier
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import chatml_tokenizer, plain_tokenizer
@@ -174,3 +175,13 @@ def test_a_conversation_is_rated_by_its_last_turn() -> None:
     rows = [{"messages": row["prompt"] + row["completion"], "label": row["label"]} for row in RATED_CHAT]
     tokenizer = chatml_tokenizer()
     assert ours(rows, tokenizer, "rated") == ours(RATED_CHAT, tokenizer, "rated")
+
+
+@pytest.mark.parametrize("row", [TEXT[0], CHAT[0]], ids=["text", "messages"])
+def test_a_pair_of_the_same_answers_is_no_two_ratings(row: dict[str, Any]) -> None:
+    rows = [CHAT[1] if row is CHAT[0] else TEXT[1], {**row, "rejected": row["chosen"]}]
+    settings = DataSettings(method="rated", completion_only=True, columns=("label",))
+    with pytest.raises(DataError, match="is the very answer that is chosen") as caught:
+        prepare(rows, chatml_tokenizer(), settings)
+    assert caught.value.code == "E-DATA-0029"
+    assert len(ours(rows, chatml_tokenizer(), "rated")) == 2  # of the other pair
