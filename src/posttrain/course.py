@@ -69,7 +69,9 @@ def course_of(samples: Samples, args: TrainingArguments, token_budget: int) -> C
     if callable(samples):
         if args.max_steps <= 0:
             raise ConfigError("a streaming dataset has no length: set max_steps")
-        return Course(StreamSource(samples, step_size, token_budget, args.max_steps), args.max_steps, 1)
+        source = StreamSource(samples, step_size, token_budget, args.max_steps)
+        source.whole = args.per_device_train_batch_size if args.dataloader_drop_last else 1
+        return Course(source, args.max_steps, 1)
     order = Order(
         len(samples),
         args.per_device_train_batch_size,

@@ -11,10 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -28,9 +26,10 @@ import transformers
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors import torch as tensor_files
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from torch import nn
 
+from posttrain.data.arrays import write_arrays
 from posttrain.data.fingerprint import fingerprint
 from posttrain.data.planning import Packing, plan
 from posttrain.errors import CheckpointError, Interrupted
@@ -343,12 +342,8 @@ def _read(path: Path, samples: Sequence[Sample]) -> np.ndarray | None:
 
 
 def _write(path: Path, values: np.ndarray) -> None:
-    """Whole or not at all; a disk that will not have it is no reason to stop, and is said."""
+    """A disk that will not have it is no reason to stop, and is said."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem[:16], suffix=".partial")
-        os.close(handle)
-        save_file({"logp": values}, temporary)
-        os.replace(temporary, path)
+        write_arrays(path, {"logp": values})
     except OSError as error:
         logger.warning("reference log-probabilities are not kept in %s: %s", path.parent, error.strerror or error)

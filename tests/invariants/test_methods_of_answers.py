@@ -129,6 +129,34 @@ def test_labels_that_come_sorted_or_all_alike(tmp_path: Path, caplog: pytest.Log
     assert "every answer is labelled True" in caplog.text
 
 
+@pytest.mark.parametrize("options", [{"per_device_train_batch_size": 1}, {"train_sampling_strategy": "random"},
+                                     {"shuffle_dataset": True}], ids=lambda options: next(iter(options)))  # fmt: skip
+def test_sorted_labels_are_nothing_to_losses_that_shuffle(
+    options: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = sorted(RATED, key=lambda row: row["label"])
+    trainer("KTO", tmp_path, rows=rows, loss_type="apo_zero_unpaired", **options)
+    assert "sorted" not in caplog.text
+
+
+def test_answers_that_weigh_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer("KTO", tmp_path, undesirable_weight=0.0)
+    assert "undesirable_weight=0 leaves 4 of 8 answers out" in caplog.text
+    assert "between" not in caplog.text
+    with pytest.raises(ConfigError, match="leave nothing to learn"):
+        trainer("KTO", tmp_path, desirable_weight=0.0, undesirable_weight=0.0)
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_the_last_answer_of_a_stream_alone(drop_last: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stream = pytest.importorskip("datasets").Dataset.from_list(RATED[:5]).to_iterable_dataset()
+    one = trainer("KTO", tmp_path, rows=stream, max_steps=3, dataloader_drop_last=drop_last)
+    one.train()
+    assert ("the last answer of pass 1 over the stream is alone in its batch of 4" in caplog.text) is not drop_last
+    tokens = [entry["num_tokens"] for entry in one.state.log_history if "loss" in entry]
+    assert (tokens[1] == 2 * tokens[0]) is drop_last
+
+
 @pytest.mark.parametrize(
     "wrong",
     [{"per_device_train_batch_size": 1}, {"train_sampling_strategy": "random"}, {"truncation_mode": "keep_end"},
@@ -150,18 +178,78 @@ def test_orpo_settings_that_are_not_honoured(wrong: dict[str, Any], tmp_path: Pa
 # --- reward models' rows --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("margin", ["much", None, True, float("nan")])
+MARGINS: list[dict[str, Any]] = [{**row, "margin": i / 4} for i, row in enumerate(ROWS)]
+
+
+@pytest.mark.parametrize("margin", ["much", True, float("nan"), [1]])
 def test_a_margin_that_is_no_number(margin: Any, tmp_path: Path) -> None:
-    rows = [{**row, "margin": 1.0} for row in ROWS]
-    rows[3] = {**rows[3], "margin": margin}
-    with pytest.raises((DataError, ConfigError), match=r"margin|NaN"):
+    rows = [*MARGINS[:3], {**ROWS[3], "margin": margin}, *MARGINS[4:]]
+    with pytest.raises(DataError, match=r'train\[3\]  "margin" is .*, which is no finite number'):
         trainer("Reward", tmp_path, rows=rows)
+    report = trainer("Reward", tmp_path, rows=rows, on_bad_row="skip").data_reports["train"]
+    assert (report.used, report.num_skipped) == (7, 1)
 
 
-def test_some_margins_only(tmp_path: Path) -> None:
-    rows = [{**ROWS[0], "margin": 1.0}, *ROWS[1:]]
-    with pytest.raises(ConfigError, match=r"train\[1\] has no margin, and 1 of 8 pairs have one"):
+@pytest.mark.parametrize("without", [ROWS[1], {**ROWS[1], "margin": None}], ids=["left out", "null"])
+def test_some_margins_only(without: dict[str, Any], tmp_path: Path) -> None:
+    rows = [MARGINS[0], without, *MARGINS[2:]]
+    with pytest.raises(ConfigError, match=r"train\[1\] has no margin, and 7 of 8 pairs have one"):
         trainer("Reward", tmp_path, rows=rows)
+    with pytest.raises(ConfigError, match=r"train\[1\] has no margin, and 1 of 2 pairs have one"):
+        trainer("Reward", tmp_path, rows=iter(rows), max_steps=2).train()
+
+
+def test_a_column_of_nulls_is_no_margin_and_a_text_may_be_one(tmp_path: Path) -> None:
+    nulls, none = ([{**row, **more} for row in ROWS] for more in ({"margin": None}, {}))
+    texts = [{**row, "margin": str(row["margin"])} for row in MARGINS]  # as CSV has them
+    runs = [trainer("Reward", tmp_path, rows=rows, max_steps=2) for rows in (nulls, none, texts, MARGINS)]
+    for one in runs:
+        one.train()
+    losses = [history(one, "loss") for one in runs]
+    assert losses[0] == losses[1] != losses[2] == losses[3]
+
+
+def test_margins_of_a_stream(tmp_path: Path) -> None:
+    stream = trainer("Reward", tmp_path, rows=iter(MARGINS), max_steps=2)
+    plain = trainer("Reward", tmp_path, rows=MARGINS, max_steps=2, train_sampling_strategy="sequential")
+    for one in (stream, plain):
+        one.train()
+    assert history(stream, "loss") == pytest.approx(history(plain, "loss"), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["DPO", "ORPO", "KTO"])
+def test_margins_are_for_reward_models(method: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="posttrain"):
+        trainer(method, tmp_path, rows=MARGINS)
+    assert "8 rows (first: train[0]) have `margin`" in caplog.text
+    assert "reward models alone learn from margins" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="posttrain"):
+        trainer("Reward", tmp_path, rows=MARGINS)
+    assert "have `margin`" not in caplog.text
+
+
+@pytest.mark.parametrize("given", [list, iter], ids=["list", "stream"])
+def test_an_answer_of_padding_only_has_no_score(given: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def made(**options: Any) -> Any:
+        tokenizer = chatml_tokenizer()
+        tokenizer.pad_token = tokenizer.eos_token
+        rows = [{"prompt": f"What is {i}?", "chosen": f" It is {i}.", "rejected": " No."} for i in range(4)]
+        rows[2]["rejected"] = tokenizer.eos_token
+        args = posttrain.RewardConfig(str(tmp_path), bf16=False, max_steps=1, per_device_train_batch_size=3,
+                                      learning_rate=1e-6, report_to="none", logging_steps=1, **options)  # fmt: skip
+        return posttrain.RewardTrainer(
+            tiny_model("llama", len(tokenizer)), args, train_dataset=given(rows), processing_class=tokenizer
+        )
+
+    with pytest.raises(DataError, match=r"train\[2\]  has an answer of padding tokens only"):
+        made().train()
+    skipping = made(on_bad_row="skip")
+    skipping.train()
+    report = skipping.data_reports["train"]
+    assert (report.used, report.num_skipped) == (3, 1)
+    assert skipping.state.log_history[0]["loss"] > 0
+    assert caplog.text.count("skipped: train[2]") == 1
 
 
 def test_long_pairs_are_left_out_and_counted(tmp_path: Path) -> None:

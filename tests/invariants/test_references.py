@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,61 @@ def test_a_signal_while_the_reference_is_asked(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(reference, "plan", signalled)
     with pytest.raises(Interrupted, match="before the first step"):
         trainer(tmp_path, precompute_ref_log_probs=True).train()
+
+
+def on_a_full_disk(write: Any) -> Any:
+    """`write`, while no file of this process may be larger than 100 bytes."""
+
+    def limited(*given: Any) -> Any:
+        before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+        try:
+            return write(*given)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            signal.signal(signal.SIGXFSZ, handler)
+
+    return limited
+
+
+def test_a_disk_that_is_full_costs_the_cache_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from posttrain import reference
+
+    whole = trainer(tmp_path / "a", precompute_ref_log_probs=True)
+    whole.train()
+    (kept,) = (tmp_path / "cache" / "reference").iterdir()
+    kept.unlink()
+    monkeypatch.setattr(reference, "write_arrays", on_a_full_disk(reference.write_arrays))
+    again = trainer(tmp_path / "b", precompute_ref_log_probs=True)
+    again.train()
+    assert "reference log-probabilities are not kept" in caplog.text
+    assert list((tmp_path / "cache" / "reference").iterdir()) == []
+    assert first(again, "loss") == first(whole, "loss")
+
+
+def test_killed_while_the_cache_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the last of its bytes: nothing is taken from it, and nothing of it is wrong."""
+    from posttrain.data import arrays
+
+    undisturbed = trainer(tmp_path / "a", precompute_ref_log_probs=True, dataset_cache=False)
+    undisturbed.train()
+
+    def killed(source: Any, target: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(arrays.os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            trainer(tmp_path / "b", precompute_ref_log_probs=True).train()
+    (tmp_path / "cache" / "reference").mkdir(parents=True, exist_ok=True)
+    (tmp_path / "cache" / "reference" / "0123456789abcdef.partial").write_bytes(b"half")  # what SIGKILL leaves
+    again = trainer(tmp_path / "c", precompute_ref_log_probs=True)
+    again.train()
+    assert [first(again, name) for name in ("loss", "grad_norm")] == [
+        first(undisturbed, name) for name in ("loss", "grad_norm")
+    ]
 
 
 # --- references that could not serve ------------------------------------------------------------------------------

@@ -119,6 +119,27 @@ def test_kto_of_pairs(tmp_path: Path) -> None:
     kto(tmp_path, PAIRS, per_device_train_batch_size=8)
 
 
+@pytest.mark.parametrize("rows", [RATED, PAIRS], ids=["rated", "pairs"])
+def test_kto_of_a_stream(rows: Rows, tmp_path: Path) -> None:
+    """Mismatched answers are those of the batch; two passes, of which the first ends with a smaller one."""
+    from tests.parity.side_by_side import as_dataset
+
+    stream = as_dataset(rows).to_iterable_dataset()
+    settings = {"method": "KTO", **SMALL, "per_device_train_batch_size": 4, "given": lora}
+    ours, theirs = (train(library, tmp_path, stream, **settings) for library in (posttrain, trl))
+    compare(ours, theirs, ["epoch"])  # the whole run over a stream counts as one
+
+
+def test_kto_evaluation_in_batches_of_another_size(tmp_path: Path) -> None:
+    def given() -> dict[str, Any]:
+        from tests.parity.side_by_side import as_dataset
+
+        return {"eval_dataset": as_dataset(RATED), **lora()}
+
+    settings = {"per_device_eval_batch_size": 4, "eval_strategy": "steps", "eval_steps": 1}
+    kto(tmp_path, RATED, given=given, per_device_train_batch_size=3, **settings)
+
+
 def test_kto_evaluation(tmp_path: Path) -> None:
     def given() -> dict[str, Any]:
         from tests.parity.side_by_side import as_dataset

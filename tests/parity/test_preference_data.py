@@ -13,6 +13,8 @@ import pytest
 from posttrain.data.prepare import prepare
 from posttrain.data.ratings import with_mismatched
 from posttrain.data.settings import DataSettings
+from posttrain.errors import DataError
+from posttrain.models.scoring import as_classifier
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import chatml_tokenizer, plain_tokenizer
 
@@ -112,6 +114,26 @@ def test_pairs(words: str, rows: list[dict[str, Any]], max_length: int | None, m
     assert ours(rows, TOKENIZERS[words](), "preference", max_length=max_length, truncation_mode=mode) == expected
 
 
+REWARD_CASES: list[tuple[str, list[dict[str, Any]]]] = [
+    ("plain", TEXT), ("bos", TEXT), ("plain", IMPLICIT), ("chatml", CHAT), ("chatml, bos", IMPLICIT_CHAT),
+    ("tools", TOOLS),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("max_length", [None, 40])
+@pytest.mark.parametrize(("words", "rows"), REWARD_CASES, ids=lambda x: x if isinstance(x, str) else "")
+def test_pairs_of_reward_models(words: str, rows: list[dict[str, Any]], max_length: int | None, tmp_path: Path) -> None:
+    tokenizer = TOKENIZERS[words]()
+    model = as_classifier(tiny_model("llama", len(tokenizer)))
+    args = trl.RewardConfig(str(tmp_path), max_length=max_length, use_cpu=True, bf16=False, report_to="none")
+    theirs = trl.RewardTrainer(model, args, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer)
+    expected = [[row["chosen_ids"], row["rejected_ids"]] for row in theirs.train_dataset]
+    if not expected:
+        pytest.skip("nothing is left")
+    found = ours(rows, TOKENIZERS[words](), "preference", max_length=max_length, truncation_mode="drop")
+    assert [[ids for ids, _ in pair] for pair in found] == expected
+
+
 RATED = [
     {"prompt": row["prompt"], "completion": row["chosen"] if i % 3 else row["rejected"], "label": i % 3 > 0}
     for i, row in enumerate(TEXT)
@@ -153,3 +175,13 @@ def test_a_conversation_is_rated_by_its_last_turn() -> None:
     rows = [{"messages": row["prompt"] + row["completion"], "label": row["label"]} for row in RATED_CHAT]
     tokenizer = chatml_tokenizer()
     assert ours(rows, tokenizer, "rated") == ours(RATED_CHAT, tokenizer, "rated")
+
+
+@pytest.mark.parametrize("row", [TEXT[0], CHAT[0]], ids=["text", "messages"])
+def test_a_pair_of_the_same_answers_is_no_two_ratings(row: dict[str, Any]) -> None:
+    rows = [CHAT[1] if row is CHAT[0] else TEXT[1], {**row, "rejected": row["chosen"]}]
+    settings = DataSettings(method="rated", completion_only=True, columns=("label",))
+    with pytest.raises(DataError, match="is the very answer that is chosen") as caught:
+        prepare(rows, chatml_tokenizer(), settings)
+    assert caught.value.code == "E-DATA-0029"
+    assert len(ours(rows, chatml_tokenizer(), "rated")) == 2  # of the other pair

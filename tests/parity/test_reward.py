@@ -92,6 +92,12 @@ def test_evaluation(tmp_path: Path) -> None:
     check(tmp_path, PAIRS, given=given, eval_strategy="steps", eval_steps=1)
 
 
+@pytest.mark.parametrize("of_training", [True, False])
+def test_margins_of_one_set_only(of_training: bool, tmp_path: Path) -> None:
+    rows, others = (WITH_MARGIN, PAIRS) if of_training else (PAIRS, WITH_MARGIN)
+    check(tmp_path, rows, given=lambda: {"eval_dataset": as_dataset(others[:4])}, eval_strategy="steps", eval_steps=1)
+
+
 def test_a_padding_token_that_ends_turns(tmp_path: Path) -> None:
     """transformers reads the score before it."""
 
@@ -105,8 +111,8 @@ def test_a_padding_token_that_ends_turns(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("adapted", [False, True])
-def test_transformers_loads_what_is_saved(family: str, adapted: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["full", "adapter", "merged"])
+def test_transformers_loads_what_is_saved(family: str, kind: str, tmp_path: Path) -> None:
     """From a language model, whose layers are taken; the scores of padded batches are those of training."""
     from posttrain import RewardConfig, RewardTrainer
 
@@ -114,21 +120,26 @@ def test_transformers_loads_what_is_saved(family: str, adapted: bool, tmp_path: 
     model = tiny_model(family, len(tokenizer))
     args = RewardConfig(str(tmp_path), max_steps=2, bf16=False, report_to="none", learning_rate=1e-2,
                         per_device_train_batch_size=3)  # fmt: skip
-    given = {"peft_config": LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")} if adapted else {}
+    adapter = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    given = {} if kind == "full" else {"peft_config": adapter}
     trainer = RewardTrainer(copy.deepcopy(model), args, train_dataset=PAIRS, eval_dataset=PAIRS,
                             processing_class=tokenizer, **given)  # fmt: skip
     trainer.train()
     metrics = trainer.evaluate()
     assert {"eval_accuracy", "eval_margin", "eval_calibration_error", "eval_length_correlation"} <= metrics.keys()
     trainer.save_model(str(tmp_path / "model"))
-    if adapted:
+    if kind == "adapter":
         from peft import PeftModel
 
         base = as_classifier(copy.deepcopy(model))
         base.config.pad_token_id = tokenizer.pad_token_id
         loaded: Any = PeftModel.from_pretrained(base, tmp_path / "model")
     else:
-        loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+        if kind == "merged":
+            trainer.model.merge_and_unload().save_pretrained(tmp_path / "merged")
+        place = tmp_path / ("merged" if kind == "merged" else "model")
+        loaded, about = AutoModelForSequenceClassification.from_pretrained(place, output_loading_info=True)
+        assert not any(about.values()), about
     loaded.eval()
     texts = [
         tokenizer.apply_chat_template(row["prompt"] + row[side], tokenize=False)
@@ -141,3 +152,31 @@ def test_transformers_loads_what_is_saved(family: str, adapted: bool, tmp_path: 
         scores = loaded(**batch).logits[:, 0].view(-1, 2)
     assert metrics["eval_accuracy"] == pytest.approx((scores[:, 0] > scores[:, 1]).float().mean().item())
     assert metrics["eval_margin"] == pytest.approx((scores[:, 0] - scores[:, 1]).mean().item(), rel=1e-4, abs=1e-6)
+
+
+def test_peft_alone_loads_an_adapter_that_was_saved(tmp_path: Path) -> None:
+    """From its folder, base model and score included: nothing of posttrain's is asked."""
+    from peft import AutoPeftModelForSequenceClassification
+
+    from posttrain import RewardConfig, RewardTrainer
+
+    tokenizer = chatml_tokenizer()
+    tiny_model("llama", len(tokenizer)).save_pretrained(tmp_path / "base")
+    args = RewardConfig(str(tmp_path), max_steps=2, bf16=False, report_to="none", learning_rate=1e-2,
+                        per_device_train_batch_size=3)  # fmt: skip
+    trainer = RewardTrainer(str(tmp_path / "base"), args, train_dataset=PAIRS, eval_dataset=PAIRS,
+                            processing_class=tokenizer, **lora())  # fmt: skip
+    trainer.train()
+    metrics = trainer.evaluate()
+    trainer.save_model(str(tmp_path / "model"))
+    loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=1).eval()
+    differences = []
+    for row in PAIRS:
+        scores = []
+        for side in ("chosen", "rejected"):
+            text = tokenizer.apply_chat_template(row["prompt"] + row[side], tokenize=False)
+            ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+            with torch.no_grad():
+                scores.append(loaded(input_ids=ids).logits.item())
+        differences.append(scores[0] - scores[1])
+    assert metrics["eval_margin"] == pytest.approx(sum(differences) / len(differences), rel=1e-4, abs=1e-6)

@@ -113,13 +113,14 @@ class StaticSource:
 class StreamSource:
     """Samples that come one after another from `restart(pass)`, an iterator made anew whenever it is exhausted; passes
     count from 0. To resume at step n it reads past what the first n steps used. The whole run counts as one epoch, so
-    what is due every epoch is due at its end."""
+    what is due every epoch is due at its end. What fills no batch of `whole` samples when a pass ends is left out."""
 
     restart: Callable[[int], Iterator[Sample]]
     step_size: int
     token_budget: int
     max_steps: int
     packing: Packing = PLAIN
+    whole: int = 1
     _stream: Iterator[Sample] | None = None
     _latest: tuple[int, list[Sample]] = (-1, [])
     _next_step: int = 0
@@ -131,7 +132,7 @@ class StreamSource:
 
     def micro_batches(self, step: int) -> list[Batch]:
         if self._latest[0] == step:  # asked for again, under another token budget
-            return plan(self._latest[1], self.token_budget)
+            return plan(self._latest[1], self.token_budget, self.packing)
         while self._next_step < step:
             self._take()
         if self._next_step > step:  # an earlier run's stream is further on; begin again
@@ -148,9 +149,10 @@ class StreamSource:
             self._stream = self.restart(self._pass)
         stream = self._stream
         samples = list(islice(stream, self.step_size))
+        samples = samples[: len(samples) - len(samples) % self.whole]
         if not samples:
             if fresh:
-                raise DataError("the training stream has no usable rows", code="E-DATA-0031")
+                raise DataError(f"the training stream has {_fewer_than(self.whole)}", code="E-DATA-0031")
             self._stream = None
             return self._take()
         self._next_step += 1
@@ -168,3 +170,7 @@ class StreamSource:
 
     def load_state(self, state: dict[str, Any]) -> None:
         pass
+
+
+def _fewer_than(whole: int) -> str:
+    return "no usable rows" if whole == 1 else f"fewer than {whole} usable rows, which make no batch"

@@ -15,7 +15,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from posttrain.data.arrays import write_arrays
 from posttrain.data.mixing import Mixture
 from posttrain.data.report import Cases, DataReport
 from posttrain.data.settings import DataSettings
@@ -120,8 +120,7 @@ def write(folder: Path, key: str, examples: Sequence[Tokenized], report: DataRep
     arrays["source"] = np.array([index[example.origin.source] for example in examples], np.int32)
     about = {"sources": sources, "report": _plain_report(report), "sha256": _content_hash(arrays)}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_atomically(folder / f"{key}.safetensors", arrays, {"about": json.dumps(about)})
+        write_arrays(folder / f"{key}.safetensors", arrays, {"about": json.dumps(about)})
         _make_room(folder)
     except OSError as error:
         logger.warning("tokens are not kept in %s: %s", folder, error.strerror or error)
@@ -183,19 +182,6 @@ def _content_hash(arrays: dict[str, np.ndarray]) -> str:
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(arrays[name]).data)
     return digest.hexdigest()
-
-
-def _write_atomically(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    from safetensors.numpy import save_file
-
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem[:16], suffix=".partial")
-    os.close(handle)
-    try:
-        save_file(arrays, temporary, metadata)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _make_room(folder: Path) -> None:

@@ -19,6 +19,7 @@ CODES = {
     "transcripts": "W-DATA-0156",
     "prompt_repeated": "W-DATA-0157",
     "silent_turns": "W-DATA-0158",
+    "other_questions": "W-DATA-0161",
 }
 ASKING = (*SYSTEM, "user")
 MIN_REPEATED = 20
@@ -37,6 +38,8 @@ def oddities(example: Example, given: Row, read: Row) -> Iterator[str]:
         yield "prompt_repeated"
     if any(_is_silent(message) for part in (example.prompt, *example.completions) for message in _turns(part)):
         yield "silent_turns"
+    if len(example.completions) > 1 and any(_asks_on(example.prompt, answer) for answer in example.completions):
+        yield "other_questions"
 
 
 def _repeats(prompt: Content, answer: Content) -> bool:
@@ -47,6 +50,12 @@ def _repeats(prompt: Content, answer: Content) -> bool:
     asked, answered = ([(m["role"], m.get("content")) for m in _turns(part) if m["role"] not in SYSTEM]
                        for part in (prompt, answer))  # fmt: skip
     return bool(asked) and answered[: len(asked)] == asked
+
+
+def _asks_on(prompt: Content | None, answer: Content) -> bool:
+    """Whether one of two answers that are compared begins with others' words: the two answer other questions."""
+    turns = _turns(answer)
+    return bool(turns) and turns[0]["role"] in ASKING and not (prompt and _repeats(prompt, answer))
 
 
 def _is_silent(message: Message) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 from posttrain.data.codes import SKIP, bad_row
 from posttrain.data.encode import EMPTY, Encoded
 from posttrain.data.render import Rendered
+from posttrain.errors import DataError
 from posttrain.types import Branch, Example, Tokenized
 
 
@@ -26,13 +27,16 @@ def join(encoded: list[Encoded], rendered: tuple[Rendered, ...]) -> Tokenized:
     first = encoded[0].tokenized
     branches = [one.tokenized.branches[0] for one in encoded]
     if len(branches) > 1 and all(np.array_equal(branch.ids, branches[0].ids) for branch in branches[1:]):
-        example = rendered[0].example
-        hint = f"drop the row ({SKIP}, or posttrain data check --fix): there is nothing to learn from it"
-        raise bad_row("E-DATA-0029", example.origin, "is the very answer that is chosen", field="rejected",
-                      row=rendered[0].full, hint=hint)  # fmt: skip
+        raise same_answer(rendered[0].example, rendered[0].full)
     shared = min(_prompt_length(branch) for branch in branches)
     answers = (Branch(branch.ids[shared:], branch.supervised[shared:] | _after(branch, shared)) for branch in branches)
     return Tokenized(branches[0].ids[:shared], tuple(answers), first.origin, first.columns)
+
+
+def same_answer(example: Example, seen: object) -> DataError:
+    hint = f"drop the row ({SKIP}, or posttrain data check --fix): there is nothing to learn from it"
+    what = "is the very answer that is chosen"
+    return bad_row("E-DATA-0029", example.origin, what, field="rejected", row=seen, hint=hint)
 
 
 def limit_pair(pair: Tokenized, max_length: int | None, mode: str, max_prompt: int | None = None) -> Tokenized | None:

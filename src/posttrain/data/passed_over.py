@@ -52,6 +52,7 @@ WORDS_OF_A_MESSAGE = ("text", "value", "contents", "message")
 TURNS = ("messages", "conversations", "conversation", "dialog", "dialogue")
 SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
 """Columns that rate both answers of a pair."""
+MARGIN = "margin"
 SPLIT = ("split", "subset", "partition")
 """Columns that say which part of the data a row is of."""
 OF_TOKENS = re.compile(r"(?!special_tokens_mask).*(mask|masks|weights)")
@@ -81,12 +82,13 @@ def passed_over(
     rest = {name: value for name, value in example.columns.items() if name not in kept and not _is_empty(value)}
     if not rest:
         return PassedOver(meant=in_messages) if in_messages else NOTHING
+    margin = (MARGIN,) if MARGIN in rest and len(example.completions) == 2 else ()
     if is_named:
-        return PassedOver(tuple(rest), (*_meant(rest), *in_messages))
+        return PassedOver(tuple(rest), (*_meant(rest), *margin, *in_messages))
     matching = [(name, fmt) for name, fmt in known.items() if fmt.matches(rest)]
     others = tuple(name for name, fmt in matching if not _is_said(fmt, rest, example))
     turns = () if matching else tuple(name for name in TURNS if isinstance(rest.get(name), list))
-    return PassedOver(tuple(rest), (*_meant(rest), *_unsaid(rest, example), *turns, *in_messages), others)
+    return PassedOver(tuple(rest), (*_meant(rest), *margin, *_unsaid(rest, example), *turns, *in_messages), others)
 
 
 def of_tokens(row: Row, used: Collection[str], known: Mapping[str, Format]) -> PassedOver:
@@ -102,6 +104,8 @@ def way_out(name: str) -> str:
     """What to do about a column that looks meant."""
     if name.partition(":")[0] in SPLIT and ":" in name:
         return "take these rows out, and validate on them; rename the column if it says something else"
+    if name == MARGIN:
+        return "reward models alone learn from margins; leave it out for other methods"
     if " below " in name:
         return "swap or drop such pairs, if the scores are right"
     if name == "completion_mask":

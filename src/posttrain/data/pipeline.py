@@ -12,6 +12,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from posttrain.data import margins
 from posttrain.data.chat import Chat
 from posttrain.data.codes import REASONS, SKIP, UNFORESEEN, Row, bad_row, broken_promise, excerpt, kind
 from posttrain.data.columns import read_columns, rename_columns
@@ -182,6 +183,8 @@ class Pipeline:
         chosen = self.format or detect(row, origin, self.formats)
         require(chosen, self.settings.format, row, origin)
         example = chosen.parse(row, origin)
+        if margins.COLUMN in self.settings.columns:
+            example = margins.with_margin(example)
         over = passed_over(example, self.all_formats, self.settings.columns, self.format is not None)
         remark_on_rest(over, origin, self.report)
         remark_on_oddities(oddities(example, given, row), origin, self.report)

@@ -17,6 +17,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
@@ -225,6 +226,8 @@ COLUMNS = {
     "advantage": ("advantage_S", torch.float32),
 }
 """What an example may carry for its objective: its name there, and in a batch."""
+ABSENT = {"margin": 0.0}
+"""What an example has that carries none."""
 OF_TOKENS = {
     "sampled_logp": "sampled_logp_R",
     "old_logp": "old_logp_R",
@@ -239,7 +242,7 @@ OF_TOKENS = {
 def _columns(units: list[_Unit], names: tuple[str, ...]) -> dict[str, torch.Tensor]:
     columns = {}
     for name in names:
-        values = [unit.tokenized.columns[name] for unit in units]
+        values = [_carried(unit.tokenized, name) for unit in units]
         if name in OF_TOKENS:
             parts = [part for branches in values for part in branches]
             columns[OF_TOKENS[name]] = torch.from_numpy(np.concatenate(parts).astype(np.float32))
@@ -252,3 +255,7 @@ def _columns(units: list[_Unit], names: tuple[str, ...]) -> dict[str, torch.Tens
                 values = [value for value, unit in of_each for _ in unit.tokenized.branches]
             columns[column] = torch.tensor(values, dtype=dtype)
     return columns
+
+
+def _carried(part: Tokenized, name: str) -> Any:
+    return part.columns[name] if name in part.columns or name not in ABSENT else ABSENT[name]

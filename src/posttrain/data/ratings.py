@@ -7,12 +7,15 @@ from dataclasses import replace
 from typing import Any
 
 from posttrain.data.codes import bad_row
+from posttrain.data.pairs import same_answer
 from posttrain.types import Example, Sample, Tokenized
 
 
 def ratings_of(example: Example) -> list[Example]:
-    """One of each answer, with a prompt and a label. Raises DataError (E-DATA-0022)."""
+    """One of each answer, with a prompt and a label. Raises DataError (E-DATA-0022, E-DATA-0029)."""
     if len(example.completions) == 2:
+        if example.completions[0] == example.completions[1]:
+            raise same_answer(example, example.completions[0])
         labelled = zip(example.completions, (True, False), strict=True)
         return [
             replace(example, completions=(completion,), columns={**example.columns, "label": label})

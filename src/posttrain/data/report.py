@@ -41,6 +41,8 @@ REMARKS = {
     "prompt_repeated": "have an answer that begins with its whole prompt, which then stands there twice: leave it out "
     "of the answer",
     "silent_turns": "hold turns of a user or the system that say nothing: leave such turns out, or drop the rows",
+    "other_questions": "compare answers to different questions: the two part with a turn of the user's or the "
+    "system's, whose words are trained as well: let them part with the assistant's answer, or drop the rows",
     "unknown_arguments": "have `chat_template_kwargs` that the chat template does not know ({unknown}): see how it "
     "spells them",
     "from_json": "hold messages as JSON in a text, which is read as the messages that it stands for",
@@ -86,9 +88,10 @@ class DataReport:
     plain text. `written_as_text` counts the rows that hold each marker of a named template that is no token of the
     tokenizer. `no_place` are the rows with each column that looks meant and that their format has no place for,
     `others_trained` and `transcripts` are conversations in one text, `prompt_repeated` rows whose answer begins
-    with the prompt, `silent_turns` those with an empty turn of a user or the system, `unknown_arguments` those
-    whose `chat_template_kwargs` the template does not know (`unknown` counts each), `other_formats` those that each
-    other format could be read from as well; `unrated` have a `label` that is no rating."""
+    with the prompt, `silent_turns` those with an empty turn of a user or the system, `other_questions` pairs that
+    part with a turn of these, `unknown_arguments` rows whose `chat_template_kwargs` the template does not know
+    (`unknown` counts each), `other_formats` those that each other format could be read from as well; `unrated` have
+    a `label` that is no rating."""
 
     source: str
     rows: int = 0
@@ -120,6 +123,7 @@ class DataReport:
     transcripts: Cases = field(default_factory=Cases)
     prompt_repeated: Cases = field(default_factory=Cases)
     silent_turns: Cases = field(default_factory=Cases)
+    other_questions: Cases = field(default_factory=Cases)
     unknown_arguments: Cases = field(default_factory=Cases)
     unknown: Counter[str] = field(default_factory=Counter)
     from_json: Cases = field(default_factory=Cases)

@@ -269,8 +269,10 @@ def _check(loss: PreferenceLoss) -> None:
     if to.f_divergence not in F_DIVERGENCES:
         hint = f"known: {', '.join(F_DIVERGENCES)}"
         raise ConfigError(f"f_divergence_type={to.f_divergence!r} is not known", hint=hint)
-    if not all(isinstance(weight, int | float) and math.isfinite(weight) for weight in loss.weights):
+    if not all(type(weight) in (int, float) and math.isfinite(weight) for weight in loss.weights):
         raise ConfigError(f"loss_weights={list(loss.weights)} are not all numbers")
+    if not any(loss.weights):
+        raise ConfigError(f"loss_weights={list(loss.weights)} leave nothing to learn", hint="give one above 0")
     if "discopop" in loss.losses and not to.discopop_tau > 0:
         raise ConfigError(f"discopop_tau={to.discopop_tau} must be above 0")
     if set(loss.losses) == {"sft"}:

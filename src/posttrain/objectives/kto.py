@@ -55,6 +55,8 @@ class RatedLoss:
         for name in ("desirable_weight", "undesirable_weight"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 0")
+        if not self.desirable_weight and not self.undesirable_weight:
+            raise ConfigError("desirable_weight=0 and undesirable_weight=0 leave nothing to learn")
 
     @property
     def needs(self) -> Needs:

@@ -29,6 +29,7 @@ from posttrain.trainers.base import make_events
 from posttrain.trainers.config import PackedConfig
 from posttrain.trainers.data import DataTrainer
 from posttrain.trainers.forewarning import (
+    NUM_ANSWERS,
     Betas,
     Rates,
     warn_of_beta,
@@ -140,6 +141,7 @@ class AnswerTrainer(DataTrainer):
     batch beside the tokens."""
 
     method: ClassVar[str] = "preference"
+    looked_at: ClassVar[int] = NUM_ANSWERS
     way_out_of_length: ClassVar[str] = "pairs of like length, or a loss per token, keep that out"
     columns: tuple[str, ...] = ()
     rates: ClassVar[Rates] = Rates()
@@ -155,6 +157,9 @@ class AnswerTrainer(DataTrainer):
         warn_of_rate(args, isinstance(self._model, PeftModel), self.rates)
         if self.betas is not None:
             warn_of_beta(args, self.betas)
+        if self._tokenizer.chat_template is None:
+            logger.warning("the tokenizer has no chat template, as that of a base model; preference methods refine "
+                           "what a model can do already")  # fmt: skip
         if args.disable_dropout:
             turn_dropout_off(self._model)
         self._settings = self._data_settings()
@@ -217,7 +222,7 @@ class AnswerTrainer(DataTrainer):
             columns=self.columns,
             reference=self._reference(ref_model, is_stream) if objective.needs_reference else None,
             schedule=args.objective if args.has_schedule else None,
-            first_look=None if is_stream else self._first_look,
+            first_look=self._first_look,
         )
         if self.run.reference is not None and self.run.reference.moves:
             self.add_callback(Follow(self.run.reference))
@@ -234,15 +239,12 @@ class AnswerTrainer(DataTrainer):
         """Say what the rows teach beside what they are meant to."""
         if remark := contradictions(samples):
             logger.warning("data     %s", remark)
-        if self._tokenizer.chat_template is None:
-            logger.warning("the tokenizer has no chat template, as that of a base model; preference methods refine "
-                           "what a model can do already")  # fmt: skip
         if self.method == "preference" and (remark := length_bias(samples)):
             logger.warning("data     %s; %s", remark, self.way_out_of_length)
 
     def _first_look(self, session: Session) -> None:
-        assert not callable(self.run.train_samples)
-        warn_of_unlikely_answers(session, self.run.train_samples)
+        samples = self.run.train_samples
+        warn_of_unlikely_answers(session, self._beginning if callable(samples) else samples)
 
     def _reference(self, ref_model: Any, is_stream: bool) -> ReferenceModel:
         """Asked ahead where that saves a pass an epoch, or a copy of all weights; a stream has no rows to ask about."""

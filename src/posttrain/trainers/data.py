@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from itertools import islice
+from typing import Any, ClassVar
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -24,12 +25,15 @@ logger = logging.getLogger("posttrain")
 
 
 class DataTrainer(PackedTrainer):
-    """Base of the trainers that learn from a fixed set of rows. A subclass sets `_settings`, `_tokenizer`, `_model`."""
+    """Base of the trainers that learn from a fixed set of rows. A subclass sets `_settings`, `_tokenizer`, `_model`;
+    `looked_at` is how many rows of a stream it wants to see before training (`_beginning`)."""
 
     args: PackedConfig
     _settings: DataSettings
     _tokenizer: PreTrainedTokenizerBase
     _model: Any
+    looked_at: ClassVar[int] = 1
+    _beginning: Sequence[Sample] = ()
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -87,7 +91,8 @@ class DataTrainer(PackedTrainer):
             return
         report = DataReport(source_name(dataset, "train"))
         settings = dataclasses.replace(self._settings, packing=False, shuffle=False)
-        if next(stream(dataset, self._tokenizer, settings, "train", report), None) is None:
+        self._beginning = list(islice(stream(dataset, self._tokenizer, settings, "train", report), self.looked_at))
+        if not self._beginning:
             raise DataError(f"{report.source} has no usable row", code="E-DATA-0031")
         logger.info("data     %s is read as training goes; %s", report.source, "; ".join(report.formats))
 

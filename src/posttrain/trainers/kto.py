@@ -25,6 +25,7 @@ from posttrain.trainers.opening import read_config, refuse
 from posttrain.types import Sample
 
 logger = logging.getLogger("posttrain")
+ALONE = "alone in its batch of %d: the KL is estimated from itself there"
 BALANCED = (1.0, 4 / 3)
 """Where the total weight of good answers over that of bad ones should lie (arXiv 2402.01306, section 4.2)."""
 
@@ -116,7 +117,11 @@ class KTOTrainer(AnswerTrainer):
 
     def _stream(self, dataset: Any, number: int) -> Iterator[Sample]:
         rest = super()._stream(dataset, number)
-        while group := list(islice(rest, self.args.per_device_train_batch_size)):
+        size = self.args.per_device_train_batch_size
+        while group := list(islice(rest, size)):
+            if len(group) == 1 and self.args.loss_type in WITH_POINT and not self.args.dataloader_drop_last:
+                logger.warning("the last answer of pass %d over the stream is %s: set dataloader_drop_last=True",
+                               number + 1, ALONE % size)  # fmt: skip
             yield from self._in_groups(group)
 
     def _in_groups(self, samples: Sequence[Sample]) -> list[Sample]:
@@ -133,17 +138,27 @@ class KTOTrainer(AnswerTrainer):
         if not good or not bad:
             logger.warning("every answer is labelled %s: KTO learns from both kinds", bool(good))
             return
-        balance = args.desirable_weight * good / max(args.undesirable_weight * bad, 1e-12)
+        if args.desirable_weight and args.undesirable_weight:
+            self._look_at_balance(good, bad)
+        else:
+            name, left = ("undesirable_weight", bad) if args.desirable_weight else ("desirable_weight", good)
+            logger.warning("%s=0 leaves %d of %d answers out: KTO learns from both kinds", name, left, len(labels))
+        size = args.per_device_train_batch_size
+        if len(labels) % size == 1 and args.loss_type in WITH_POINT and not args.dataloader_drop_last:
+            logger.warning("the last of %d answers is %s; leave one out, or set dataloader_drop_last=True",
+                           len(labels), ALONE % size)  # fmt: skip
+        if size == 1 or args.shuffle_dataset or args.train_sampling_strategy != "sequential":
+            return
+        groups = [labels[first : first + size] for first in range(0, len(labels), size)]
+        if sum(len(set(group)) == 1 for group in groups) > len(groups) / 2:
+            logger.warning("most batches hold answers of one label only: the rows are sorted; set shuffle_dataset=True")
+
+    def _look_at_balance(self, good: int, bad: int) -> None:
+        args = self.args
+        balance = args.desirable_weight * good / (args.undesirable_weight * bad)
         if not BALANCED[0] - 0.01 <= balance <= BALANCED[1] + 0.01:
             low, high = (share * args.undesirable_weight * bad / good for share in BALANCED)
             logger.warning(
                 "%d good and %d bad answers weigh %.3g to 1; KTO wants 1 to 1.33: set desirable_weight between %.3g "
                 "and %.3g", good, bad, balance, low, high
             )  # fmt: skip
-        size = args.per_device_train_batch_size
-        if len(labels) % size == 1 and args.loss_type in WITH_POINT and not args.dataloader_drop_last:
-            logger.warning("the last of %d answers is alone in its batch of %d: the KL is estimated from itself there; "
-                           "leave one out, or set dataloader_drop_last=True", len(labels), size)  # fmt: skip
-        groups = [labels[first : first + size] for first in range(0, len(labels), size)]
-        if sum(len(set(group)) == 1 for group in groups) > len(groups) / 2 and not args.shuffle_dataset:
-            logger.warning("most batches hold answers of one label only: the rows are sorted; set shuffle_dataset=True")

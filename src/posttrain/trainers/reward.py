@@ -3,7 +3,7 @@
 The model is a causal language model, which gets a score in the place of its head, or a sequence-classification model
 with one label; that is what is saved, with a list of the pairs that it was trained on, and a validation record where it
 was evaluated on others. Pairs with an answer longer than `max_length` are left out, for an answer's score is read at
-its end. A column `margin` says by how much the chosen answer is better.
+its end. A column `margin` says by how much the chosen answer is better; a set without it has margins of 0.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +21,10 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from posttrain.data.codes import bad_row
+from posttrain.data.margins import check_alike
 from posttrain.data.planning import Packing
 from posttrain.data.settings import DataSettings
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, DataError
 from posttrain.evaluate.learned import held_out, pair_hash, read_learned, write_learned
 from posttrain.evaluate.rewards import judge_scores, score_pairs
 from posttrain.evaluate.validation import NAME, Validation, hash_of_weights, validation_of
@@ -38,7 +38,7 @@ from posttrain.trainers.answers import AnswerConfig, AnswerTrainer
 from posttrain.trainers.config import PackedConfig, accepts_old_spellings
 from posttrain.trainers.forewarning import Rates
 from posttrain.trainers.opening import as_dict, dtype_to_load, open_model, read_config, refuse
-from posttrain.types import Branch, Sample, Tokenized
+from posttrain.types import Branch, Sample
 
 logger = logging.getLogger("posttrain")
 
@@ -194,44 +194,42 @@ class RewardTrainer(AnswerTrainer):
     # --- data -------------------------------------------------------------------------------------------------------
 
     def _prepared(self, dataset: Any, name: str, settings: DataSettings) -> Sequence[Sample]:
-        samples = [self._readable(sample) for sample in super()._prepared(dataset, name, settings)]
-        with_margin = sum("margin" in sample[0].columns for sample in samples)
-        if 0 < with_margin < len(samples):
-            without = next(sample[0].origin for sample in samples if "margin" not in sample[0].columns)
-            raise ConfigError(f"{without} has no margin, and {with_margin} of {len(samples)} pairs have one",
-                              hint="write it on every row, or on none")  # fmt: skip
-        if name == "train":
-            self.columns = ("margin",) if with_margin else ()
-        elif bool(self.columns) != bool(with_margin):
-            raise ConfigError(f"the {name} set {'has' if with_margin else 'lacks'} a column `margin`, unlike the "
-                              "training set")  # fmt: skip
+        given = [self._readable(sample, name) for sample in super()._prepared(dataset, name, settings)]
+        samples = [sample for sample in given if sample is not None]
+        if not samples:
+            raise DataError(f"{name}: no pair is left that has a score", code="E-DATA-0031")
+        check_alike(samples)
         return samples
 
     def _first_look(self, session: Session) -> None:
         """A model that scores answers has no likelihood of them."""
 
-    def _train_samples(self, dataset: Any) -> Any:
-        samples = super()._train_samples(dataset)
-        if callable(samples):
-            self.columns = ()
-        return samples
-
     def _stream(self, dataset: Any, number: int) -> Iterator[Sample]:
+        first: Sample | None = None
         for sample in super()._stream(dataset, number):
-            if "margin" in sample[0].columns:
-                raise ConfigError("margins are not read from streams", hint="give the data as a list or a file")
-            readable = self._readable(sample)
+            readable = self._readable(sample, "train")
+            if readable is None:
+                continue
+            first = first or readable
+            check_alike((first, readable))
             self._learned.add(pair_hash(readable))
             yield readable
 
-    def _readable(self, sample: Sample) -> Sample:
-        """Without the padding tokens behind its answers: transformers reads the score before them."""
+    def _readable(self, sample: Sample, name: str) -> Sample | None:
+        """Without the padding tokens behind its answers: transformers reads the score before them. None for a pair that
+        has none and is to be skipped."""
         (pair,) = sample
-        _check_margin(pair)
         pad = self._tokenizer.pad_token_id
         branches = tuple(_without_end(branch, pad) for branch in pair.branches)
         if not all(len(branch.ids) for branch in branches):
-            raise bad_row("E-DATA-0022", pair.origin, "has an answer of padding tokens only, which has no score")
+            error = bad_row("E-DATA-0022", pair.origin, "has an answer of padding tokens only, which has no score")
+            if self.args.on_bad_row == "error":
+                raise error
+            logger.warning("data     skipped: %s", error.message)
+            if (report := self.data_reports.get(name)) is not None:
+                report.skip(error, pair.origin)
+                report.used -= 1
+            return None
         return (dataclasses.replace(pair, branches=branches),)
 
     def _judge(self, session: Any, samples: Sequence[Sample], prefix: str) -> dict[str, float]:
@@ -247,13 +245,6 @@ class RewardTrainer(AnswerTrainer):
                 self._validations[found.weights] = found
         judged = judge_scores(score_P2, samples)
         return {f"{prefix}_{name}": value for name, value in judged.items()}
-
-
-def _check_margin(pair: Tokenized) -> None:
-    margin: Any = pair.columns.get("margin", 0)
-    if isinstance(margin, bool) or not isinstance(margin, int | float | np.number) or not math.isfinite(margin):
-        hint = "a number that says by how much the chosen answer is better"
-        raise bad_row("E-DATA-0011", pair.origin, "is no number", field="margin", seen=margin, hint=hint)
 
 
 def _without_end(branch: Branch, pad: int | None) -> Branch:

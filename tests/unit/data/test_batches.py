@@ -13,7 +13,9 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from posttrain import DataError
 from posttrain.data.batches import Order, StaticSource, StreamSource
+from posttrain.data.planning import Packing
 from posttrain.types import Batch, Sample
+from tests.pair_batches import pair_samples
 from tests.tiny_batches import random_samples
 
 
@@ -142,3 +144,27 @@ def test_an_empty_stream_is_an_error_and_not_an_endless_loop() -> None:
     with pytest.raises(DataError, match="the training stream has no usable rows") as caught:
         source.micro_batches(0)
     assert caught.value.code == "E-DATA-0031"
+
+
+def test_asked_for_again_under_another_budget_a_step_is_packed_as_before() -> None:
+    """As after a shortage of memory: groups stay together, and columns with their samples."""
+    samples = pair_samples(("label",))
+    source = StreamSource(lambda number: iter(samples), step_size=4, token_budget=1000, max_steps=2)
+    source.packing = Packing(group_size=2, columns=("label",))
+    first = source.micro_batches(0)
+    source.token_budget = 1
+    again = source.micro_batches(0)
+    assert [batch.columns["label_S"].tolist() for batch in again] == [b.columns["label_S"].tolist() for b in first]
+    assert len(again) == 2
+
+
+def test_what_fills_no_batch_at_the_end_of_a_stream_is_left_out_where_asked() -> None:
+    source = StreamSource(Stream(), step_size=8, token_budget=100, max_steps=4, whole=4)
+    assert [rows_of(source.micro_batches(step)) for step in range(3)] == [
+        list(range(8)),
+        list(range(8)),
+        list(range(8)),
+    ]
+    short = StreamSource(Stream(3), step_size=4, token_budget=100, max_steps=4, whole=4)
+    with pytest.raises(DataError, match="fewer than 4 usable rows, which make no batch"):
+        short.micro_batches(0)

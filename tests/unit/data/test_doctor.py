@@ -101,6 +101,10 @@ CASES: dict[str, tuple[Any, int, Any]] = {
                         "rejected": chat("user", "assistant", "assistant")["messages"]}]),
     "W-DATA-0158": ([row(" ", "Hello"), {"messages": [{"role": "system", "content": ""}, *row("a", "b")["messages"]]}],
                     2, [chat("system", "user", "assistant"), {"prompt": "", "completion": "Hello"}]),
+    "W-DATA-0161": ([{"chosen": [*chat("user", "assistant")["messages"], *row("Why?", "So.")["messages"]],
+                      "rejected": [*chat("user", "assistant")["messages"], *row("How?", "So.")["messages"]]}], 1,
+                    [pair("Q?", "a", "b"), {"chosen": row("Why?", "So.")["messages"],
+                                            "rejected": row("Why?", "No.")["messages"]}]),
     "W-DATA-0132": ([{**row("Hi", "Hello"), "text": "Hi: Hello"}, *plain(3)], 1, [{**row("Hi", "Hello"), "text": ""}]),
 }  # fmt: skip
 ELSEWHERE = {

@@ -249,6 +249,8 @@ def test_what_people_watch() -> None:
     [
         ({"losses": ("sigmoids",)}, "loss_type='sigmoids' is not known"),
         ({"losses": ("sigmoid", "sft")}, "loss_weights has 1 numbers for 2"),
+        ({"losses": ("sigmoid", "sft"), "weights": (True, 1.0)}, "are not all numbers"),
+        ({"losses": ("sigmoid", "sft"), "weights": (0.0, 0.0)}, "leave nothing to learn"),
         ({"settings": Settings(beta=0.0)}, "beta=0.0 must be above 0"),
         ({"settings": Settings(beta=-1.0)}, "beta=-1.0 must be above 0"),
         ({"settings": Settings(f_divergence="kl")}, "f_divergence_type='kl' is not known"),

@@ -23,7 +23,7 @@ from posttrain import (
 from posttrain.errors import ConfigError
 from posttrain.trainers.forewarning import warn_of_reference
 from tests.tiny_models import tiny_model
-from tests.tiny_tokenizers import chatml_tokenizer
+from tests.tiny_tokenizers import chatml_tokenizer, plain_tokenizer
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": "No idea."} for i in range(4)
@@ -249,3 +249,17 @@ def test_a_weight_of_the_odds_that_nobody_takes(tmp_path: Path, caplog: pytest.L
 def test_values_that_mean_nothing(options: dict[str, Any], named: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=named):
         DPOConfig(str(tmp_path), **options)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_said_of_a_stream_too(stream: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of its first rows, where it can be read twice; and of a tokenizer without a chat template."""
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list([{**row, "chosen": "~~~~~~~~~~~"} for row in ROWS])
+    tokenizer = plain_tokenizer()
+    made = DPOTrainer(saying({"It is 0123.": 9.0}), args=DPOConfig(str(tmp_path), **settings()),
+                      train_dataset=rows.to_iterable_dataset() if stream else rows,
+                      processing_class=tokenizer)  # fmt: skip
+    assert caplog.text.count("the tokenizer has no chat template") == 1
+    made.train()
+    assert caplog.text.count(UNLIKELY) == 1

@@ -28,6 +28,7 @@ MARKS = {
     "W-DATA-0156": ("hold", "conversations in one text (Human: ... Assistant: ...), which no chat template writes"),
     "W-DATA-0157": ("have", "an answer that begins with its whole prompt, which then stands there twice"),
     "W-DATA-0158": ("hold", "turns of a user or the system that say nothing"),
+    "W-DATA-0161": ("compare", "answers to different questions: they part with a turn of the user's or the system's"),
     "W-DATA-0129": ("have", "several system turns, or one that does not come first: few templates know what to do"),
 }
 

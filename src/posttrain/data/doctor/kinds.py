@@ -91,6 +91,9 @@ KINDS: dict[str, Kind] = {
     "W-DATA-0157": Kind("warning", "answers that repeat the prompt", "leave it out of the answers, or out of `prompt`"),
     "W-DATA-0158": Kind("warning", "turns that say nothing", "leave such turns out, or drop the rows"),
     "W-DATA-0159": Kind("warning", "arguments that the template does not know", "see how the template spells them"),
+    "W-DATA-0161": Kind(
+        "warning", "pairs of different questions", "let them part with the assistant's answer, or drop them"
+    ),
     "W-DATA-0160": Kind("warning", "thoughts where thinking is off", "leave the thoughts out, or the switch; " + SEE),
     "W-DATA-0135": Kind(
         "warning", "validation rows that go on from trained ones", "split anew with posttrain data split"
