@@ -21,6 +21,7 @@ import torch
 from posttrain.models.decoding import Memory
 from posttrain.models.forward import Policy
 from posttrain.models.lean_weights import LeanLayer, LeanWeights
+from posttrain.models.paged_decoding import PagedRows, can_page
 
 BLOCK = 64
 """Places for tokens by which buffers grow."""
@@ -46,13 +47,18 @@ def lean_weights(policy: Policy) -> LeanWeights | None:
             memory = Memory(room=len(ids))
             forward(policy, [*prompts[0], *prompts[1]], torch.cat([torch.arange(n) for n in lengths]),
                     memory.reading(lengths, [0, 1]))  # fmt: skip
-            rows: Any = LeanRows(weights, memory, 2) if lean else SharedRows(policy, memory)
+            rows: Any = lean_rows(weights, memory, 2) if lean else SharedRows(policy, memory)
             for number in (0, 1):
                 rows.admit(number, 1)
             found.append(torch.stack([rows.step(step).float() for step in ids]))
     expected, seen = found
     allowed = policy.tolerance * max(1.0, expected.abs().max().item())
     return weights if (expected - seen).abs().max().item() <= allowed else None
+
+
+def lean_rows(weights: LeanWeights, memory: Memory, capacity: int) -> LeanRows | PagedRows:
+    """Rows for lean decoding; `capacity` of them at first."""
+    return PagedRows(weights, memory) if can_page(weights) else LeanRows(weights, memory, capacity)
 
 
 class SharedRows:

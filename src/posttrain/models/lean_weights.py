@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from posttrain import native
 from posttrain.models.adapters import LeanLora
 from posttrain.models.available import total_memory
 from posttrain.models.forward import Policy
 from posttrain.models.fused_attention import window_of
+from posttrain.native.strips import Strips
 
 PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -24,12 +26,14 @@ GATED = ("gate_proj", "up_proj", "down_proj")
 
 
 class Product:
-    """`y = x W' + b` of several layers with the same input, with their adapters' `s A' B'`."""
+    """`y = x W' + b` of several layers with the same input, with their adapters' `s A' B'`. In one of three layouts:
+    strips for the native kernels, packed for oneDNN, or as torch has it."""
 
     def __init__(self, layers: Sequence[nn.Module]):
         self.layers = layers
         bases = [_base(layer) for layer in layers]
         self.is_frozen = not any(parameter.requires_grad for base in bases for parameter in base.parameters())
+        self.strips: Strips | None = None
         self.weight: torch.Tensor | None = None
         self.bias: torch.Tensor | None = None
         self.is_packed = False
@@ -39,20 +43,30 @@ class Product:
     def take(self, packs: bool, rows: int) -> None:
         """The weights as they are now."""
         bases = [_base(layer) for layer in self.layers]
-        if self.weight is None or not self.is_frozen:
+        if (self.weight is None and self.strips is None) or not self.is_frozen:
             joined = torch.cat([base.weight.detach() for base in bases]) if len(bases) > 1 else bases[0].weight.detach()
-            self.is_packed = packs and joined.dtype == torch.bfloat16
-            self.weight = self._laid_out(joined, rows)
             self.bias = None
             if getattr(bases[0], "bias", None) is not None:  # PEFT's wrapper of a tied head has none
                 self.bias = torch.cat([base.bias.detach() for base in bases])
-        self._take_adapters(self.bias.dtype if self.bias is not None else bases[0].weight.dtype, rows)
+            if packs and native.fits(joined) and joined.shape[1] % 2 == 0 and native.kernels() is not None:
+                self.strips = Strips.of(joined, self.bias)
+            else:
+                self.is_packed = packs and joined.dtype == torch.bfloat16
+                self.weight = self._laid_out(joined, rows)
+        self._take_adapters(bases[0].weight.dtype, rows)
 
     def _take_adapters(self, dtype: torch.dtype, rows: int) -> None:
+        a, b = self._adapters(dtype)
+        if self.strips is not None:
+            self.strips.adapt(a, b)
+        else:
+            self.a, self.b = (None if one is None else self._laid_out(one, rows) for one in (a, b))
+
+    def _adapters(self, dtype: torch.dtype) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """A's of all layers one below the other, B's with their scales as a block diagonal."""
         found = [(layer, _adapter(layer)) for layer in self.layers]
         if not any(name for _, name in found):
-            self.a = self.b = None
-            return
+            return None, None
         parts = []
         for layer, name in found:
             weight = _base(layer).weight
@@ -61,8 +75,7 @@ class Product:
             else:
                 _, _, a, b, scale, _ = layer.parts(name)  # type: ignore[operator]
                 parts.append((a.detach().to(dtype), (b.detach() * scale).to(dtype)))
-        self.a = self._laid_out(torch.cat([a for a, _ in parts]), rows)
-        self.b = self._laid_out(torch.block_diag(*(b for _, b in parts)), rows)
+        return torch.cat([a for a, _ in parts]), torch.block_diag(*(b for _, b in parts))
 
     def _laid_out(self, weight: torch.Tensor, rows: int) -> torch.Tensor:
         return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows) if self.is_packed else weight
@@ -73,16 +86,29 @@ class Product:
 
     def alone(self, x_BD: torch.Tensor) -> torch.Tensor:
         """Without the adapters."""
+        if self.strips is not None:
+            return self._by_strips(self.strips, x_BD, None, adapted=False)
         assert self.weight is not None
         return self._linear(x_BD, self.weight, self.bias, None)
 
     def __call__(self, x_BD: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
         """`plus` is what the result is added to."""
+        if self.strips is not None:
+            return self._by_strips(self.strips, x_BD, plus)
         assert self.weight is not None
         y = self._linear(x_BD, self.weight, self.bias, plus)
         if self.a is not None and self.b is not None:
             y = self._linear(self._linear(x_BD, self.a, None, None), self.b, None, y)
         return y
+
+    def _by_strips(
+        self, strips: Strips, x_BD: torch.Tensor, plus: torch.Tensor | None, adapted: bool = True
+    ) -> torch.Tensor:
+        kernels = native.kernels()
+        assert kernels is not None
+        a, b, rank = (strips.a, strips.b, strips.rank) if adapted else (None, None, 0)
+        more = None if plus is None else plus.contiguous()
+        return kernels.linear(x_BD.contiguous(), (strips.weight, strips.bias, a, b), (strips.out, rank), more)
 
     def _linear(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, plus: torch.Tensor | None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -23,6 +24,8 @@ _SIGNATURES = {
     "gated": (_POINTER,) * 3 + (_LONG,) * 3,
     "gated_backward": (_POINTER,) * 5 + (_LONG,),
     "rotate": (_POINTER,) * 4 + (_LONG,) * 4 + (_FLOAT,),
+    "linear": (_POINTER,) * 7 + (_LONG,) * 4,
+    "decode": (_POINTER, _POINTER, _LONG) + (_POINTER,) * 4 + (_LONG,) * 6 + (_FLOAT,),
     "attention": (_POINTER,) * 7 + (_LONG,) * 5 + (_FLOAT,),
     "attention_backward": (_POINTER,) * 10 + (_LONG,) * 5 + (_FLOAT,),
 }
@@ -128,6 +131,50 @@ class Kernels:
             segments, len(segments) // 4, tokens, heads, key_TKE.shape[1], size, scale,
         )  # fmt: skip
         return grads  # type: ignore[return-value]
+
+    # --- decoding -----------------------------------------------------------------------------------------------------
+
+    def normed(self, x_BD: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> torch.Tensor:
+        """`norm` for those who need no gradient."""
+        normed_BD = torch.empty_like(x_BD)
+        self._call["norm"](x_BD.data_ptr(), weight_D.data_ptr(), normed_BD.data_ptr(), None, *x_BD.shape, epsilon)
+        return normed_BD
+
+    def linear(
+        self,
+        x_BD: torch.Tensor,
+        product: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
+        sizes: tuple[int, int],
+        plus: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """`x W' + bias + (x A') B' + plus`, for few rows. `product` is weight, bias, A and B in strips
+        (native/strips.py), all but the first perhaps None; `sizes` are numbers of outputs and rank."""
+        out, rank = sizes
+        y_BO = x_BD.new_empty(len(x_BD), out)
+        weight, bias, a, b = (None if one is None else one.data_ptr() for one in product)
+        self._call["linear"](
+            x_BD.data_ptr(), weight, bias, a, b, None if plus is None else plus.data_ptr(), y_BO.data_ptr(),
+            *x_BD.shape, out, rank,
+        )  # fmt: skip
+        return y_BO
+
+    def decode(
+        self,
+        x_BD: torch.Tensor,
+        layers: ctypes.Array[Any],
+        turns: tuple[torch.Tensor, torch.Tensor],
+        pages_BN: torch.Tensor,
+        counts_BN: torch.Tensor,
+        sizes: tuple[int, int, int],
+        scale: float,
+    ) -> None:
+        """One new token of each row through all layers, in place. Its keys and values are put where `pages_BN`
+        (addresses, int64) and `counts_BN` (tokens in them, int32, the new one included) say. `layers` are
+        native/strips.py's, `sizes` H, K and E."""
+        self._call["decode"](
+            x_BD.data_ptr(), ctypes.byref(layers), len(layers), turns[0].data_ptr(), turns[1].data_ptr(),
+            pages_BN.data_ptr(), counts_BN.data_ptr(), *x_BD.shape, pages_BN.shape[1], *sizes, scale,
+        )  # fmt: skip
 
 
 def _strides(*tensors: torch.Tensor) -> ctypes.Array[ctypes.c_long]:

@@ -25,8 +25,9 @@ from posttrain.errors import ConfigError, NonFiniteError, Stopped
 from posttrain.models.decoding import Memory
 from posttrain.models.forward import Policy
 from posttrain.models.head import HeadShape
-from posttrain.models.lean_decoding import LeanRows, SharedRows, forward, lean_weights
+from posttrain.models.lean_decoding import LeanRows, SharedRows, forward, lean_rows, lean_weights
 from posttrain.models.lean_weights import LeanWeights
+from posttrain.models.paged_decoding import PagedRows
 from posttrain.rollout.engines import Completion, Request
 from posttrain.rollout.sampling import Sampling, choose
 
@@ -135,8 +136,8 @@ class _Flight:
         longest = max((len(request.prompt_ids) for request in requests), default=0) + sampling.max_tokens
         reaches = lean is not None and (lean.reach is None or longest <= lean.reach)
         self.lean = lean if reaches else None
-        self.places: LeanRows | SharedRows = (
-            SharedRows(engine.policy, self.memory) if self.lean is None else LeanRows(self.lean, self.memory, room)
+        self.places: LeanRows | PagedRows | SharedRows = (
+            SharedRows(engine.policy, self.memory) if self.lean is None else lean_rows(self.lean, self.memory, room)
         )
         self.rows: list[_Row] = []
         self.first: dict[int, torch.Tensor] = {}
