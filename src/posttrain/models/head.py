@@ -12,7 +12,8 @@ incoming gradient for its own weight; there the chunk's logits are computed agai
 product and no memory.
 
 A chunk is as many rows as the matrix products want; soft-max and what follows it run over blocks of a few rows, which
-stay in the processor's cache, in two fp32 buffers that are used again and again.
+stay in the processor's cache, in two fp32 buffers that are used again and again. On a CPU in bf16 a native kernel does
+all of that in three passes, where nothing out of the ordinary is asked for (`_fused`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from typing import Any
 
 import torch
 
+from posttrain import native
+from posttrain.native.kernels import Kernels
 from posttrain.types import Needs, Outputs
 
 CHUNK_ROWS = 256  # 256 x 49,152 logits are 25 MB in bf16: large enough for full speed, small enough to stay in memory
@@ -142,12 +145,21 @@ class _TokenLogps(torch.autograd.Function):
         slope_RD = torch.empty_like(hidden_RD) if early else None  # d logp / d hidden
         entropy_slope_RD = torch.empty_like(hidden_RD) if early and entropic else None
         uniform_slope_RD = torch.empty_like(hidden_RD) if early and uniform else None
+        kernels = _fused(hidden_RD, weight_VD, bias_V, shape, needs)
         work = _Workspace(hidden_RD, len(weight_VD))
         entropic_CV = torch.empty_like(work.low_CV) if entropy_slope_RD is not None else None
         for start in range(0, rows, CHUNK_ROWS):
             part = slice(start, min(start + CHUNK_ROWS, rows))
             target_C = target_R[part]
             low_CV = work.products(hidden_RD[part], weight_VD)
+            if kernels is not None and isinstance(times := shape.slope(low_CV), float):
+                factor_C = torch.full((len(target_C),), -times) if early else None
+                logp_R[part], top1_R[part], entropy_R[part], mean_R[part], collision_R[part] = kernels.head(
+                    low_CV, target_C.contiguous(), times, factor_C
+                )
+                if slope_RD is not None:
+                    torch.mm(low_CV, weight_VD, out=slope_RD[part])
+                continue
             for block in work.blocks(len(target_C)):
                 at = slice(start + block.start, start + block.stop)
                 z_BV, p_BV = work.softmax(low_CV[block], shape, bias_V)
@@ -182,6 +194,7 @@ class _TokenLogps(torch.autograd.Function):
                 if entropy_slope_RD is not None and entropic_CV is not None:
                     torch.mm(entropic_CV[: len(target_C)], weight_VD, out=entropy_slope_RD[part])
         ctx.shape, ctx.early, ctx.uniform, ctx.entropic = shape, early, uniform, entropic
+        ctx.kernels = kernels
         if early:
             ctx.save_for_backward(slope_RD, uniform_slope_RD, entropy_slope_RD)
         else:
@@ -209,7 +222,12 @@ class _TokenLogps(torch.autograd.Function):
         for start in range(0, len(target_R), CHUNK_ROWS):
             part = slice(start, min(start + CHUNK_ROWS, len(target_R)))
             low_CV = work.products(hidden_RD[part], weight_VD)
-            for block in work.blocks(len(low_CV)):
+            blocks = work.blocks(len(low_CV))
+            if ctx.kernels is not None and isinstance(times := ctx.shape.slope(low_CV), float):
+                factor_C = (grad_logp_R[part] * -times).contiguous()
+                ctx.kernels.head(low_CV, target_R[part].contiguous(), times, factor_C)
+                blocks = iter(())
+            for block in blocks:
                 at = slice(start + block.start, start + block.stop)
                 z_BV, p_BV = work.softmax(low_CV[block], ctx.shape, bias_V)
                 slope = ctx.shape.slope(z_BV)
@@ -235,6 +253,14 @@ class _TokenLogps(torch.autograd.Function):
         if grad_weight_VD is not None:
             grad_weight_VD = grad_weight_VD.to(weight_VD.dtype)
         return grad_hidden_RD, grad_weight_VD, grad_bias_V, None, None, None
+
+
+def _fused(
+    hidden_RD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, shape: HeadShape, needs: Needs
+) -> Kernels | None:
+    """The kernels, for plain logits of which no gradient but that of log p is wanted."""
+    is_plain = bias_V is None and shape.softcap is None and not needs.uniform_logp and not needs.entropy_gradient
+    return native.kernels() if is_plain and native.fits(hidden_RD, weight_VD) else None
 
 
 def _slices(vocabulary: int) -> Iterator[slice]:

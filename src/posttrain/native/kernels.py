@@ -24,6 +24,7 @@ _SIGNATURES = {
     "gated": (_POINTER,) * 3 + (_LONG,) * 3,
     "gated_backward": (_POINTER,) * 5 + (_LONG,),
     "rotate": (_POINTER,) * 4 + (_LONG,) * 4 + (_FLOAT,),
+    "head": (_POINTER,) * 8 + (_LONG, _LONG, _FLOAT),
     "linear": (_POINTER,) * 7 + (_LONG,) * 4,
     "decode": (_POINTER, _POINTER, _LONG) + (_POINTER,) * 4 + (_LONG,) * 6 + (_FLOAT,),
     "attention": (_POINTER,) * 7 + (_LONG,) * 5 + (_FLOAT,),
@@ -131,6 +132,22 @@ class Kernels:
             segments, len(segments) // 4, tokens, heads, key_TKE.shape[1], size, scale,
         )  # fmt: skip
         return grads  # type: ignore[return-value]
+
+    # --- the head -----------------------------------------------------------------------------------------------------
+
+    def head(
+        self, logits_CV: torch.Tensor, target_C: torch.Tensor, times: float, factor_C: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        """Of each row of logits, taken `times`, in fp32: log p of the target, whether that is the likeliest, the
+        entropy, the mean logit, and the log of the sum of squared probabilities. With `factor_C` (fp32),
+        `factor (p - onehot of the target)` is written over the logits."""
+        said = tuple(torch.empty(len(target_C)) for _ in range(4))
+        is_top_C = torch.empty(len(target_C), dtype=torch.bool)
+        self._call["head"](
+            logits_CV.data_ptr(), target_C.data_ptr(), None if factor_C is None else factor_C.data_ptr(),
+            said[0].data_ptr(), is_top_C.data_ptr(), *(one.data_ptr() for one in said[1:]), *logits_CV.shape, times,
+        )  # fmt: skip
+        return said[0], is_top_C, *said[1:]
 
     # --- decoding -----------------------------------------------------------------------------------------------------
 
