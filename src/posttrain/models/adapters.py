@@ -20,6 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from posttrain.errors import ConfigError
+from posttrain.models.low_rank import add_gradient, add_update, factor_gradient, low_factors
 
 
 def add_adapter(model: Any, peft_config: PeftConfig) -> PeftModel:
@@ -125,16 +126,15 @@ class _LoraProduct(torch.autograd.Function):
         transposed: Callable[[torch.Tensor], torch.Tensor] | None,
     ) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        low_a, low_b = a.to(x.dtype), (b * scale).to(x.dtype)
+        low_a, low_b = low_factors(a, b, scale, x)
         keep = None
         dropped = flat
         if dropout:
             keep = torch.empty_like(flat).bernoulli_(1 - dropout).div_(1 - dropout)
             dropped = flat * keep
-        inner = dropped @ low_a.t()
         out = torch.nn.functional.linear(flat, weight, bias)
-        out.addmm_(inner, low_b.t())
-        ctx.scale, ctx.learned, ctx.transposed = scale, a.dtype, transposed
+        inner = add_update(out, dropped, low_a, low_b)
+        ctx.scale, ctx.rank, ctx.learned, ctx.transposed = scale, len(a), a.dtype, transposed
         ctx.save_for_backward(dropped, inner, weight, low_a, low_b, keep)
         return out.view(*x.shape[:-1], out.shape[-1])
 
@@ -143,15 +143,17 @@ class _LoraProduct(torch.autograd.Function):
         grad = grads[0]
         dropped, inner, weight, low_a, low_b, keep = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1])
-        grad_inner = flat @ low_b
-        grad_a = (grad_inner.t() @ dropped).to(ctx.learned) if ctx.needs_input_grad[3] else None
-        grad_b = (flat.t() @ inner).to(ctx.learned) * ctx.scale if ctx.needs_input_grad[4] else None
-        grad_x = None
+        grad_x = grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
             grad_x = flat @ weight if ctx.transposed is None else ctx.transposed(flat)
-            if keep is None:
-                grad_x.addmm_(grad_inner, low_a)
-            else:
+        is_plain = grad_x is not None and keep is None
+        grad_inner = add_gradient(grad_x, flat, low_a, low_b) if is_plain else flat @ low_b
+        if grad_x is not None:
+            if keep is not None:
                 grad_x += (grad_inner @ low_a) * keep
             grad_x = grad_x.view(*grad.shape[:-1], weight.shape[1])
+        if ctx.needs_input_grad[3]:
+            grad_a = factor_gradient(grad_inner, dropped, ctx.rank).to(ctx.learned)
+        if ctx.needs_input_grad[4]:
+            grad_b = factor_gradient(inner, flat, ctx.rank).t().to(ctx.learned) * ctx.scale
         return grad_x, None, None, grad_a, grad_b, None, None, None

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from posttrain import native
 from posttrain.models.adapters import LeanLora
+from posttrain.models.low_rank import add_gradient, add_update, factor_gradient, low_factors
 from posttrain.models.recomputation import Recipe
 from posttrain.native.kernels import Kernels
 
@@ -190,12 +191,12 @@ class _GatedDown(torch.autograd.Function):
         out = functional.linear(product, weight, bias)
         low_a = low_b = inner = keep = None
         if a is not None and b is not None:
-            low_a, low_b = a.to(gate.dtype), (b * scale).to(gate.dtype)
+            low_a, low_b = low_factors(a, b, scale, gate)
             if dropout:
                 keep = torch.empty_like(product).bernoulli_(1 - dropout).div_(1 - dropout)
                 product = product.mul_(keep)
-            inner = product @ low_a.t()
-            out.addmm_(inner, low_b.t())
+            inner = add_update(out, product, low_a, low_b)
+        ctx.rank = 0 if a is None else len(a)
         ctx.scale, ctx.learned, ctx.transposed = scale, None if a is None else a.dtype, transposed
         ctx.save_for_backward(flat_gate, flat_up, weight, low_a, low_b, inner, keep)
         return out.view(*gate.shape[:-1], out.shape[-1])
@@ -208,10 +209,10 @@ class _GatedDown(torch.autograd.Function):
         grad_product = grad @ weight if ctx.transposed is None else ctx.transposed(grad)
         grad_weight = grad_bias = grad_a = grad_b = grad_inner = None
         if low_a is not None:
-            grad_inner = grad @ low_b
             if keep is None:
-                grad_product.addmm_(grad_inner, low_a)
+                grad_inner = add_gradient(grad_product, grad, low_a, low_b)
             else:
+                grad_inner = grad @ low_b
                 grad_product += (grad_inner @ low_a).mul_(keep)
         grad_gate, grad_up, product = _product_backward(flat_gate, flat_up, grad_product, needs[2] or needs[4])
         if needs[2]:
@@ -220,9 +221,10 @@ class _GatedDown(torch.autograd.Function):
             grad_bias = grad.sum(0)
         if grad_inner is not None:
             if needs[4]:
-                grad_a = (grad_inner.t() @ (product if keep is None else product.mul_(keep))).to(ctx.learned)
+                given = product if keep is None else product.mul_(keep)
+                grad_a = factor_gradient(grad_inner, given, ctx.rank).to(ctx.learned)
             if needs[5]:
-                grad_b = (grad.t() @ inner).to(ctx.learned) * ctx.scale
+                grad_b = factor_gradient(inner, grad, ctx.rank).t().to(ctx.learned) * ctx.scale
         shape = (*grads[0].shape[:-1], flat_gate.shape[-1])
         return grad_gate.view(shape), grad_up.view(shape), grad_weight, grad_bias, grad_a, grad_b, None, None, None
 

@@ -24,6 +24,9 @@ _SIGNATURES = {
     "gated": (_POINTER,) * 3 + (_LONG,) * 3,
     "gated_backward": (_POINTER,) * 5 + (_LONG,),
     "rotate": (_POINTER,) * 4 + (_LONG,) * 4 + (_FLOAT,),
+    "low_rank": (_POINTER,) * 5 + (_LONG,) * 4,
+    "low_rank_backward": (_POINTER,) * 5 + (_LONG,) * 4,
+    "low_rank_sums": (_POINTER,) * 3 + (_LONG,) * 3,
     "head": (_POINTER,) * 8 + (_LONG, _LONG, _FLOAT),
     "linear": (_POINTER,) * 7 + (_LONG,) * 4,
     "decode": (_POINTER, _POINTER, _LONG) + (_POINTER,) * 4 + (_LONG,) * 6 + (_FLOAT,),
@@ -132,6 +135,31 @@ class Kernels:
             segments, len(segments) // 4, tokens, heads, key_TKE.shape[1], size, scale,
         )  # fmt: skip
         return grads  # type: ignore[return-value]
+
+    # --- LoRA ---------------------------------------------------------------------------------------------------------
+
+    def low_rank(self, x_TI: torch.Tensor, a: torch.Tensor, b: torch.Tensor, out_TO: torch.Tensor) -> torch.Tensor:
+        """`out += (x A') B'`, for A `(r, I)` and B `(O, r)`, all three multiples of 16; returns `x A'`."""
+        inner_Tr = x_TI.new_empty(len(x_TI), len(a))
+        addresses = (one.data_ptr() for one in (x_TI, a, b, inner_Tr, out_TO))
+        self._call["low_rank"](*addresses, *x_TI.shape, len(a), len(b))
+        return inner_Tr
+
+    def low_rank_backward(
+        self, grad_TO: torch.Tensor, a: torch.Tensor, b: torch.Tensor, grad_x_TI: torch.Tensor
+    ) -> torch.Tensor:
+        """`grad_x += (grad B) A`; returns `grad B`."""
+        inner_Tr = grad_TO.new_empty(len(grad_TO), len(a))
+        addresses = (one.data_ptr() for one in (grad_TO, a, b, inner_Tr, grad_x_TI))
+        self._call["low_rank_backward"](*addresses, *grad_x_TI.shape, len(a), len(b))
+        return inner_Tr
+
+    def low_rank_sums(self, inner_Tr: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
+        """`inner' x` in fp32, `(r, I)`."""
+        sums_rI = torch.empty(inner_Tr.shape[1], x_TI.shape[1])
+        addresses = (one.data_ptr() for one in (inner_Tr, x_TI, sums_rI))
+        self._call["low_rank_sums"](*addresses, *inner_Tr.shape, x_TI.shape[1])
+        return sums_rI
 
     # --- the head -----------------------------------------------------------------------------------------------------
 
