@@ -108,8 +108,10 @@ class Kernels:
         log_sum_HT = query_THE.new_empty(heads, tokens, dtype=torch.float32)
         segments = _segments(layout)
         _check(layout.num_tokens == tokens, f"a layout of {layout.num_tokens} tokens for {tokens}")
-        _check(key_TKE.shape == value_TKE.shape == (tokens, key_TKE.shape[1], size) and heads % key_TKE.shape[1] == 0,
-               f"queries {tuple(query_THE.shape)}, keys {tuple(key_TKE.shape)}, values {tuple(value_TKE.shape)}")
+        _check(
+            key_TKE.shape == value_TKE.shape == (tokens, key_TKE.shape[1], size) and heads % key_TKE.shape[1] == 0,
+            f"queries {tuple(query_THE.shape)}, keys {tuple(key_TKE.shape)}, values {tuple(value_TKE.shape)}",
+        )
         self._call["attention"](
             query_THE.data_ptr(), key_TKE.data_ptr(), value_TKE.data_ptr(), out_THE.data_ptr(), log_sum_HT.data_ptr(),
             _strides(query_THE, key_TKE, value_TKE, out_THE), segments, len(segments) // 4, tokens, heads,

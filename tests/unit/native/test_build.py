@@ -49,7 +49,7 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(NotBuilt, match="there is no C\\+\\+ compiler \\(no-such-compiler -O2\\)"):
         load(tmp_path / "cache")
     monkeypatch.setenv("CXX", "c++ 'unbalanced")
-    with pytest.raises(NotBuilt, match="CXX=c\\+\\+ 'unbalanced: No closing quotation"):
+    with pytest.raises(NotBuilt, match=r"CXX=c\+\+ 'unbalanced: No closing quotation"):
         load(tmp_path / "cache")
 
 
@@ -84,7 +84,7 @@ def test_a_compiler_that_says_nothing_and_one_that_hangs(monkeypatch: pytest.Mon
 def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CXX", compiler(tmp_path, "#!/bin/sh\nexit 0\n"))
     (tmp_path / "file").touch()
-    with pytest.raises(NotBuilt, match="file/kernels cannot be written: .*Not a directory"):
+    with pytest.raises(NotBuilt, match=r"file/kernels cannot be written: .*Not a directory"):
         load(tmp_path / "file" / "kernels")
 
 
@@ -106,7 +106,7 @@ def test_a_package_without_its_sources(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 def test_another_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(build.platform, "machine", lambda: "aarch64")
-    with pytest.raises(NotBuilt, match="they are for Linux on x86-64, this is .* on aarch64"):
+    with pytest.raises(NotBuilt, match=r"they are for Linux on x86-64, this is .* on aarch64"):
         load(tmp_path)
     monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(build.platform, "system", lambda: "Linux")
@@ -234,7 +234,7 @@ def test_of_two_openmp_libraries_torchs_is_taken(tmp_path: Path) -> None:
 
 
 def test_a_loaders_worker_is_no_thread_short() -> None:
-    """torch gives a loader's workers one thread, and so do we: more would wait for threads that a fork leaves behind."""
+    """torch gives a loader's workers one thread, and so do we: others are not there after a fork."""
     kernels = kernels_or_skip()
     x, weight = random(300, 64), random(64, seed=1)
     before = torch.get_num_threads()

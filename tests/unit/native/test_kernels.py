@@ -68,7 +68,9 @@ def test_norms(kernels: Kernels, rows: int, width: int) -> None:
         grad_x, grad_weight = kernels.norm_backward(grad, x, weight, scale_T, True)
         alone = kernels.norm_backward(grad, x, weight, scale_T, False)
     assert_near(seen, expected.detach())
-    assert exact_x.grad is not None and exact_weight.grad is not None and grad_weight is not None
+    assert exact_x.grad is not None
+    assert exact_weight.grad is not None
+    assert grad_weight is not None
     if width > 1:  # of a single number the gradient is next to nothing
         assert_near(grad_x, exact_x.grad)
     assert grad_weight.dtype == torch.float32
@@ -86,7 +88,8 @@ def test_the_default_dtype_does_not_matter_to_a_norms_gradient(kernels: Kernels)
         seen = kernels.norm_backward(grad, x, weight, scale_T, True)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert seen[1] is not None and expected[1] is not None
+    assert seen[1] is not None
+    assert expected[1] is not None
     assert seen[1].dtype == torch.float32
     assert torch.equal(seen[1], expected[1])
 
@@ -117,9 +120,11 @@ def test_swiglu(kernels: Kernels, rows: int, width: int) -> None:
     assert seen[1] is given
     assert without[2] is None
     for one, other in zip(seen, (exact_gate.grad, exact_up.grad, expected.detach()), strict=True):
-        assert one is not None and other is not None
+        assert one is not None
+        assert other is not None
         assert_near(one, other)
-    assert torch.equal(seen[0], without[0]) and torch.equal(seen[1], without[1])
+    assert torch.equal(seen[0], without[0])
+    assert torch.equal(seen[1], without[1])
 
 
 @pytest.mark.parametrize("gate", [-3e38, -1e30, -1e10, -500.0, -90.0, 90.0, 500.0, 1e10, 3e38])
@@ -165,7 +170,8 @@ def test_what_is_no_number_stays_in_its_row(kernels: Kernels, bad: float) -> Non
     seen_grad, grad_weight = kernels.norm_backward(grad, x, weight, scale_T, True)
     assert torch.equal(seen_grad[[0, 1, 3]], clean_grad[[0, 1, 3]])
     assert seen_grad[2].isnan().all()
-    assert grad_weight is not None and grad_weight[36].isnan()
+    assert grad_weight is not None
+    assert grad_weight[36].isnan()
     gate, up = random(4, 37), random(4, 37, seed=3)
     gate[2, 36] = bad
     product = kernels.gated(gate, up)
@@ -205,7 +211,8 @@ def test_attention(kernels: Kernels, layout: Layout, shape: tuple[int, int, int]
         seen = everything(kernels, given, layout)
     expected = exactly(given, layout)
     if layout.num_tokens == 1:  # one key: its weight is 1 whatever the query
-        assert seen[2].abs().max() < 1e-4 and seen[3].abs().max() < 1e-4
+        assert seen[2].abs().max() < 1e-4
+        assert seen[3].abs().max() < 1e-4
         seen, expected = (one[:2] + one[4:] for one in (seen, expected))
     for one, other in zip(seen, expected, strict=True):
         assert_near(one, other)
@@ -295,11 +302,14 @@ def test_what_is_no_number_reaches_all_that_depends_on_it(kernels: Kernels, whic
         assert torch.equal(one[:, rows] if index == 1 else one[rows], before[:, rows] if index == 1 else before[rows])
     out, log_sum = seen[:2]
     if which == 0:
-        assert not out[40, 0].isfinite().any() and log_sum[0, 40].isnan()
-        assert torch.equal(out[:40], clean[0][:40]) and torch.equal(out[41:], clean[0][41:])
+        assert not out[40, 0].isfinite().any()
+        assert log_sum[0, 40].isnan()
+        assert torch.equal(out[:40], clean[0][:40])
+        assert torch.equal(out[41:], clean[0][41:])
     if which == 1:
         without_sum = ~exactly(given, layout)[1].isfinite().T
-        assert without_sum[40:70].any() and not without_sum[:40].any()
+        assert without_sum[40:70].any()
+        assert not without_sum[:40].any()
         assert not out[without_sum].isfinite().any()
         assert torch.equal(out[:40], clean[0][:40])
     if which == 2:
@@ -307,7 +317,8 @@ def test_what_is_no_number_reaches_all_that_depends_on_it(kernels: Kernels, whic
         assert torch.equal(out[:, :, :3], clean[0][:, :, :3])
     if which == 3:
         assert torch.equal(out, clean[0])
-        assert seen[2][40, 0].isnan().all() and not seen[4][:41, 0, 3].isfinite().any()
+        assert seen[2][40, 0].isnan().all()
+        assert not seen[4][:41, 0, 3].isfinite().any()
 
 
 def test_scores_far_apart_give_a_weight_of_one(kernels: Kernels) -> None:
