@@ -215,22 +215,22 @@ def start(cache: Path) -> subprocess.Popen[str]:
 
 SECOND_LIBRARY = """
 import ctypes, sys
-from pathlib import Path
-ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)
 import torch
-from posttrain.native.build import _openmp
 torch.set_num_threads(3)
-print(ctypes.CDLL(_openmp()).omp_get_max_threads())
+ctypes.CDLL(sys.argv[1])
+from posttrain.native.build import _openmp
+print(ctypes.CDLL(_openmp()).omp_get_max_threads(), sys.argv[1] in open("/proc/self/maps").read())
 """
 
 
 def test_of_two_openmp_libraries_torchs_is_taken(tmp_path: Path) -> None:
-    """Whose number of threads is what buffers are made for."""
-    copy = tmp_path / "libgomp.so.1.other"
-    copy.write_bytes(Path(build._openmp()).read_bytes())
+    """Whose number of threads is what buffers are made for. The other is a copy under another name."""
+    copy = tmp_path / "libgomp.so.9"
+    copy.write_bytes(Path(build._openmp()).read_bytes().replace(b"libgomp.so.1", b"libgomp.so.9"))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", SECOND_LIBRARY, str(copy)], capture_output=True, text=True, check=True,
-                          env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})  # fmt: skip
-    assert done.stdout.strip() == "3"
+                          env=environment)  # fmt: skip
+    assert done.stdout.split() == ["3", "True"]
 
 
 def test_a_loaders_worker_is_no_thread_short() -> None:
