@@ -18,6 +18,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as PeftLoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from posttrain.errors import ConfigError
 from posttrain.models.low_rank import add_gradient, add_update, factor_gradient, low_factors
@@ -86,6 +87,14 @@ class LeanLora(PeftLoraLinear):
             return super().forward(x, *args, **kwargs)
         return _LoraProduct.apply(x, *self.parts(name), self.transposed)
 
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        self.transposed = None  # of a weight that becomes another, in place and past autograd's count of versions
+        super().merge(*args, **kwargs)
+
+    def unmerge(self) -> None:
+        self.transposed = None
+        super().unmerge()
+
     def parts(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, float, float]:
         """W, b, A, B, the scale and the rate of dropout now."""
         dropout = self.lora_dropout[name]
@@ -139,6 +148,7 @@ class _LoraProduct(torch.autograd.Function):
         return out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:
         grad = grads[0]
         dropped, inner, weight, low_a, low_b, keep = ctx.saved_tensors

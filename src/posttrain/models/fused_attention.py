@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from posttrain import native
 from posttrain.models.decoding import Memory, Reading
@@ -25,7 +26,9 @@ from posttrain.types import Layout
 
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 HEAD_NORMS = {"q_norm", "k_norm"}
-TRIAL = Layout((0, 5), (5, 3), (-1, 0))
+TRIAL = Layout((0, 3), (3, 2), (-1, 0))
+CAPS = ("attn_logit_softcapping", "clip_qkv")
+"""What shows on large numbers only, so that no trial finds it: Gemma 2's cap of scores, OLMo's of projections."""
 
 
 def can_fuse(query_HTE: torch.Tensor, value_KTE: torch.Tensor, layout: Layout, window: int | None) -> bool:
@@ -67,19 +70,20 @@ class _FusedAttention(torch.autograd.Function):
         if turns is not None:
             query_THE, key_TKE = (kernels.rotate(one, *turns) for one in (query_THE, key_TKE))
         out_THE, log_sum_HT = kernels.attention(query_THE, key_TKE, value_TKE, layout, scale)
-        ctx.layout, ctx.scale, ctx.turns = layout, scale, turns
-        ctx.save_for_backward(query_THE, key_TKE, value_TKE, log_sum_HT)
+        ctx.layout, ctx.scale, ctx.kernels = layout, scale, kernels
+        ctx.save_for_backward(query_THE, key_TKE, value_TKE, log_sum_HT, *(turns or ()))
         return out_THE
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:
-        kernels = _kernels()
-        query_THE, key_TKE, value_TKE, log_sum_HT = ctx.saved_tensors
+        kernels = ctx.kernels  # those of the forward, whatever has been switched since
+        query_THE, key_TKE, value_TKE, log_sum_HT, *turns = ctx.saved_tensors
         grad_query, grad_key, grad_value = kernels.attention_backward(
             query_THE, key_TKE, value_TKE, _readable(grads[0]), log_sum_HT, ctx.layout, ctx.scale
         )
-        if ctx.turns is not None:
-            grad_query, grad_key = (kernels.rotate(one, *ctx.turns, backwards=True) for one in (grad_query, grad_key))
+        if turns:
+            grad_query, grad_key = (kernels.rotate(one, *turns, backwards=True) for one in (grad_query, grad_key))
         return grad_query, grad_key, grad_value, None, None, None
 
 
@@ -93,7 +97,7 @@ def _readable(one_THE: torch.Tensor) -> torch.Tensor:
     """As it is if heads lie whole in memory, pairs of numbers aligned; a copy if not."""
     tokens, heads, last = one_THE.stride()
     usable = last == 1 and tokens % 2 == 0 and heads % 2 == 0 and one_THE.data_ptr() % 4 == 0
-    return one_THE if usable else one_THE.contiguous()
+    return one_THE if usable else one_THE.clone(memory_format=torch.contiguous_format)
 
 
 # --- whole modules --------------------------------------------------------------------------------------------------
@@ -126,6 +130,7 @@ def _is_usual(module: Any) -> bool:
         and all(hasattr(module, name) for name in ("head_dim", "scaling", "layer_idx", "config"))
         and "forward" not in module.__dict__
         and module.head_dim % LANES == 0
+        and not any(getattr(holder, cap, None) for cap in CAPS for holder in (module, module.config))
     )
 
 
@@ -143,6 +148,8 @@ def _gives_the_same(module: Any) -> bool:
     module.eval()
     try:
         with torch.no_grad():
+            if not _is_ours(module, hidden, turns, TRIAL):  # or its own forward would be compared with itself
+                return False
             expected = module(hidden, position_embeddings=turns, **options)[0]
             seen = _attention(module, hidden, position_embeddings=turns, **options)[0]
     except (RuntimeError, TypeError, ValueError, AttributeError):  # it does not take these arguments
@@ -162,7 +169,7 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """What transformers' attention modules do, for a packed layout."""
-    if position_embeddings is None or past_key_values is not None or not _is_ours(module, hidden_states, layout):
+    if past_key_values is not None or not _is_ours(module, hidden_states, position_embeddings, layout):
         return type(module).forward(
             module, hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask,
             past_key_values=past_key_values, layout=layout, **kwargs,
@@ -174,7 +181,7 @@ def _attention(
     )
     if hasattr(module, "q_norm"):
         query_THE, key_TKE = module.q_norm(query_THE), module.k_norm(key_TKE)
-    turns: Any = tuple(one[0].contiguous() for one in position_embeddings)
+    turns: Any = tuple(one[0].contiguous() for one in position_embeddings or ())
     if isinstance(layout, Reading) and layout.memory is not None:
         query_THE, key_TKE = (_kernels().rotate(_readable(one), *turns) for one in (query_THE, key_TKE))
         layout.memory.remember(module.layer_idx, key_TKE.transpose(0, 1)[None], value_TKE.transpose(0, 1)[None], layout)
@@ -183,8 +190,15 @@ def _attention(
     return module.o_proj(out_THE.view(1, tokens, -1)), None
 
 
-def _is_ours(module: Any, hidden_1TD: torch.Tensor, layout: Any) -> bool:
-    if not isinstance(layout, Layout) or (module.training and getattr(module, "attention_dropout", 0.0)):
+def _is_ours(module: Any, hidden_1TD: torch.Tensor, turns: Any, layout: Any) -> bool:
+    """Heads that are turned in part (GLM 4) have cosines for that part only, and are not."""
+    if not isinstance(layout, Layout) or turns is None or (module.training and _drops(module)):
         return False
-    head = hidden_1TD.new_empty(0, module.head_dim)
-    return can_fuse(head, head, layout, window_of(module))
+    head, shape = hidden_1TD.new_empty(0, module.head_dim), (1, hidden_1TD.shape[1], module.head_dim)
+    are_whole = native.fits(*turns) and all(one.shape == shape for one in turns)
+    return are_whole and can_fuse(head, head, layout, window_of(module))
+
+
+def _drops(module: Any) -> bool:
+    """Weights of attention or, as StarCoder 2 does, what comes out."""
+    return any(rate for name, rate in vars(module).items() if name.endswith("dropout") and isinstance(rate, float))

@@ -19,13 +19,29 @@ ROWS = 1024
 
 
 class Transposed:
-    """`x W` for a frozen W `(out, in)`."""
+    """`x W` for a frozen W `(out, in)`, which is laid out anew once it has changed: an adapter was merged into it, or
+    other weights loaded. A copy of the layer, or one from a file, comes without."""
 
     def __init__(self, weight: torch.Tensor):
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().t().contiguous(), ROWS)
+        self._weight = weight
+        self._lay_out()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self._seen != _state(self._weight):
+            self._lay_out()
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, None, "none", [], "")
+
+    def _lay_out(self) -> None:
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(self._weight.detach().t().contiguous(), ROWS)
+        self._seen = _state(self._weight)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+
+def _state(weight: torch.Tensor) -> tuple[int, int]:
+    """Changes with the weight's numbers."""
+    return weight.data_ptr(), weight._version
 
 
 def lay_out(model: nn.Module) -> None:
@@ -48,7 +64,7 @@ def laid_out_bytes(model: nn.Module) -> int:
 
 
 def _layers(model: nn.Module) -> list[Any]:
-    if not torch.backends.mkldnn.is_available():
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return []
     found = (module for module in model.modules() if isinstance(module, LeanLora) and module.ordinary_adapter())
     return [layer for layer in found if _fits(layer.base_layer.weight)]

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from posttrain import native
@@ -106,7 +107,7 @@ def _norm(module: Any, hidden: torch.Tensor) -> torch.Tensor:
 def _normalise(flat: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The normed rows and one over their root mean square."""
     if (kernels := _kernels(flat, weight)) is not None:
-        normed, scale_T = kernels.norm(flat.contiguous(), weight, epsilon)
+        normed, scale_T = kernels.norm(flat.contiguous(), weight.contiguous(), epsilon)
         return normed, scale_T[:, None]
     normed = _accurate_copy(flat)
     scale = torch.linalg.vector_norm(normed, dim=-1, keepdim=True)
@@ -125,13 +126,14 @@ class _RmsNorm(torch.autograd.Function):
         return normed.view(x.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:
         (grad,) = grads
         flat, weight, scale = ctx.saved_tensors
         learns = ctx.needs_input_grad[1]
         if (kernels := _kernels(flat, weight, grad)) is not None:
             rows = grad.reshape(flat.shape).contiguous(), flat.contiguous()
-            grad_x, grad_weight = kernels.norm_backward(*rows, weight, scale, learns)
+            grad_x, grad_weight = kernels.norm_backward(*rows, weight.contiguous(), scale, learns)
             return grad_x.view(grad.shape), None if grad_weight is None else grad_weight.to(weight.dtype), None
         normed, grad_normed = _accurate_copy(flat).mul_(scale), _accurate_copy(grad.reshape(flat.shape))
         grad_weight = (grad_normed * normed).sum(0).to(weight.dtype) if learns else None
@@ -202,6 +204,7 @@ class _GatedDown(torch.autograd.Function):
         return out.view(*gate.shape[:-1], out.shape[-1])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:
         flat_gate, flat_up, weight, low_a, low_b, inner, keep = ctx.saved_tensors
         grad = grads[0].reshape(-1, grads[0].shape[-1])

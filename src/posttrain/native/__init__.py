@@ -20,6 +20,7 @@ from posttrain.native.build import NotBuilt, load
 from posttrain.native.kernels import Kernels
 
 logger = logging.getLogger("posttrain")
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 _is_off = False
 
 
@@ -52,10 +53,14 @@ def _loaded() -> Kernels | None:
 
 def _cache() -> Path:
     own = os.environ.get("POSTTRAIN_CACHE")
-    root = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "posttrain"
+    try:
+        root = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "posttrain"
+    except RuntimeError as error:  # a user without a home
+        raise NotBuilt(f"{error}; name a folder for them in POSTTRAIN_CACHE") from None
     return root / "kernels"
 
 
 def fits(*tensors: torch.Tensor) -> bool:
-    """Whether the kernels take these: bf16 on a CPU."""
-    return all(one.device.type == "cpu" and one.dtype == torch.bfloat16 for one in tensors)
+    """Whether the kernels take these: bf16 on a CPU, numbers that lie in memory (a quantised or traced tensor says that
+    it is bf16 too)."""
+    return all(type(x) in PLAIN and x.device.type == "cpu" and x.dtype == torch.bfloat16 for x in tensors)

@@ -17,6 +17,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import torch
+
 SOURCE = Path(__file__).parent / "source"
 FLAGS = (
     "-std=c++17", "-O3", "-fPIC", "-shared", "-fno-strict-aliasing", "-fno-math-errno",
@@ -36,35 +38,50 @@ def load(cache: Path) -> ctypes.CDLL:
     _check_processor()
     openmp = _openmp()
     target = _built(cache)
-    ctypes.CDLL(openmp, ctypes.RTLD_GLOBAL)  # what it offers is found by the library that is loaded next
     try:
+        ctypes.CDLL(openmp, ctypes.RTLD_GLOBAL)  # what it offers is found by the library that is loaded next
         return ctypes.CDLL(str(target))
     except OSError as error:
-        raise NotBuilt(f"{target} cannot be loaded: {error}") from None
+        raise NotBuilt(f"{target} cannot be loaded, delete it to compile it anew: {error}") from None
 
 
 def _check_processor() -> None:
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         raise NotBuilt(f"they are for Linux on x86-64, this is {platform.system()} on {platform.machine()}")
-    text = Path("/proc/cpuinfo").read_text("utf-8", errors="replace")
-    flags = next((set(line.split()) for line in text.splitlines() if line.startswith("flags")), set[str]())
+    flags = next((set(line.split()) for line in _system("/proc/cpuinfo") if line.startswith("flags")), set[str]())
     if missing := sorted(NEEDED - flags):
         raise NotBuilt(f"the processor has no {', '.join(missing)}")
 
 
 def _openmp() -> str:
-    """The OpenMP library in this process, by its path."""
-    for line in Path("/proc/self/maps").read_text("utf-8", errors="replace").splitlines():
-        path = line.split(maxsplit=5)[-1]
-        if any(name in Path(path).name for name in ("libgomp", "libiomp5", "libomp.")):
-            return path
-    raise NotBuilt("torch has loaded no OpenMP library")
+    """torch's OpenMP library, by its path: whichever holds the function that torch itself finds. Others may be loaded
+    too (scikit-learn brings one), with threads and a number of threads of their own."""
+    try:
+        function = ctypes.CDLL(torch._C.__file__).GOMP_parallel
+    except (AttributeError, OSError) as error:
+        raise NotBuilt(f"torch has loaded no OpenMP library: {error}") from None
+    address = ctypes.cast(function, ctypes.c_void_p).value or 0
+    for line in _system("/proc/self/maps"):
+        begin, _, end = line.split()[0].partition("-")
+        if int(begin, 16) <= address < int(end, 16):
+            return line.split(maxsplit=5)[-1]
+    raise NotBuilt("torch's OpenMP library is no file")
+
+
+def _system(path: str) -> list[str]:
+    try:
+        return Path(path).read_text("utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise NotBuilt(f"{path} cannot be read: {error}") from None
 
 
 def _compiler() -> list[str]:
     wanted = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     for command in wanted:
-        words = shlex.split(command)
+        try:
+            words = shlex.split(command)
+        except ValueError as error:
+            raise NotBuilt(f"CXX={command}: {error}") from None
         if words and shutil.which(words[0]):
             return words
     raise NotBuilt(f"there is no C++ compiler ({', '.join(wanted)})")
@@ -72,7 +89,9 @@ def _compiler() -> list[str]:
 
 def _built(cache: Path) -> Path:
     compiler = _compiler()
-    sources = sorted(SOURCE.iterdir())
+    sources = sorted([*SOURCE.glob("*.cpp"), *SOURCE.glob("*.h")])
+    if not sources:
+        raise NotBuilt(f"{SOURCE} has no sources: the package is not whole")
     key = hashlib.sha256()
     for part in (*FLAGS, _run([*compiler, "--version"]), *(path.read_text("utf-8") for path in sources)):
         key.update(part.encode() + b"\0")
@@ -93,10 +112,13 @@ def _built(cache: Path) -> Path:
 
 def _run(command: list[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=False)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=DEADLINE, check=False
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NotBuilt(f"{shlex.join(command[:1])}: {error}") from None
     if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["nothing"])[0]
+        lines = done.stderr.strip().splitlines() or ["nothing"]
+        said = next((line for line in lines if "error" in line.lower()), lines[0])  # notes may stand before it
         raise NotBuilt(f"{shlex.join(command[:1])} ended with {done.returncode}: {said}")
     return done.stdout

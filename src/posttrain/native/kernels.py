@@ -20,7 +20,7 @@ LANES = 16
 _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 _SIGNATURES = {
     "norm": (_POINTER,) * 4 + (_LONG, _LONG, _FLOAT),
-    "norm_backward": (_POINTER,) * 6 + (_LONG, _LONG),
+    "norm_backward": (_POINTER,) * 6 + (_LONG,) * 3,
     "gated": (_POINTER,) * 3 + (_LONG,) * 3,
     "gated_backward": (_POINTER,) * 5 + (_LONG,),
     "rotate": (_POINTER,) * 4 + (_LONG,) * 4 + (_FLOAT,),
@@ -47,8 +47,9 @@ class Kernels:
 
     def norm(self, x_TD: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Normed rows, and in fp32 one over each row's root mean square."""
+        _check(weight_D.shape == x_TD.shape[1:], f"a weight of {tuple(weight_D.shape)} for rows of {x_TD.shape[1]}")
         normed_TD = torch.empty_like(x_TD)
-        scale_T = torch.empty(len(x_TD), dtype=torch.float32)
+        scale_T = x_TD.new_empty(len(x_TD), dtype=torch.float32)
         self._call["norm"](
             x_TD.data_ptr(), weight_D.data_ptr(), normed_TD.data_ptr(), scale_T.data_ptr(), *x_TD.shape, epsilon
         )
@@ -59,10 +60,11 @@ class Kernels:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The gradient of the rows, and in fp32 that of the weight if it is wanted."""
         grad_x_TD = torch.empty_like(x_TD)
-        shares = torch.zeros(torch.get_num_threads(), x_TD.shape[1]) if of_weight else None
+        threads = torch.get_num_threads()
+        shares = x_TD.new_zeros(threads, x_TD.shape[1], dtype=torch.float32) if of_weight else None
         self._call["norm_backward"](
             grad_TD.data_ptr(), x_TD.data_ptr(), weight_D.data_ptr(), scale_T.data_ptr(), grad_x_TD.data_ptr(),
-            None if shares is None else shares.data_ptr(), *x_TD.shape,
+            None if shares is None else shares.data_ptr(), *x_TD.shape, threads,
         )  # fmt: skip
         return grad_x_TD, None if shares is None else shares.sum(0)
 
@@ -91,6 +93,10 @@ class Kernels:
     ) -> torch.Tensor:
         """Rotary embeddings of every head; `backwards` what their gradient is."""
         tokens, heads, size = x_THE.shape
+        for turn_TE in (cos_TE, sin_TE):
+            _check(turn_TE.shape == (tokens, size), f"turns of {tuple(turn_TE.shape)} for {tokens} x {size} numbers")
+        if x_THE.stride()[1:] != (size, 1):
+            x_THE = x_THE.contiguous()
         turned_THE = x_THE.new_empty(x_THE.shape)
         self._call["rotate"](
             x_THE.data_ptr(), cos_TE.data_ptr(), sin_TE.data_ptr(), turned_THE.data_ptr(), tokens, heads, size,
@@ -106,8 +112,13 @@ class Kernels:
         """`(T, H, E)`, and in fp32 the log of the sum of each query's exponentials `(H, T)`."""
         tokens, heads, size = query_THE.shape
         out_THE = query_THE.new_empty(query_THE.shape)
-        log_sum_HT = torch.empty(heads, tokens, dtype=torch.float32)
+        log_sum_HT = query_THE.new_empty(heads, tokens, dtype=torch.float32)
         segments = _segments(layout)
+        _check(layout.num_tokens == tokens, f"a layout of {layout.num_tokens} tokens for {tokens}")
+        _check(
+            key_TKE.shape == value_TKE.shape == (tokens, key_TKE.shape[1], size) and heads % key_TKE.shape[1] == 0,
+            f"queries {tuple(query_THE.shape)}, keys {tuple(key_TKE.shape)}, values {tuple(value_TKE.shape)}",
+        )
         self._call["attention"](
             query_THE.data_ptr(), key_TKE.data_ptr(), value_TKE.data_ptr(), out_THE.data_ptr(), log_sum_HT.data_ptr(),
             _strides(query_THE, key_TKE, value_TKE, out_THE), segments, len(segments) // 4, tokens, heads,
@@ -222,6 +233,12 @@ class Kernels:
         )  # fmt: skip
 
 
+def _check(is_right: bool, seen: str) -> None:
+    """Before a kernel reads what is not there."""
+    if not is_right:
+        raise ValueError(f"a kernel was given {seen}")
+
+
 def _strides(*tensors: torch.Tensor) -> ctypes.Array[ctypes.c_long]:
     """Those of token and head, in elements."""
     numbers = [stride for one in tensors for stride in one.stride()[:2]]
@@ -234,5 +251,6 @@ def _segments(layout: Layout) -> ctypes.Array[ctypes.c_int32]:
     parents: Sequence[int] = layout.parents or (-1,) * len(layout.starts)
     for start, length, parent in zip(layout.starts, layout.lengths, parents, strict=True):
         before = (layout.starts[parent], layout.lengths[parent]) if parent >= 0 else (0, 0)
+        _check(parent < 0 or parents[parent] < 0, f"segment {parent} as a parent, which has one itself")
         numbers += (start, length, *before)
     return (ctypes.c_int32 * len(numbers))(*numbers)

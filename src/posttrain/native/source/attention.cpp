@@ -58,7 +58,7 @@ float softmax(const float* score, long seen, long room, float scale, bf16* out) 
     __m512 most = _mm512_set1_ps(-INFINITY);
     for (long i = 0; i < seen; i += LANES) {
         const __mmask16 some = first(seen - i);
-        // NaN stays: max returns its second argument where either is NaN, and a NaN already there is put back
+        // A NaN may get lost here; its own exponential below is NaN, and so is the sum.
         const __m512 v = _mm512_mask_loadu_ps(most, some, score + i);
         most = _mm512_max_ps(most, v);
     }

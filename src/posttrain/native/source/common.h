@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
@@ -49,7 +50,8 @@ inline float scalar(bf16 x) {
     return y;
 }
 
-// e^x to two units in the last place; NaN stays NaN.
+// e^x to two units in the last place; NaN stays NaN. Above 1e9 or so the reduction has no digits left and infinity may
+// come out with either sign, which a sigmoid turns into the same 0 (a test goes through all numbers of bf16).
 inline __m512 exponential(__m512 x) {
     x = _mm512_max_ps(_mm512_set1_ps(-105.0f), x);  // in this order NaN comes out
     const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.442695041f)), 8);
@@ -72,9 +74,10 @@ inline __m512 sigmoid(__m512 x) {
 
 // --- threads ---------------------------------------------------------------------------------------------------------
 
-// f(begin, end, thread) on every thread, for consecutive shares of `count`: the same shares each time.
+// f(begin, end, thread) on every thread, for consecutive shares of `count`: the same shares each time. On no more than
+// `most` threads, unless 0.
 template <class F>
-void in_shares(long count, F f) {
+void in_shares(long count, F f, long most = 0) {
     struct Job {
         F& f;
         long count;
@@ -85,11 +88,11 @@ void in_shares(long count, F f) {
         const long begin = job.count * t / n, end = job.count * (t + 1) / n;
         if (begin < end) job.f(begin, end, t);
     };
-    if (count <= 1 || omp_get_max_threads() == 1) {
+    if (count <= 1 || most == 1 || omp_get_max_threads() == 1) {
         if (count > 0) f(0, count, 0);
         return;
     }
-    GOMP_parallel(work, &job, 0, 0);
+    GOMP_parallel(work, &job, static_cast<unsigned>(most), 0);
 }
 
 // f(i) for i below `count`, each on whichever thread is free. What f writes must not depend on who else has run.
@@ -117,13 +120,20 @@ void one_by_one(long count, F f) {
 // A thread's own memory, kept from call to call. `begin` forgets what was there and makes room; `take` hands out pieces.
 class Scratch {
   public:
+    Scratch() = default;
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+    ~Scratch() { std::free(memory_); }  // threads come and go
     void begin(size_t bytes) {
         at_ = 0;
         if (bytes <= size_) return;
         std::free(memory_);
         size_ = up(bytes, 4096);
         memory_ = static_cast<char*>(std::aligned_alloc(64, size_));
-        if (memory_ == nullptr) std::abort();
+        if (memory_ == nullptr) {
+            std::fprintf(stderr, "posttrain: no memory for %zu bytes of scratch in a kernel\n", size_);
+            std::abort();
+        }
     }
     template <class T>
     T* take(long count) {

@@ -28,8 +28,8 @@ void posttrain_norm(const bf16* x, const bf16* w, bf16* y, float* scale, long ro
 
 // `weight_grads` (threads, width), zeroed by the caller, takes each thread's share of the weight's gradient; or null.
 void posttrain_norm_backward(const bf16* grad, const bf16* x, const bf16* w, const float* scale, bf16* grad_x,
-                             float* weight_grads, long rows, long width) {
-    in_shares(rows, [=](long begin, long end, long thread) {
+                             float* weight_grads, long rows, long width, long threads) {
+    const auto share = [=](long begin, long end, long thread) {
         float* own = weight_grads == nullptr ? nullptr : weight_grads + thread * width;
         for (long row = begin; row < end; ++row) {
             const bf16 *g = grad + row * width, *in = x + row * width;
@@ -52,7 +52,8 @@ void posttrain_norm_backward(const bf16* grad, const bf16* x, const bf16* w, con
                 store(grad_x + row * width + i, _mm512_mul_ps(_mm512_fnmadd_ps(normed, along, gw), s), some);
             }
         }
-    });
+    };
+    in_shares(rows, share, threads);
 }
 
 // y (rows, width) = silu(gate) * up, the rows of gate and up `stride` apart.

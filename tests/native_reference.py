@@ -1,0 +1,57 @@
+"""What the native kernels should give, in float64 and step by step; and how far they are from it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from posttrain import native
+from posttrain.native.kernels import Kernels
+from posttrain.types import Layout
+
+TOLERANCE = 4e-3
+"""Of norms: a rounding to bf16 moves a number by up to 1/256 of itself, and on average by a third of that."""
+
+
+def kernels_or_skip() -> Kernels:
+    kernels = native.kernels()
+    if kernels is None:
+        pytest.skip("no native kernels here: another processor, no C++ compiler, or POSTTRAIN_NATIVE=0")
+    return kernels
+
+
+def random(*shape: int, seed: int = 0, spread: float = 1.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator) * spread).to(torch.bfloat16)
+
+
+def assert_near(seen: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE) -> None:
+    assert seen.shape == expected.shape
+    error = (seen.double() - expected).norm() / expected.norm()
+    assert error <= tolerance, f"{error:.2e} apart"
+
+
+def rotated(x_THE: torch.Tensor, cos_TE: torch.Tensor, sin_TE: torch.Tensor) -> torch.Tensor:
+    low, high = x_THE.chunk(2, -1)
+    return x_THE * cos_TE[:, None] + torch.cat([-high, low], -1) * sin_TE[:, None]
+
+
+def attended(
+    query_THE: torch.Tensor, key_TKE: torch.Tensor, value_TKE: torch.Tensor, layout: Layout, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output, and the log of the sum of each query's exponentials `(H, T)`."""
+    repeats = query_THE.shape[1] // key_TKE.shape[1]
+    key_THE, value_THE = (x.repeat_interleave(repeats, 1) for x in (key_TKE, value_TKE))
+    outputs, sums = [], []
+    for own, parent in layout.segments():
+        keys, values = (x[own] if parent is None else torch.cat([x[parent], x[own]]) for x in (key_THE, value_THE))
+        score_HNM = torch.einsum("nhe,mhe->hnm", query_THE[own], keys) * scale
+        ahead = torch.ones(score_HNM.shape[1:], dtype=torch.bool).triu(1 + keys.shape[0] - score_HNM.shape[1])
+        score_HNM = score_HNM.masked_fill(ahead, -torch.inf)
+        outputs.append(torch.einsum("hnm,mhe->nhe", score_HNM.softmax(-1), values))
+        sums.append(score_HNM.logsumexp(-1))
+    return torch.cat(outputs), torch.cat(sums, 1)
+
+
+def laid_end_to_end(lengths: tuple[int, ...], parents: tuple[int, ...] = ()) -> Layout:
+    return Layout(tuple(sum(lengths[:i]) for i in range(len(lengths))), lengths, parents)
