@@ -153,11 +153,12 @@ class _LoraProduct(torch.autograd.Function):
         grad = grads[0]
         dropped, inner, weight, low_a, low_b, keep = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1])
-        grad_x = grad_a = grad_b = None
+        grad_x: Any = None
+        grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
             grad_x = flat @ weight if ctx.transposed is None else ctx.transposed(flat)
-        is_plain = grad_x is not None and keep is None
-        grad_inner = add_gradient(grad_x, flat, low_a, low_b) if is_plain else flat @ low_b
+        apart = grad_x is None or keep is not None  # dropout stands between the two products
+        grad_inner = flat @ low_b if apart else add_gradient(grad_x, flat, low_a, low_b)
         if grad_x is not None:
             if keep is not None:
                 grad_x += (grad_inner @ low_a) * keep

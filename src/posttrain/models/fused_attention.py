@@ -130,8 +130,13 @@ def _is_usual(module: Any) -> bool:
         and all(hasattr(module, name) for name in ("head_dim", "scaling", "layer_idx", "config"))
         and "forward" not in module.__dict__
         and module.head_dim % LANES == 0
-        and not any(getattr(holder, cap, None) for cap in CAPS for holder in (module, module.config))
+        and not has_caps(module)
     )
+
+
+def has_caps(attention: Any) -> bool:
+    """Whether something is cut off that is too large for a trial of a few tokens to show it."""
+    return any(getattr(holder, cap, None) for cap in CAPS for holder in (attention, attention.config))
 
 
 def _gives_the_same(module: Any) -> bool:

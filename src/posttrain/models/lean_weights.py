@@ -17,7 +17,7 @@ from posttrain import native
 from posttrain.models.adapters import LeanLora
 from posttrain.models.available import total_memory
 from posttrain.models.forward import Policy
-from posttrain.models.fused_attention import window_of
+from posttrain.models.fused_attention import has_caps, window_of
 from posttrain.native.strips import Strips
 
 PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -201,6 +201,7 @@ def _layer(layer: Any) -> LeanLayer | None:
         and {name for name, _ in mlp.named_children()} <= {*GATED, "act_fn"}
         and type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
         and all(hasattr(norm, "variance_epsilon") for norm in norms)
+        and not has_caps(attention)
         and ((head_norms[0] is None) == (head_norms[1] is None))
         and len({_base(one).bias is None for one in linear[:3]}) == 1
     )

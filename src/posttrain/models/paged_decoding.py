@@ -26,8 +26,13 @@ PAGE = 64
 
 
 def can_page(weights: LeanWeights) -> bool:
-    """Whether the kernels know this model's heads and have its weights."""
-    return weights.head_size % LANES == 0 and all(product.strips is not None for product in weights.products())
+    """Whether the kernels know this model's heads, turned whole, and have its weights."""
+    body = weights.policy.base.base_model
+    x_D = weights.policy.base.get_input_embeddings().weight[:1]
+    turns = body.rotary_emb(x_D[None], torch.zeros(1, 1, dtype=torch.long))
+    are_whole = all(native.fits(one) and one.shape[-1] == weights.head_size for one in turns)
+    have_strips = all(product.strips is not None for product in weights.products())
+    return are_whole and have_strips and weights.head_size % LANES == 0
 
 
 @dataclass

@@ -151,6 +151,7 @@ class Kernels:
 
     def low_rank(self, x_TI: torch.Tensor, a: torch.Tensor, b: torch.Tensor, out_TO: torch.Tensor) -> torch.Tensor:
         """`out += (x A') B'`, for A `(r, I)` and B `(O, r)`, all three multiples of 16; returns `x A'`."""
+        _check(out_TO.shape == (len(x_TI), len(b)) and a.shape[1] == x_TI.shape[1], f"a sum {tuple(out_TO.shape)}")
         inner_Tr = x_TI.new_empty(len(x_TI), len(a))
         addresses = (one.data_ptr() for one in (x_TI, a, b, inner_Tr, out_TO))
         self._call["low_rank"](*addresses, *x_TI.shape, len(a), len(b))
@@ -160,6 +161,7 @@ class Kernels:
         self, grad_TO: torch.Tensor, a: torch.Tensor, b: torch.Tensor, grad_x_TI: torch.Tensor
     ) -> torch.Tensor:
         """`grad_x += (grad B) A`; returns `grad B`."""
+        _check(grad_TO.shape == (len(grad_x_TI), len(b)), f"a gradient {tuple(grad_TO.shape)}")
         inner_Tr = grad_TO.new_empty(len(grad_TO), len(a))
         addresses = (one.data_ptr() for one in (grad_TO, a, b, inner_Tr, grad_x_TI))
         self._call["low_rank_backward"](*addresses, *grad_x_TI.shape, len(a), len(b))
@@ -167,7 +169,8 @@ class Kernels:
 
     def low_rank_sums(self, inner_Tr: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
         """`inner' x` in fp32, `(r, I)`."""
-        sums_rI = torch.empty(inner_Tr.shape[1], x_TI.shape[1])
+        _check(len(inner_Tr) == len(x_TI), f"{len(inner_Tr)} inner products of {len(x_TI)} rows")
+        sums_rI = x_TI.new_empty(inner_Tr.shape[1], x_TI.shape[1], dtype=torch.float32)
         addresses = (one.data_ptr() for one in (inner_Tr, x_TI, sums_rI))
         self._call["low_rank_sums"](*addresses, *inner_Tr.shape, x_TI.shape[1])
         return sums_rI
@@ -180,8 +183,11 @@ class Kernels:
         """Of each row of logits, taken `times`, in fp32: log p of the target, whether that is the likeliest, the
         entropy, the mean logit, and the log of the sum of squared probabilities. With `factor_C` (fp32),
         `factor (p - onehot of the target)` is written over the logits."""
-        said = tuple(torch.empty(len(target_C)) for _ in range(4))
-        is_top_C = torch.empty(len(target_C), dtype=torch.bool)
+        rows = len(logits_CV)
+        _check(target_C.shape == (rows,) and target_C.dtype == torch.int64, f"targets of {tuple(target_C.shape)}")
+        _check(factor_C is None or factor_C.shape == (rows,), f"other factors than {rows}")
+        said = tuple(logits_CV.new_empty(rows, dtype=torch.float32) for _ in range(4))
+        is_top_C = logits_CV.new_empty(rows, dtype=torch.bool)
         self._call["head"](
             logits_CV.data_ptr(), target_C.data_ptr(), None if factor_C is None else factor_C.data_ptr(),
             said[0].data_ptr(), is_top_C.data_ptr(), *(one.data_ptr() for one in said[1:]), *logits_CV.shape, times,
@@ -206,6 +212,7 @@ class Kernels:
         """`x W' + bias + (x A') B' + plus`, for few rows. `product` is weight, bias, A and B in strips
         (native/strips.py), all but the first perhaps None; `sizes` are numbers of outputs and rank."""
         out, rank = sizes
+        _check(plus is None or plus.shape == (len(x_BD), out), "a sum of another shape")
         y_BO = x_BD.new_empty(len(x_BD), out)
         weight, bias, a, b = (None if one is None else one.data_ptr() for one in product)
         self._call["linear"](
@@ -227,6 +234,8 @@ class Kernels:
         """One new token of each row through all layers, in place. Its keys and values are put where `pages_BN`
         (addresses, int64) and `counts_BN` (tokens in them, int32, the new one included) say. `layers` are
         native/strips.py's, `sizes` H, K and E."""
+        for turn_BE in turns:
+            _check(turn_BE.shape == (len(x_BD), sizes[2]), f"turns of {tuple(turn_BE.shape)} for {len(x_BD)} rows")
         self._call["decode"](
             x_BD.data_ptr(), ctypes.byref(layers), len(layers), turns[0].data_ptr(), turns[1].data_ptr(),
             pages_BN.data_ptr(), counts_BN.data_ptr(), *x_BD.shape, pages_BN.shape[1], *sizes, scale,
