@@ -47,7 +47,7 @@ def _loaded() -> Kernels | None:
     try:
         return Kernels(load(_cache()))
     except NotBuilt as reason:
-        logger.info("no native kernels, torch's own operations instead: %s", reason)
+        logger.info("kernels  none, torch's own operations instead: %s", reason)
         return None
 
 
