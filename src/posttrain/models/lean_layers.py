@@ -163,13 +163,32 @@ def _accurate_copy(x: torch.Tensor) -> torch.Tensor:
 def _gated(module: Any, x: torch.Tensor) -> torch.Tensor:
     gate, up, down = module.gate_proj(x), module.up_proj(x), module.down_proj
     if down._forward_hooks or down._forward_pre_hooks:  # somebody listens there
-        return down(functional.silu(gate) * up)
+        return down(_Gated.apply(gate, up))
     if type(down) is nn.Linear:
         return _GatedDown.apply(gate, up, down.weight, down.bias, None, None, 1.0, 0.0, None)
     name = down.ordinary_adapter() if isinstance(down, LeanLora) else None
     if name is None:
-        return down(functional.silu(gate) * up)
+        return down(_Gated.apply(gate, up))
     return _GatedDown.apply(gate, up, *down.parts(name), down.transposed)
+
+
+class _Gated(torch.autograd.Function):
+    """`silu(g) * u` alone, by the same arithmetic as with what follows it: a reference, which is the model without its
+    adapter, says bit for bit what the model says before the adapter has learned."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        flat_gate, flat_up = (x.reshape(-1, x.shape[-1]) for x in (gate, up))
+        return _product(flat_gate, flat_up).view(gate.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        flat_gate, flat_up = (x.reshape(-1, x.shape[-1]) for x in ctx.saved_tensors)
+        own = grads[0].reshape(flat_gate.shape).clone(memory_format=torch.contiguous_format)  # it is written over
+        grad_gate, grad_up, _ = _product_backward(flat_gate, flat_up, own, again=False)
+        return grad_gate.view(grads[0].shape), grad_up.view(grads[0].shape)
 
 
 class _GatedDown(torch.autograd.Function):

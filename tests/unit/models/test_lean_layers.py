@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from posttrain.models import adapters
-from posttrain.models.lean_layers import give_back, specialise_layers
+from posttrain.models.lean_layers import _Gated, give_back, specialise_layers
 from tests.tiny_models import tiny_model
 
 PRECISIONS = [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 5e-2)]
@@ -129,3 +129,21 @@ def test_another_norm_under_the_name_keeps_its_own() -> None:
             return super().forward(hidden_states) + 1
 
     assert specialise_layers(nn.Sequential(OddRMSNorm(8))) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_its_adapter_a_layer_says_what_it_says_before_the_adapter_has_learned(dtype: torch.dtype) -> None:
+    """Bit for bit: the margin between a policy and its reference begins at zero."""
+    model: Any = get_peft_model(tiny_model().to(dtype), LoraConfig(r=4, target_modules="all-linear"))
+    adapters.specialise(model)
+    assert specialise_layers(model)
+    layer, x = model.base_model.model.model.layers[0].mlp, torch.randn(1, 7, 32).to(dtype)
+    with torch.no_grad():
+        with model.disable_adapter():
+            alone = layer(x)
+        assert torch.equal(layer(x), alone)
+
+
+def test_gradients_without_the_adapter() -> None:
+    gate, up = (torch.randn(5, 48, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(_Gated.apply, (gate, up))
