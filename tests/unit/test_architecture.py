@@ -14,7 +14,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "src" / "posttrain"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("types", "errors", "hub", "children"),
+    ("types", "errors", "hub", "children", "folders"),
     ("native",),
     (
         "data",

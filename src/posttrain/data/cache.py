@@ -28,6 +28,7 @@ from posttrain.data.mixing import Mixture
 from posttrain.data.report import Cases, DataReport
 from posttrain.data.settings import DataSettings
 from posttrain.errors import DataError
+from posttrain.folders import cache_root
 from posttrain.types import Branch, Origin, Tokenized
 
 if TYPE_CHECKING:
@@ -43,8 +44,7 @@ logger = logging.getLogger("posttrain")
 
 def default_folder() -> Path:
     """`$POSTTRAIN_CACHE` or `~/.cache/posttrain`, and in it `tokens`."""
-    root = os.environ.get("POSTTRAIN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "posttrain"
-    return Path(root).expanduser() / "tokens"
+    return cache_root() / "tokens"
 
 
 def cache_key(source: Any, tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> str | None:

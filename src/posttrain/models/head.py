@@ -260,7 +260,7 @@ def _fused(
 ) -> Kernels | None:
     """The kernels, for plain logits of which no gradient but that of log p is wanted."""
     is_plain = bias_V is None and shape.softcap is None and not needs.uniform_logp and not needs.entropy_gradient
-    return native.kernels() if is_plain and native.fits(hidden_RD, weight_VD) else None
+    return native.kernels_for(hidden_RD, weight_VD) if is_plain else None
 
 
 def _slices(vocabulary: int) -> Iterator[slice]:

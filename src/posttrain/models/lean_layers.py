@@ -25,7 +25,6 @@ from posttrain import native
 from posttrain.models.adapters import LeanLora
 from posttrain.models.low_rank import add_gradient, add_update, factor_gradient, low_factors
 from posttrain.models.recomputation import Recipe
-from posttrain.native.kernels import Kernels
 
 
 def specialise_layers(model: nn.Module) -> list[nn.Module]:
@@ -106,7 +105,7 @@ def _norm(module: Any, hidden: torch.Tensor) -> torch.Tensor:
 
 def _normalise(flat: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The normed rows and one over their root mean square."""
-    if (kernels := _kernels(flat, weight)) is not None:
+    if (kernels := native.kernels_for(flat, weight)) is not None:
         normed, scale_T = kernels.norm(flat.contiguous(), weight.contiguous(), epsilon)
         return normed, scale_T[:, None]
     normed = _accurate_copy(flat)
@@ -131,7 +130,7 @@ class _RmsNorm(torch.autograd.Function):
         (grad,) = grads
         flat, weight, scale = ctx.saved_tensors
         learns = ctx.needs_input_grad[1]
-        if (kernels := _kernels(flat, weight, grad)) is not None:
+        if (kernels := native.kernels_for(flat, weight, grad)) is not None:
             rows = grad.reshape(flat.shape).contiguous(), flat.contiguous()
             grad_x, grad_weight = kernels.norm_backward(*rows, weight.contiguous(), scale, learns)
             return grad_x.view(grad.shape), None if grad_weight is None else grad_weight.to(weight.dtype), None
@@ -141,10 +140,6 @@ class _RmsNorm(torch.autograd.Function):
         along = (grad_normed * normed).mean(-1, keepdim=True)
         grad_x = grad_normed.addcmul_(normed, along, value=-1).mul_(scale)
         return grad_x.to(flat.dtype).view(grad.shape), grad_weight, None
-
-
-def _kernels(*tensors: torch.Tensor) -> Kernels | None:
-    return native.kernels() if native.fits(*tensors) else None
 
 
 def _accurate(dtype: torch.dtype) -> torch.dtype:
@@ -253,7 +248,7 @@ class _GatedDown(torch.autograd.Function):
 
 def _product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """`silu(gate) * up`."""
-    if (kernels := _kernels(gate, up)) is not None:
+    if (kernels := native.kernels_for(gate, up)) is not None:
         return kernels.gated(gate.contiguous(), up.contiguous())
     return functional.silu(gate).mul_(up)
 
@@ -262,7 +257,7 @@ def _product_backward(
     gate: torch.Tensor, up: torch.Tensor, grad: torch.Tensor, again: bool
 ) -> tuple[torch.Tensor, torch.Tensor, Any]:
     """The gradients of gate and up, and the product `again` if it is wanted. `grad` is written over."""
-    if (kernels := _kernels(gate, up, grad)) is not None:
+    if (kernels := native.kernels_for(gate, up, grad)) is not None:
         return kernels.gated_backward(gate.contiguous(), up.contiguous(), grad, again)
     activated = functional.silu(gate)
     product = activated * up if again else None

@@ -49,4 +49,4 @@ def factor_gradient(inner_Tr: torch.Tensor, x_TI: torch.Tensor, rank: int) -> to
 
 
 def _kernels(x: torch.Tensor, width: int, out: int) -> Kernels | None:
-    return native.kernels() if native.fits(x) and width % LANES == 0 and out % LANES == 0 else None
+    return native.kernels_for(x) if width % LANES == 0 and out % LANES == 0 else None

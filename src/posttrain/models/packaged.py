@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import ConfigError, UserError
+from posttrain.folders import cache_root
 
 MANIFEST = "posttrain-package.json"
 """Written last into a cached model: the sha256 of every other file. Without it the directory is not used."""
@@ -67,12 +67,6 @@ def resolve(name: str) -> str:
     """The local directory of a packaged model, made on first use; any other name comes back unchanged."""
     model = PACKAGED.get(name.lower())
     return name if model is None else str(obtain(model))
-
-
-def cache_root() -> Path:
-    """`$POSTTRAIN_CACHE`, or the user's cache directory."""
-    own = os.environ.get("POSTTRAIN_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "posttrain"
 
 
 def obtain(model: PackagedModel) -> Path:

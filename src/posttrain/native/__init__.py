@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from posttrain.folders import cache_root
 from posttrain.native.build import NotBuilt, load
 from posttrain.native.kernels import Kernels
 
@@ -52,15 +53,18 @@ def _loaded() -> Kernels | None:
 
 
 def _cache() -> Path:
-    own = os.environ.get("POSTTRAIN_CACHE")
     try:
-        root = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "posttrain"
+        return cache_root() / "kernels"
     except RuntimeError as error:  # a user without a home
         raise NotBuilt(f"{error}; name a folder for them in POSTTRAIN_CACHE") from None
-    return root / "kernels"
 
 
 def fits(*tensors: torch.Tensor) -> bool:
     """Whether the kernels take these: bf16 on a CPU, numbers that lie in memory (a quantised or traced tensor says that
     it is bf16 too)."""
     return all(type(x) in PLAIN and x.device.type == "cpu" and x.dtype == torch.bfloat16 for x in tensors)
+
+
+def kernels_for(*tensors: torch.Tensor) -> Kernels | None:
+    """The kernels, if there are any and they take these."""
+    return kernels() if fits(*tensors) else None
