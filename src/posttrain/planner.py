@@ -17,10 +17,11 @@ from dataclasses import dataclass
 
 import torch
 
+from posttrain import native
 from posttrain.models.available import parse_size, total_memory
 from posttrain.models.footprint import Footprint, footprint
 from posttrain.models.forward import arbitrary_batch
-from posttrain.models.memory import PeakGrowth, memory_in_use, return_freed_pages
+from posttrain.models.memory import PeakGrowth, holes, memory_in_use, return_freed_pages
 from posttrain.models.recomputation import LEVELS
 from posttrain.session import Session
 from posttrain.shortage import size
@@ -33,8 +34,6 @@ EFFICIENT_TOKENS = 1024
 """Smaller micro-batches cost more time than recomputation does."""
 SHARE = 0.9
 """Of what is there, the rest being for what else may come."""
-HOLES = 1.5
-"""With freed pages kept, at most so much more is resident than is in use."""
 TOLERANCE = 1.15
 PROBE_TOKENS = 512
 
@@ -137,10 +136,13 @@ def probe(session: Session, needs: Footprint, lengths: Sequence[int]) -> float:
 
 
 def _levels(session: Session, recompute: str) -> tuple[str, ...]:
-    """Those to choose from, the quickest first."""
+    """Those to choose from, the quickest first. Beside the gradients of all weights, and with kernels, what "selective"
+    makes again takes no time that could be measured (docs/speed.md)."""
     if recompute != "auto" or session.recomputation == "full":
         return (session.recomputation,)
-    return LEVELS if session.can_recompute_layers else LEVELS[:2]
+    levels = LEVELS if session.can_recompute_layers else LEVELS[:2]
+    on_cpu = session.policy.device.type == "cpu"
+    return levels[1:] if on_cpu and session.precision.has_copies and native.kernels() is not None else levels
 
 
 def _roomy(
@@ -157,7 +159,7 @@ def _roomy(
     low, high = (
         _step(needs, tokens, work.longest, level, budget, tight=False) for tokens in (work.usual, work.largest)
     )
-    low, high = fixed + low, fixed + int(high * (HOLES if device.type == "cpu" else 1.0))
+    low, high = fixed + low, fixed + int(high * (holes() if device.type == "cpu" else 1.0))
     return Plan(budget, level, False, fixed, (low, high), *bounds)
 
 

@@ -42,7 +42,8 @@ class Session:
     @classmethod
     def open(cls, model: Any, args: TrainingArguments, critic: Critic | None = None) -> Session:
         """`critic` is opened and trained with it. Raises ConfigError where a model cannot be trained faithfully."""
-        keep_freed_pages()
+        if args.device.type == "cpu":
+            keep_freed_pages()
         together = torch.nn.ModuleDict({"policy": model, **({} if critic is None else critic.models)})
         together.to(args.device)
         adapter_parameters = set[torch.nn.Parameter]()

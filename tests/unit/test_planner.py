@@ -131,6 +131,7 @@ def test_less_memory_more_recomputation_smaller_pieces(
     monkeypatch.setattr("posttrain.planner.memory_in_use", lambda _: 1000)
     monkeypatch.setattr("posttrain.planner.total_memory", lambda _: 10**9)
     monkeypatch.setattr("posttrain.planner.return_freed_pages", lambda: None)
+    monkeypatch.setattr("posttrain.planner.holes", lambda: 1.5)
     monkeypatch.setattr("posttrain.planner.probe", lambda *_: 1.0)
     opened, work = session(tmp_path), Workload(usual=3000, largest=4000, longest=100)
     seen = []
@@ -156,6 +157,7 @@ def test_layers_are_made_again_only_where_a_value_model_has_such_too(
     monkeypatch.setattr("posttrain.planner.memory_in_use", lambda _: 1000)
     monkeypatch.setattr("posttrain.planner.total_memory", lambda _: 10**9)
     monkeypatch.setattr("posttrain.planner.return_freed_pages", lambda: None)
+    monkeypatch.setattr("posttrain.planner.holes", lambda: 1.5)
     monkeypatch.setattr("posttrain.planner.probe", lambda *_: 1.0)
     valued = as_classifier(tiny_model("llama", seed=1))
     for has_such, wanted in ((True, "full"), (False, "selective")):
@@ -176,6 +178,7 @@ def test_a_model_that_keeps_more_is_planned_with_what_the_probe_found(
     monkeypatch.setattr("posttrain.planner.memory_in_use", lambda _: 1000)
     monkeypatch.setattr("posttrain.planner.total_memory", lambda _: 10**9)
     monkeypatch.setattr("posttrain.planner.return_freed_pages", lambda: None)
+    monkeypatch.setattr("posttrain.planner.holes", lambda: 1.5)
     monkeypatch.setattr("posttrain.planner.probe", lambda *_: 2.0)
     opened = session(tmp_path)
     work = Workload(usual=3000, largest=4000, longest=100)

@@ -1,9 +1,10 @@
 """Memory: keep what was freed, give it back when it is short, and say how much was used.
 
 On Linux, glibc gives large blocks back to the kernel as soon as they are freed and asks for fresh, zeroed pages at the
-next step; on a CPU that costs more than some of the arithmetic. `keep_freed_pages` tells it not to. The price is holes:
-a third to a half more is resident than is in use. Where memory is short, `return_freed_pages` has it the other way
-round.
+next step; on a CPU that costs more than some of the arithmetic. `keep_freed_pages` has torch's large tensors made in an
+arena of their own, which keeps pages and leaves next to no holes (native/arena.py). Where there is none it tells glibc
+to keep them; the price is holes: a third to a half more is resident than is in use. Where memory is short,
+`return_freed_pages` has it the other way round.
 """
 
 from __future__ import annotations
@@ -17,13 +18,18 @@ import threading
 import psutil
 import torch
 
+from posttrain.native.arena import arena
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # malloc.h
 LARGE = 2**19
 """Blocks that are given back one by one where memory is short."""
 
 
 def keep_freed_pages() -> bool:
-    """Ask glibc to serve large blocks from memory it already has. True where it agreed."""
+    """Have large tensors made in memory that is there already. True where that is so now."""
+    if (own := arena()) is not None:
+        own.keep(True)
+        return True
     libc = _glibc()
     if libc is None:
         return False
@@ -31,8 +37,15 @@ def keep_freed_pages() -> bool:
     return bool(never_trim) and bool(libc.mallopt(_M_MMAP_MAX, 0))
 
 
+def holes() -> float:
+    """With freed pages kept, at most so many times as much is resident as is in use."""
+    return 1.5 if arena() is None else 1.1
+
+
 def return_freed_pages() -> None:
-    """Ask glibc to give every large block back as soon as it is freed, so that no more is resident than is in use."""
+    """Have every large block given back as soon as it is freed, so that no more is resident than is in use."""
+    if (own := arena()) is not None:
+        own.keep(False)
     libc = _glibc()
     if libc is not None:
         libc.mallopt(_M_MMAP_THRESHOLD, LARGE)
@@ -46,6 +59,8 @@ def give_back_freed_memory() -> None:
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+    if (own := arena()) is not None:
+        own.give_back()
     libc = _glibc()
     if libc is not None:
         libc.malloc_trim(0)

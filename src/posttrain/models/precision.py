@@ -121,6 +121,11 @@ class MixedPrecision:
             else:  # it was let go
                 master.compute.data = master.parameter.data.to(self.compute_dtype)
 
+    @property
+    def has_copies(self) -> bool:
+        """Whether something is trained that does not compute in fp32."""
+        return any(held.compute is not held.parameter for held in self._masters)
+
     def masters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and fp32 masters of the trained parameters that are not adapters."""
         return ((master.name, master.parameter) for master in self._masters)

@@ -1,5 +1,5 @@
 """What torch takes a dozen passes over memory for on a CPU, in one: kernels in C++ for norms, SwiGLU, rotary
-embeddings, attention and decoding, in bf16.
+embeddings, attention and decoding, in bf16; and an allocator that keeps a CPU's large tensors together (arena.py).
 
 They are a faster way to the same numbers and nothing needs them: without a compiler, on another processor, in another
 dtype, torch's own operations do the same, and the twins are compared in tests. `POSTTRAIN_NATIVE=0` leaves them out.
@@ -46,13 +46,14 @@ def _loaded() -> Kernels | None:
     if os.environ.get("POSTTRAIN_NATIVE") == "0":
         return None
     try:
-        return Kernels(load(_cache()))
+        return Kernels(load(cache()))
     except NotBuilt as reason:
         logger.info("kernels  none, torch's own operations instead: %s", reason)
         return None
 
 
-def _cache() -> Path:
+def cache() -> Path:
+    """Where compiled libraries are kept. Raises NotBuilt."""
     try:
         return cache_root() / "kernels"
     except RuntimeError as error:  # a user without a home

@@ -1,8 +1,8 @@
-"""The kernels of `source/`, compiled once on the machine that runs them and kept in posttrain's cache.
+"""The libraries of `source/`, compiled once on the machine that runs them and kept in posttrain's cache.
 
 Any C++ compiler will do (`$CXX`, `c++`, `g++`, `clang++`); a compilation takes seconds. What was compiled is named by
 its sources, flags and compiler, so that a new version of either is compiled anew, and it is put in place whole. The
-OpenMP library is the one that torch has loaded already: a second one would fight the first for the cores.
+kernels' OpenMP library is the one that torch has loaded already: a second one would fight the first for the cores.
 """
 
 from __future__ import annotations
@@ -24,22 +24,37 @@ FLAGS = (
     "-std=c++17", "-O3", "-fPIC", "-shared", "-fno-strict-aliasing", "-fno-math-errno",
     "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma", "-mbmi2",
 )  # fmt: skip
+ARENA_FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared")  # torch's headers are C++20
 NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "fma", "bmi2"}
 """What the processor must be able to do, as Linux spells it."""
 DEADLINE = 300.0
 
 
 class NotBuilt(Exception):
-    """Why there are no kernels here."""
+    """Why there is no such library here."""
 
 
 def load(cache: Path) -> ctypes.CDLL:
-    """The library, compiled if it is not in `cache` yet. Raises NotBuilt."""
+    """The kernels, compiled if they are not in `cache` yet. Raises NotBuilt."""
     _check_processor()
     openmp = _openmp()
-    target = _built(cache)
+    return _loaded(_built(cache, "kernels", SOURCE, FLAGS), openmp)
+
+
+def load_arena(cache: Path) -> ctypes.CDLL:
+    """The allocator of source/host, likewise. It is made for one version of torch, whose headers it needs."""
+    if platform.system() != "Linux":
+        raise NotBuilt(f"it is for Linux, this is {platform.system()}")
+    home = Path(torch.__file__).parent
+    flags = (*ARENA_FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
+    included = f"-I{home / 'include'}"
+    target = _built(cache, "arena", SOURCE / "host", (*flags, included), (*flags, torch.__version__))
+    return _loaded(target, str(home / "lib" / "libc10.so"))
+
+
+def _loaded(target: Path, needed: str) -> ctypes.CDLL:
     try:
-        ctypes.CDLL(openmp, ctypes.RTLD_GLOBAL)  # what it offers is found by the library that is loaded next
+        ctypes.CDLL(needed, ctypes.RTLD_GLOBAL)  # what it offers is found by the library that is loaded next
         return ctypes.CDLL(str(target))
     except OSError as error:
         raise NotBuilt(f"{target} cannot be loaded, delete it to compile it anew: {error}") from None
@@ -87,23 +102,25 @@ def _compiler() -> list[str]:
     raise NotBuilt(f"there is no C++ compiler ({', '.join(wanted)})")
 
 
-def _built(cache: Path) -> Path:
+def _built(cache: Path, name: str, folder: Path, flags: tuple[str, ...], known_by: tuple[str, ...] = ()) -> Path:
+    """`known_by` stands for the flags in the name, where they hold paths of this machine."""
     compiler = _compiler()
-    sources = sorted([*SOURCE.glob("*.cpp"), *SOURCE.glob("*.h")])
+    sources = sorted([*folder.glob("*.cpp"), *folder.glob("*.h")])
     if not sources:
-        raise NotBuilt(f"{SOURCE} has no sources: the package is not whole")
+        raise NotBuilt(f"{folder} has no sources: the package is not whole")
     key = hashlib.sha256()
-    for part in (*FLAGS, _run([*compiler, "--version"]), *(path.read_text("utf-8") for path in sources)):
+    texts = (path.read_text("utf-8") for path in sources)
+    for part in (*(known_by or flags), _run([*compiler, "--version"]), *texts):
         key.update(part.encode() + b"\0")
-    target = cache / f"kernels-{key.hexdigest()[:16]}.so"
+    target = cache / f"{name}-{key.hexdigest()[:16]}.so"
     if target.exists():
         return target
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            made = Path(folder) / target.name
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            made = Path(scratch) / target.name
             files = [str(path) for path in sources if path.suffix == ".cpp"]
-            _run([*compiler, *FLAGS, "-o", str(made), *files])
+            _run([*compiler, *flags, "-o", str(made), *files])
             made.replace(target)
     except OSError as error:
         raise NotBuilt(f"{cache} cannot be written: {error}") from None
