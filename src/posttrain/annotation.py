@@ -14,7 +14,8 @@ from transformers import TrainingArguments
 from posttrain.data.planning import Packing
 from posttrain.errors import ConfigError
 from posttrain.objectives.base import Objective
-from posttrain.reference import Reference, ReferenceModel, precompute
+from posttrain.reference import Reference, ReferenceModel
+from posttrain.reference_ahead import precompute
 from posttrain.session import Session
 from posttrain.types import Batch, Sample
 

@@ -1,9 +1,8 @@
 """The reference model's log-probabilities: where they come from, and keeping them.
 
 Without a model of its own the reference is the starting model: the same model with a fresh adapter off, or with the
-trained weights put back for the length of a forward pass (`Held`). Log-probabilities may be computed once before the
-first step (`precompute`) and are then kept on disk under a hash of everything that they depend on, so that later epochs
-and later runs cost no reference pass, and none is ever taken from another model, other data or other settings.
+trained weights put back for the length of a forward pass (`Held`). It may be asked once, before the first step
+(reference_ahead.py).
 """
 
 from __future__ import annotations
@@ -11,36 +10,26 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from itertools import islice
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import transformers
 from peft import PeftModel
-from safetensors import SafetensorError
 from safetensors import torch as tensor_files
-from safetensors.numpy import load_file
 from torch import nn
 
-from posttrain.data.arrays import write_arrays
-from posttrain.data.fingerprint import fingerprint
-from posttrain.data.planning import Packing, plan
-from posttrain.errors import CheckpointError, Interrupted
+from posttrain.errors import CheckpointError
 from posttrain.models.forward import Policy
+from posttrain.reference_ahead import weights_hash
 from posttrain.session import Session
-from posttrain.types import Batch, Needs, Sample, Tokenized
+from posttrain.types import Batch, Needs
 
 logger = logging.getLogger("posttrain")
 MOVED = "reference.safetensors"
-CHUNK = 64
-"""Samples that are laid out together when log-probabilities are computed ahead."""
 
 
 class Reference(Protocol):
@@ -232,118 +221,3 @@ class Held:
             parameter.data = held.to(present.dtype)
             self._pairs[index] = (parameter, present)
         publish()
-
-
-# --- ahead of training ------------------------------------------------------------------------------------------------
-
-
-def precompute(
-    samples: Sequence[Sample],
-    reference: Reference,
-    device: torch.device,
-    token_budget: int,
-    packing: Packing,
-    folder: Path | None,
-    depends_on: dict[str, Any],
-    name: str,
-    stopped: Callable[[], str | None] = lambda: None,
-) -> list[Sample]:
-    """`samples` with a column `ref_logp`: an array for each branch. From `folder` where they were computed before with
-    all of `depends_on` the same."""
-    key = cache_key(samples, depends_on)
-    values = _read(folder / f"{key}.safetensors", samples) if folder is not None else None
-    if values is not None:
-        logger.info("reference log-probabilities of %s taken from %s", name, folder)
-        return _with_column(samples, values)
-    values = np.concatenate(list(_computed(samples, reference, device, token_budget, packing, name, stopped)))
-    if folder is not None:
-        _write(folder / f"{key}.safetensors", values)
-    return _with_column(samples, values)
-
-
-def cache_key(samples: Sequence[Sample], depends_on: dict[str, Any]) -> str:
-    parts = {**depends_on, "tokens": fingerprint(samples), "version": 1}
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def weights_hash(model: nn.Module, adapters: Sequence[str] = ()) -> str:
-    """Of every parameter and buffer, by name; of adapters only those named."""
-    digest = hashlib.sha256()
-    others = re.compile(r"\.lora_|\.modules_to_save\.|_magnitude_vector")
-    for name, tensor in sorted((*model.named_parameters(), *model.named_buffers())):
-        if others.search(name) and not any(f".{adapter}" in name for adapter in adapters):
-            continue
-        digest.update(f"{name.replace('.base_layer', '')} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().to("cpu").contiguous().flatten()
-        digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
-    return digest.hexdigest()
-
-
-def _computed(
-    samples: Sequence[Sample],
-    reference: Reference,
-    device: torch.device,
-    budget: int,
-    packing: Packing,
-    name: str,
-    stopped: Callable[[], str | None],
-) -> Iterator[np.ndarray]:
-    """Log-probabilities in the samples' own order, whatever batches they were computed in."""
-    from tqdm import tqdm
-
-    packing = replace(packing, group_size=None, columns=())
-    with tqdm(desc=f"reference ({name})", total=len(samples), unit=" rows", delay=2, leave=False, disable=None,
-              file=sys.stderr) as bar:  # fmt: skip
-        rest = iter(samples)
-        while chunk := list(islice(rest, CHUNK)):
-            of_sample: dict[int, list[np.ndarray]] = {}
-            for batch in plan(chunk, budget, packing):
-                if signal := stopped():
-                    raise Interrupted(f"Interrupted by {signal} before the first step; nothing to save.", None)
-                logp_R = reference(batch.to(device)).float().cpu().numpy()
-                for sequence, sample in enumerate(batch.sample_S):
-                    of_sample.setdefault(sample, []).append(logp_R[batch.sequence_R.numpy() == sequence])
-            yield from (part for index in range(len(chunk)) for part in of_sample[index])
-            bar.update(len(chunk))
-
-
-def _counts(part: Tokenized) -> list[int]:
-    """Rows of each branch: supervised tokens that something comes before."""
-    alone = not len(part.prefix)
-    return [int(branch.supervised[1:].sum() if alone else branch.supervised.sum()) for branch in part.branches]
-
-
-def _with_column(samples: Sequence[Sample], values: np.ndarray) -> list[Sample]:
-    made, at = [], 0
-    for sample in samples:
-        parts = []
-        for part in sample:
-            arrays = []
-            for count in _counts(part):
-                arrays.append(values[at : at + count])
-                at += count
-            parts.append(replace(part, columns={**part.columns, "ref_logp": arrays}))
-        made.append(tuple(parts))
-    return made
-
-
-def _read(path: Path, samples: Sequence[Sample]) -> np.ndarray | None:
-    if not path.is_file():
-        return None
-    wanted = sum(sum(_counts(part)) for sample in samples for part in sample)
-    try:
-        values = load_file(path)["logp"]
-        if values.dtype != np.float32 or values.shape != (wanted,) or not np.isfinite(values).all():
-            raise ValueError(f"{values.shape} {values.dtype}, wanted {wanted} finite numbers")
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        logger.warning("%s is damaged (%s); the reference is computed anew", path, error)
-        return None
-    return values
-
-
-def _write(path: Path, values: np.ndarray) -> None:
-    """A disk that will not have it is no reason to stop, and is said."""
-    try:
-        write_arrays(path, {"logp": values})
-    except OSError as error:
-        logger.warning("reference log-probabilities are not kept in %s: %s", path.parent, error.strerror or error)

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig
 
 from posttrain import DPOConfig, DPOTrainer
-from posttrain.reference import cache_key
+from posttrain.reference_ahead import cache_key
 from posttrain.trainers.base import PackedTrainer
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import chatml_tokenizer

@@ -76,11 +76,11 @@ def test_another_active_adapter_is_another_reference(tmp_path: Path) -> None:
 
 def test_an_adapter_that_is_not_asked_is_no_part_of_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a fresh adapter the reference is the base: other random numbers in the adapter ask nothing anew."""
-    from posttrain import reference
+    from posttrain import reference_ahead
 
     asked: list[int] = []
-    original = reference._computed
-    monkeypatch.setattr(reference, "_computed", lambda samples, *rest: asked.append(1) or original(samples, *rest))
+    original = reference_ahead._computed
+    monkeypatch.setattr(reference_ahead, "_computed", lambda chunks, *rest: asked.append(1) or original(chunks, *rest))
     for seed in (1, 2):
         trainer(tmp_path, peft=lora(), precompute_ref_log_probs=True, seed=seed).train()
     assert asked == [1]
@@ -110,17 +110,56 @@ def test_where_the_starting_weights_are_gone_that_is_said(tmp_path: Path) -> Non
 
 
 def test_a_signal_while_the_reference_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from posttrain import reference
+    from posttrain import reference_ahead
 
-    original = reference.plan
+    original = reference_ahead.plan
 
     def signalled(*given: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         return original(*given)
 
-    monkeypatch.setattr(reference, "plan", signalled)
+    monkeypatch.setattr(reference_ahead, "plan", signalled)
     with pytest.raises(Interrupted, match="before the first step"):
         trainer(tmp_path, precompute_ref_log_probs=True).train()
+
+
+@pytest.mark.parametrize("ends_by", ["a signal", "being killed"])
+def test_what_was_asked_is_not_asked_again(ends_by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of two rows; the run ends in the third. What there was of it is kept when it ends, or every minute."""
+    from posttrain import reference_ahead
+
+    monkeypatch.setattr(reference_ahead, "CHUNK", 2)
+    trainer(tmp_path / "a", precompute_ref_log_probs=True).train()
+    folder = tmp_path / "cache" / "reference"
+    (whole,) = folder.iterdir()
+    kept = whole.rename(tmp_path / whole.name).read_bytes()
+    original, laid_out = reference_ahead.plan, []
+
+    def counted(chunk: Any, *rest: Any) -> Any:
+        laid_out.append(chunk)
+        if len(laid_out) == 3 and ends_by == "a signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif len(laid_out) == 3:
+            monkeypatch.setattr(reference_ahead, "_write", lambda *_: None)  # nothing is written any more
+            raise KeyboardInterrupt
+        return original(chunk, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reference_ahead, "plan", counted)
+        patch.setattr(reference_ahead, "KEEP_EVERY", 0.0 if ends_by == "being killed" else 3600.0)
+        with pytest.raises((Interrupted, KeyboardInterrupt)):
+            trainer(tmp_path / "b", precompute_ref_log_probs=True).train()
+    monkeypatch.undo()
+    monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(reference_ahead, "CHUNK", 2)
+    (beginning,) = folder.iterdir()
+    assert beginning.name == whole.name.replace(".safetensors", ".beginning.safetensors")
+    laid_out.clear()
+    monkeypatch.setattr(reference_ahead, "plan", lambda chunk, *rest: laid_out.append(chunk) or original(chunk, *rest))
+    trainer(tmp_path / "c", precompute_ref_log_probs=True).train()
+    assert len(laid_out) == (len(ROWS) + 1) // 2 - 2
+    assert [path.name for path in folder.iterdir()] == [whole.name]
+    assert whole.read_bytes() == kept
 
 
 def on_a_full_disk(write: Any) -> Any:
@@ -141,13 +180,13 @@ def on_a_full_disk(write: Any) -> Any:
 def test_a_disk_that_is_full_costs_the_cache_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from posttrain import reference
+    from posttrain import reference_ahead
 
     whole = trainer(tmp_path / "a", precompute_ref_log_probs=True)
     whole.train()
     (kept,) = (tmp_path / "cache" / "reference").iterdir()
     kept.unlink()
-    monkeypatch.setattr(reference, "write_arrays", on_a_full_disk(reference.write_arrays))
+    monkeypatch.setattr(reference_ahead, "write_arrays", on_a_full_disk(reference_ahead.write_arrays))
     again = trainer(tmp_path / "b", precompute_ref_log_probs=True)
     again.train()
     assert "reference log-probabilities are not kept" in caplog.text

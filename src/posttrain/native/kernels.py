@@ -30,6 +30,7 @@ _SIGNATURES = {
     "head": (_POINTER,) * 8 + (_LONG, _LONG, _FLOAT),
     "linear": (_POINTER,) * 7 + (_LONG,) * 4,
     "decode": (_POINTER, _POINTER, _LONG) + (_POINTER,) * 4 + (_LONG,) * 6 + (_FLOAT,),
+    "draw": (_POINTER,) * 4 + (_LONG, _LONG, _FLOAT),
     "attention": (_POINTER,) * 7 + (_LONG,) * 5 + (_FLOAT,),
     "attention_backward": (_POINTER,) * 10 + (_LONG,) * 5 + (_FLOAT,),
 }
@@ -240,6 +241,20 @@ class Kernels:
             x_BD.data_ptr(), ctypes.byref(layers), len(layers), turns[0].data_ptr(), turns[1].data_ptr(),
             pages_BN.data_ptr(), counts_BN.data_ptr(), *x_BD.shape, pages_BN.shape[1], *sizes, scale,
         )  # fmt: skip
+
+    def draw(
+        self, logits_BV: torch.Tensor, number_B: torch.Tensor, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The token that each number in [0, 1) falls on, and its log-probability in fp32."""
+        _check(number_B.shape == logits_BV.shape[:1], f"{len(number_B)} numbers for {len(logits_BV)} rows")
+        logits_BV, number_B = logits_BV.contiguous(), number_B.double().contiguous()
+        token_B = torch.empty(len(logits_BV), dtype=torch.int64)
+        logp_B = torch.empty(len(logits_BV), dtype=torch.float32)
+        self._call["draw"](
+            logits_BV.data_ptr(), number_B.data_ptr(), token_B.data_ptr(), logp_B.data_ptr(), *logits_BV.shape,
+            temperature,
+        )  # fmt: skip
+        return token_B, logp_B
 
 
 def _check(is_right: bool, seen: str) -> None:

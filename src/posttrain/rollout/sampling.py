@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from posttrain import native
 from posttrain.errors import ConfigError
 
 BLOCK = 256
@@ -83,6 +84,8 @@ def choose(
     not, and the token means nothing. `said` are the tokens of each row so far, for the
     repetition penalty (arXiv 1909.05858, equation 8)."""
     if sampling.temperature and not sampling.narrows and sampling.repetition_penalty == 1.0:
+        if (kernels := native.kernels_for(logits_BV)) is not None:
+            return kernels.draw(logits_BV, number_B, sampling.temperature)
         scaled_BV = logits_BV if sampling.temperature == 1.0 else logits_BV.float() / sampling.temperature
         p_BV = scaled_BV.softmax(-1, dtype=torch.float32)
         token_B = draw(p_BV, number_B)

@@ -35,8 +35,6 @@ struct Shape {
 
 thread_local Scratch scratch;
 
-const uint32_t* pairs_of(const bf16* p) { return reinterpret_cast<const uint32_t*>(p); }
-
 // Keys or values that a segment sees, packed across or down; places up to `room` are zeros.
 void gather_across(const View& x, const Segment& s, long head, long size, uint32_t* out, long room) {
     const long seen = s.parent_length + s.length;

@@ -53,8 +53,6 @@ inline void strip(long rows, const uint32_t* x, long ld, const uint32_t* w, long
     if constexpr (R > 1) strip<R - 1>(rows, x, ld, w, pairs, sums);
 }
 
-const uint32_t* pairs_of(const bf16* p) { return reinterpret_cast<const uint32_t*>(p); }
-
 // y (rows, out) = x W' + bias + inner B' + plus, in fp32 until it is rounded; `plus` may be y.
 void outputs(const Product& p, const bf16* x, const bf16* inner, const bf16* plus, bf16* y, long rows) {
     in_shares(up(p.out, LANES) / LANES, [&](long begin, long end, long) {

@@ -12,8 +12,6 @@ constexpr long ROWS = 48, COLUMNS = 256;
 thread_local Scratch scratch;  // of a thread's block
 thread_local Scratch whole;    // of a call
 
-const uint32_t* pairs_of(const bf16* p) { return reinterpret_cast<const uint32_t*>(p); }
-
 // inner = x left, rounded; y += inner right. `left` (in / 2, rank) and `right` (rank / 2, out) are packed.
 void both(const bf16* x, const uint32_t* left, const uint32_t* right, bf16* inner, bf16* y, long rows, long in, long rank,
           long out) {

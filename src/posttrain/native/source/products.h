@@ -8,6 +8,8 @@
 
 #include "common.h"
 
+inline const uint32_t* pairs_of(const bf16* p) { return reinterpret_cast<const uint32_t*>(p); }
+
 template <int R, int C, bool ADD>
 inline void tile(const uint32_t* a, long rows, long pairs, const uint32_t* b, long ldb, float* c, long ldc, long count) {
     __m512 sum[R][C];
