@@ -61,7 +61,7 @@ def test_neither_threads_nor_neighbours_matter() -> None:
 @pytest.mark.parametrize("place", [0, 300, 699])
 def test_what_is_no_finite_number_shows_in_its_row(bad: float, place: int) -> None:
     logits = random(3, 700)
-    whole, of_it = kernels_or_skip().draw(logits, torch.tensor([0.1, 0.5, 0.9]), 1.0)
+    whole, _ = kernels_or_skip().draw(logits, torch.tensor([0.1, 0.5, 0.9]), 1.0)
     logits[1, place] = bad
     token, logp = kernels_or_skip().draw(logits, torch.tensor([0.1, 0.5, 0.9]), 1.0)
     assert logp.isfinite().tolist() == [True, False, True]
