@@ -28,7 +28,7 @@ def main() -> None:
     import torch
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
     torch.set_num_threads(options.threads)
 
@@ -53,6 +53,10 @@ def main() -> None:
     task = "SEQ_CLS" if options.method == "reward" else "CAUSAL_LM"
     clock = Clock()
     given: dict[str, Any] = {"model": options.model}
+    if options.method == "reward":  # whose head is made of random numbers, which each library would draw in its own way
+        torch.manual_seed(0)
+        made = AutoModelForSequenceClassification.from_pretrained(options.model, num_labels=1, dtype=torch.float32)
+        given["model"] = made
     if options.method in ("orpo", "reward"):
         given["processing_class"] = AutoTokenizer.from_pretrained(options.model)
     trainer = getattr(library, f"{NAMES[options.method]}Trainer")(

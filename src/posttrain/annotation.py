@@ -67,12 +67,14 @@ class Annotation:
         assert reference is not None
         ask, depends_on = reference.ask(session), reference.depends_on(session)
         device, packing = session.policy.device, self.packing(session)
-        said = [
-            precompute(samples, ask, device, token_budget, packing, reference.folder, depends_on, name, stopped)
-            for name, samples in sets
-        ]
+        try:
+            said = [
+                precompute(samples, ask, device, token_budget, packing, reference.folder, depends_on, name, stopped)
+                for name, samples in sets
+            ]
+        finally:
+            reference.close()
         self.columns = (*self.columns, SAID_AHEAD)
-        reference.close()
         return said
 
     def complete(self, session: Session, samples: Sequence[Sample], name: str, token_budget: int) -> Sequence[Sample]:

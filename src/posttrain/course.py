@@ -32,8 +32,7 @@ class Rollouts(Protocol):
         """A `RolloutSource`."""
         ...
 
-    @property
-    def workload(self) -> Workload: ...
+    def workload(self, session: Session) -> Workload: ...
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a resumed run to be the same run."""

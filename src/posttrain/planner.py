@@ -40,11 +40,12 @@ PROBE_TOKENS = 512
 
 @dataclass(frozen=True)
 class Workload:
-    """Tokens of an ordinary step, of the largest one, and of the longest sequence."""
+    """Tokens of an ordinary step, of the largest one, and of the longest sequence; and bytes that sampling takes."""
 
     usual: int
     largest: int
     longest: int
+    beside: int = 0
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def _roomy(
     more: int = 0,
 ) -> Plan:
     """`more` bytes are spent on speed."""
-    fixed = memory_in_use(device) + needs.optimizer + more
+    fixed = memory_in_use(device) + needs.optimizer + work.beside + more
     low, high = (
         _step(needs, tokens, work.longest, level, budget, tight=False) for tokens in (work.usual, work.largest)
     )
@@ -172,7 +173,7 @@ def _tight(
     bounds: tuple[int, int],
 ) -> Plan:
     """Levels with micro-batches of an efficient size first; then the highest with ever smaller ones."""
-    fixed = memory_in_use(device) + needs.optimizer
+    fixed = memory_in_use(device) + needs.optimizer + work.beside
     most = min(asked or default_token_budget(device), max(work.largest, 1))
     least = min(most, max(work.longest, 1))
     wanted = [(level, budget) for level in levels for budget in _halves(most, min(most, max(least, EFFICIENT_TOKENS)))]

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import transformers
 from peft import PeftModel
 from safetensors import torch as tensor_files
 from torch import nn
 
+from posttrain import native
 from posttrain.errors import CheckpointError
 from posttrain.models.forward import Policy
-from posttrain.reference_ahead import weights_hash
+from posttrain.reference_ahead import versions, weights_hash
 from posttrain.session import Session
 from posttrain.types import Batch, Needs
 
@@ -119,10 +119,10 @@ class ReferenceModel:
             active = [self.adapter] if self.adapter else list(model.active_adapters)
         self._about = {
             "weights": weights_hash(base, active),
-            "model": [type(base).__name__, base.config.to_json_string()],
-            "adapters": {name: str(configs[name].to_dict()) for name in active if name in configs},
+            "model": [type(base).__name__, _settings(base.config)],
+            "adapters": {name: _settings(configs[name]) for name in active if name in configs},
             "dtype": str(session.precision.compute_dtype),
-            "code": [torch.__version__, transformers.__version__],
+            "code": [*versions(), session.policy.device.type, native.kernels() is not None],
         }
         return self._about
 
@@ -171,6 +171,15 @@ class ReferenceModel:
         if self._own is not None:
             self._own.close()
             self._own = None
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """Of a model or an adapter, the same in every process: sets have no order, and text shows them in any."""
+    return {
+        name: sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)
+        for name, value in sorted(config.to_dict().items())
+        if name != "transformers_version"
+    }
 
 
 def is_fresh_adapter(model: Any) -> bool:

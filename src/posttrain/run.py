@@ -165,7 +165,7 @@ class Run:
         """Decide what is made again in the backward pass, and the token budget, which is returned."""
         args = self.args
         rollouts = self.rollouts
-        work = workload_of(self.train_samples, args, self._budget()) if rollouts is None else rollouts.workload
+        work = workload_of(self.train_samples, args, self._budget()) if rollouts is None else rollouts.workload(session)
         return make_plan(
             session,
             work,

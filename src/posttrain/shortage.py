@@ -7,9 +7,16 @@ worth knowing is read off it at once and the error is dropped.
 
 from __future__ import annotations
 
+import logging
 import re
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from posttrain.errors import OutOfMemoryError
+from posttrain.types import Batch
+
+logger = logging.getLogger("posttrain")
 
 GIB = 2**30
 RETRY_CODE = "E-OOM-0003"
@@ -66,3 +73,16 @@ def _wanted(message: str) -> int | None:
 def size(num_bytes: float) -> str:
     """`2.1 GiB`, or `310 MiB` where a tenth of a GiB would say little."""
     return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:.0f} MiB"
+
+
+def smaller_budget(budget: int, micro: Sequence[Batch], shortage: Shortage) -> int:
+    """Half the token budget. Raises OutOfMemoryError where sequences are alone already."""
+    largest = max(micro, key=lambda batch: batch.num_tokens)
+    if not any(batch.can_be_cut for batch in micro):
+        raise OutOfMemoryError(
+            f"{shortage}: a single sequence of {largest.num_tokens} tokens ({largest.origins_S[0]}) does not fit",
+            hint="lower max_length, or leave such rows out",
+        )
+    smaller = max(1, min(budget, largest.num_tokens) // 2)
+    logger.warning("%s %s. Retried with micro-batches of %d tokens (same numbers).", RETRY_CODE, shortage, smaller)
+    return smaller

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +155,7 @@ def test_what_was_asked_is_not_asked_again(ends_by: str, tmp_path: Path, monkeyp
     monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(reference_ahead, "CHUNK", 2)
     (beginning,) = folder.iterdir()
-    assert beginning.name == whole.name.replace(".safetensors", ".beginning.safetensors")
+    assert beginning.name.endswith(".beginning.safetensors")
     laid_out.clear()
     monkeypatch.setattr(reference_ahead, "plan", lambda chunk, *rest: laid_out.append(chunk) or original(chunk, *rest))
     trainer(tmp_path / "c", precompute_ref_log_probs=True).train()
@@ -192,6 +194,96 @@ def test_a_disk_that_is_full_costs_the_cache_alone(
     assert "reference log-probabilities are not kept" in caplog.text
     assert list((tmp_path / "cache" / "reference").iterdir()) == []
     assert first(again, "loss") == first(whole, "loss")
+
+
+def test_a_disk_that_has_no_room_for_the_whole_keeps_the_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from posttrain import reference_ahead
+
+    monkeypatch.setattr(reference_ahead, "CHUNK", 2)
+    monkeypatch.setattr(reference_ahead, "KEEP_EVERY", 0.0)
+    write = reference_ahead.write_arrays
+
+    def full(path: Path, *rest: Any) -> None:
+        if ".beginning." not in path.name:
+            raise OSError(28, "No space left on device")
+        write(path, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reference_ahead, "write_arrays", full)
+        trainer(tmp_path / "a", precompute_ref_log_probs=True).train()
+    assert "are not kept" in caplog.text
+    (beginning,) = (tmp_path / "cache" / "reference").iterdir()
+    monkeypatch.setattr(reference_ahead, "_of_chunk", lambda *_: pytest.fail("it was asked again"))
+    trainer(tmp_path / "b", precompute_ref_log_probs=True).train()
+    assert not beginning.exists()
+
+
+@pytest.mark.parametrize("damage", ["a bit", "the end"])
+def test_numbers_that_are_not_those_that_were_written(
+    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = trainer(tmp_path / "a", precompute_ref_log_probs=True)
+    whole.train()
+    (kept,) = (tmp_path / "cache" / "reference").iterdir()
+    content = bytearray(kept.read_bytes())
+    content[-3] ^= 1
+    kept.write_bytes(content if damage == "a bit" else content[:-3])
+    again = trainer(tmp_path / "b", precompute_ref_log_probs=True)
+    again.train()
+    assert "is damaged" in caplog.text
+    assert first(again, "loss") == first(whole, "loss")
+
+
+def test_memory_that_does_not_suffice_for_asking(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from posttrain import reference_ahead
+
+    whole = trainer(tmp_path / "a", precompute_ref_log_probs=True, dataset_cache=False)
+    whole.train()
+    original, asked = reference_ahead._of_chunk, []
+
+    def short(batches: Any, *rest: Any) -> Any:
+        asked.append(max(batch.num_tokens for batch in batches))
+        if asked[-1] > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return original(batches, *rest)
+
+    monkeypatch.setattr(reference_ahead, "_of_chunk", short)
+    again = trainer(tmp_path / "b", precompute_ref_log_probs=True, dataset_cache=False)
+    again.train()
+    assert "asking the reference: wanted 2.0 GiB" in caplog.text
+    assert asked[0] > 100 >= asked[-1]
+    assert first(again, "loss") == pytest.approx(first(whole, "loss"), rel=1e-5)
+
+
+def test_settings_of_an_adapter_are_the_same_in_every_process() -> None:
+    code = (
+        "import json; from peft import LoraConfig; from posttrain.reference import _settings; "
+        "print(json.dumps(_settings(LoraConfig(target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj', 'up_proj']))))"
+    )
+    said = {
+        subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, check=True,
+                       capture_output=True, text=True).stdout
+        for seed in ("1", "2", "3")
+    }  # fmt: skip
+    assert len(said) == 1
+
+
+def test_asked_ahead_where_that_saves_something(tmp_path: Path) -> None:
+    def is_ahead(**options: Any) -> bool:
+        reference = trainer(tmp_path, rows=ROWS * 8, **options).run.reference
+        assert reference is not None
+        return reference.precompute
+
+    assert is_ahead(peft=lora(), max_steps=40)  # of 16 an epoch
+    assert not is_ahead(peft=lora(), max_steps=3)
+    assert is_ahead(peft=lora(), max_steps=-1, num_train_epochs=2)
+    assert not is_ahead(peft=lora(), max_steps=-1, num_train_epochs=1)
+    assert is_ahead(max_steps=16)  # instead of a copy of all weights
+    assert not is_ahead(max_steps=3)
 
 
 def test_killed_while_the_cache_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "shortage",
     ),
     ("rollout",),
-    ("snapshot", "checkpoint", "locks", "meter", "session", "backoff", "evaluate"),
+    ("snapshot", "checkpoint", "locks", "meter", "session", "backoff", "evaluate", "reference_ahead"),
     ("reference", "planner"),
     ("loop", "identity", "course", "annotation", "gauges"),
     ("run", "export"),

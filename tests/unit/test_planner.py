@@ -188,6 +188,24 @@ def test_a_model_that_keeps_more_is_planned_with_what_the_probe_found(
     opened.close()
 
 
+def test_what_sampling_takes_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("posttrain.planner.footprint", lambda *_: NEEDS)
+    monkeypatch.setattr("posttrain.planner.memory_in_use", lambda _: 1000)
+    monkeypatch.setattr("posttrain.planner.total_memory", lambda _: 10**9)
+    monkeypatch.setattr("posttrain.planner.return_freed_pages", lambda: None)
+    monkeypatch.setattr("posttrain.planner.probe", lambda *_: 1.0)
+    opened = session(tmp_path)
+    options: dict[str, Any] = {"optimizer": "adamw", "token_budget": None, "recompute": "auto"}
+    alone = make_plan(opened, Workload(100, 200, 50), **options, max_memory=10**8)
+    beside = make_plan(opened, Workload(100, 200, 50, beside=7000), **options, max_memory=10**8)
+    assert beside.fixed == alone.fixed + 7000
+    assert beside.needs == (alone.needs[0] + 7000, alone.needs[1] + 7000)
+    tight = make_plan(opened, Workload(100, 200, 50, beside=7000), **options, max_memory=alone.needs[1])
+    assert tight.is_tight
+    assert tight.fixed == 1200 + 7000
+    opened.close()
+
+
 def test_the_probe_leaves_nothing_behind(tmp_path: Path) -> None:
     from posttrain.models.footprint import footprint
     from posttrain.planner import probe

@@ -6,6 +6,7 @@ prompt's own tokens, so that what they share is never trained (and is what TRL t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -26,11 +27,20 @@ def join(encoded: list[Encoded], rendered: tuple[Rendered, ...]) -> Tokenized:
     """The answers as branches of what they begin with. Raises DataError (E-DATA-0029) where they are the same."""
     first = encoded[0].tokenized
     branches = [one.tokenized.branches[0] for one in encoded]
-    if len(branches) > 1 and all(np.array_equal(branch.ids, branches[0].ids) for branch in branches[1:]):
+    if _all_alike(branches):
         raise same_answer(rendered[0].example, rendered[0].full)
     shared = min(_prompt_length(branch) for branch in branches)
     answers = (Branch(branch.ids[shared:], branch.supervised[shared:] | _after(branch, shared)) for branch in branches)
     return Tokenized(branches[0].ids[:shared], tuple(answers), first.origin, first.columns)
+
+
+def are_same(pair: Tokenized) -> bool:
+    """Whether what `limit_pair` has left of the answers no longer differs."""
+    return _all_alike(pair.branches)
+
+
+def _all_alike(branches: Sequence[Branch]) -> bool:
+    return len(branches) > 1 and all(np.array_equal(branch.ids, branches[0].ids) for branch in branches[1:])
 
 
 def same_answer(example: Example, seen: object) -> DataError:

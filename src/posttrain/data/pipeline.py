@@ -22,7 +22,7 @@ from posttrain.data.formats import all_formats, choose, detect, formats_of, requ
 from posttrain.data.formats.rated import is_unrated
 from posttrain.data.mixing import Mixture, check_used
 from posttrain.data.oddities import oddities
-from posttrain.data.pairs import join, limit_pair, split
+from posttrain.data.pairs import are_same, join, limit_pair, split
 from posttrain.data.passed_over import of_tokens, passed_over
 from posttrain.data.places import half_a_character
 from posttrain.data.ratings import ratings_of
@@ -243,6 +243,8 @@ class Pipeline:
             report.tokens_cut += num_cut
         settings = self.settings
         limited = limit_pair(whole, settings.max_length, settings.truncation_mode, settings.max_prompt_length)
+        if limited is not None and limited is not whole and self.settings.method == "preference" and are_same(limited):
+            limited = None
         if limited is None:
             self._cut_off(origin)
         if limited is not whole:

@@ -13,9 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from posttrain.data.planning import PLAIN, Packing, plan
-from posttrain.errors import OutOfMemoryError
 from posttrain.objectives.base import Objective
-from posttrain.shortage import RETRY_CODE, Shortage, is_out_of_memory, shortage_of
+from posttrain.shortage import is_out_of_memory, shortage_of, smaller_budget
 from posttrain.types import Batch, Needs, Outputs, Sample
 
 logger = logging.getLogger("posttrain")
@@ -47,7 +46,7 @@ def evaluate_loss(
                 raise
             shortage = shortage_of(error, "evaluation", None)
         if shortage is not None:  # the error is gone by now, and with it what it held
-            token_budget = _smaller(token_budget, micro, shortage)
+            token_budget = smaller_budget(token_budget, micro, shortage)
             continue
         if found is None:
             return None
@@ -82,16 +81,3 @@ def _group(
             sums[name] = sums.get(name, 0.0) + float(value)
             counts[name] = counts.get(name, 0) + float(count)
     return loss, {name: value / max(1, counts[name]) for name, value in sums.items()}
-
-
-def _smaller(budget: int, micro: Sequence[Batch], shortage: Shortage) -> int:
-    """Half the token budget. Raises OutOfMemoryError where sequences are alone already."""
-    largest = max(micro, key=lambda batch: batch.num_tokens)
-    if not any(batch.can_be_cut for batch in micro):
-        raise OutOfMemoryError(
-            f"{shortage}: a single sequence of {largest.num_tokens} tokens ({largest.origins_S[0]}) does not fit",
-            hint="lower max_length, or evaluate on shorter rows",
-        )
-    smaller = max(1, min(budget, largest.num_tokens) // 2)
-    logger.warning("%s %s. Retried with micro-batches of %d tokens (same metrics).", RETRY_CODE, shortage, smaller)
-    return smaller

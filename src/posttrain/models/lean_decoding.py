@@ -56,6 +56,16 @@ def lean_weights(policy: Policy) -> LeanWeights | None:
     return weights if (expected - seen).abs().max().item() <= allowed else None
 
 
+def sampling_bytes(policy: Policy, rows: int, longest: int) -> int:
+    """What sampling takes beside the model: weights in their second layout, keys and values of so many rows at once."""
+    config, weights = policy.base.config.get_text_config(), LeanWeights.of(policy)
+    heads = int(config.num_attention_heads)
+    size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    kept = 2 * config.num_hidden_layers * int(getattr(config, "num_key_value_heads", None) or heads) * size
+    of_token = kept * policy.base.get_input_embeddings().weight.element_size()
+    return rows * longest * of_token + (0 if weights is None else weights.num_bytes)
+
+
 def lean_rows(weights: LeanWeights, memory: Memory, capacity: int) -> LeanRows | PagedRows:
     """Rows for lean decoding; `capacity` of them at first."""
     return PagedRows(weights, memory) if can_page(weights) else LeanRows(weights, memory, capacity)

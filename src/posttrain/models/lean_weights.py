@@ -81,6 +81,11 @@ class Product:
         return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows) if self.is_packed else weight
 
     @property
+    def num_bytes(self) -> int:
+        """Of the weights themselves, without adapters."""
+        return sum(_base(layer).weight.nbytes for layer in self.layers)
+
+    @property
     def width(self) -> int:
         return int(_base(self.layers[0]).weight.shape[1])
 
@@ -170,12 +175,22 @@ class LeanWeights:
 
     def take(self, rows: int) -> None:
         """The weights as they are now. Packed where that is worth it and there is room for a second copy of them."""
-        size = sum(p.numel() * p.element_size() for p in self.policy.base.parameters())
-        on_cpu = self.policy.device.type == "cpu"
-        packs = on_cpu and torch.backends.mkldnn.is_available() and total_memory(self.policy.device) > 4 * size
+        packs = self._packs
         with torch.no_grad():
             for product in (*self.products(), self.head):
                 product.take(packs, rows)
+
+    @property
+    def _packs(self) -> bool:
+        size = sum(p.numel() * p.element_size() for p in self.policy.base.parameters())
+        on_cpu = self.policy.device.type == "cpu"
+        return on_cpu and torch.backends.mkldnn.is_available() and total_memory(self.policy.device) > 4 * size
+
+    @property
+    def num_bytes(self) -> int:
+        """What `take` makes beside the model's own: all weights where they are packed, or those that are joined."""
+        packs = self._packs
+        return sum(one.num_bytes for one in (*self.products(), self.head) if packs or len(one.layers) > 1)
 
     @property
     def reach(self) -> int | None:

@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, set_seed
 
+from posttrain.course import Samples
 from posttrain.data.cache import default_folder
 from posttrain.data.comparisons import contradictions, length_bias
 from posttrain.data.report import DataReport
@@ -41,6 +42,8 @@ from posttrain.trainers.opening import as_dict, open_model, turn_dropout_off
 from posttrain.types import Sample
 
 logger = logging.getLogger("posttrain")
+LEAST_SEEN = 0.5
+"""Of the rows: where training sees fewer, a copy of all weights costs less than asking the reference about them all."""
 
 
 @dataclass
@@ -220,7 +223,7 @@ class AnswerTrainer(DataTrainer):
             optimizers=optimizers,
             optimizer_choice=optimizer_choice,
             columns=self.columns,
-            reference=self._reference(ref_model, is_stream) if objective.needs_reference else None,
+            reference=self._reference(ref_model, train_samples) if objective.needs_reference else None,
             schedule=args.objective if args.has_schedule else None,
             first_look=self._first_look,
         )
@@ -246,26 +249,33 @@ class AnswerTrainer(DataTrainer):
         samples = self.run.train_samples
         warn_of_unlikely_answers(session, self._beginning if callable(samples) else samples)
 
-    def _reference(self, ref_model: Any, is_stream: bool) -> ReferenceModel:
+    def _reference(self, ref_model: Any, train_samples: Samples) -> ReferenceModel:
         """Asked ahead where that saves a pass an epoch, or a copy of all weights; a stream has no rows to ask about."""
         args = self.args
         assert isinstance(args, ReferenceConfig)
         check_adapter(self._model, args.ref_adapter_name)
         check_shares_nothing(self._model, ref_model)
-        several = args.num_train_epochs > 1 or args.max_steps > 0
         whole = not isinstance(self._model, PeftModel) and ref_model is None
         precompute = False if args.sync_ref_model else args.precompute_ref_log_probs
         if args.sync_ref_model and (isinstance(self._model, PeftModel) or args.ref_adapter_name):
             raise ConfigError("sync_ref_model=True is not honoured with an adapter: its reference has no weights",
                               hint="train all weights (no peft_config), or leave it out")  # fmt: skip
-        if precompute and is_stream:
+        if precompute and callable(train_samples):
             raise ConfigError("precompute_ref_log_probs=True needs rows that can be counted, not a stream")
         if precompute is None:
-            precompute = (several or whole) and not is_stream
+            seen = 0.0 if callable(train_samples) else _epochs(args, len(train_samples))
+            precompute = seen > 1 or (whole and seen >= LEAST_SEEN)
         warn_of_reference(self._model, ref_model, args.ref_adapter_name)
         folder = default_folder().parent / "reference"
         kept = folder if args.dataset_cache else None
         return ReferenceModel(ref_model, args.ref_adapter_name, precompute, kept, moves=args.sync_ref_model)
+
+
+def _epochs(args: ReferenceConfig, rows: int) -> float:
+    """How often training sees a row."""
+    if args.max_steps <= 0:
+        return float(args.num_train_epochs)
+    return args.max_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps / max(1, rows)
 
 
 def check_reference(model: Any, ref_model: Any, args: ReferenceConfig) -> None:

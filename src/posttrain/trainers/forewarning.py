@@ -14,15 +14,16 @@ import torch
 from peft import PeftModel
 
 from posttrain.data.planning import plan
-from posttrain.reference import is_fresh_adapter
 from posttrain.session import Session
 from posttrain.shortage import is_out_of_memory
 from posttrain.trainers.config import PackedConfig
-from posttrain.types import Batch, Needs, Sample, Tokenized
+from posttrain.types import Batch, Branch, Needs, Sample, Tokenized
 
 logger = logging.getLogger("posttrain")
 NUM_ANSWERS, NUM_TOKENS = 16, 2048
 """How many good answers are looked at, and with how many tokens at most."""
+LOOKED_THROUGH = 256
+"""Rows that they are taken from."""
 UNLIKELY, UNLIKELY_END = -6.0, -12.0
 """Mean log-probability of their tokens, and of their last ones, from which on down they are absurd: one in 400, and one
 in 160,000. A model with a template that is not its own finds words a little, and the end of a turn very unlikely."""
@@ -76,7 +77,8 @@ def warn_of_reference(model: Any, ref_model: Any, ref_adapter: str | None) -> No
     if ref_model is not None:
         problem = _difference(model, ref_model)
     elif ref_adapter is not None:
-        problem = _difference_of_adapters(model, ref_adapter)
+        difference = _difference_of_adapters(_learned(model), _learned(model, ref_adapter))
+        problem = None if difference is None else f"adapter {ref_adapter!r}: {difference}"
     else:
         return
     if problem is not None:
@@ -92,21 +94,35 @@ def _difference(model: Any, ref_model: Any) -> str | None:
     different = [name for name, weight in own.items() if not _equal(weight, others[name])]
     if different:
         return f"{len(different)} of {len(own)} parameters differ (first: {different[0]})"
-    if isinstance(model, PeftModel) and not isinstance(ref_model, PeftModel) and not is_fresh_adapter(model):
-        return "the adapter has been trained before, and the reference has none"
-    return None
+    return _difference_of_adapters(_learned(model), _learned(ref_model))
 
 
-def _difference_of_adapters(model: Any, name: str) -> str | None:
-    active = model.active_adapter
-    pairs = [
-        (parameter, parameters[other])
-        for parameters in [dict(model.named_parameters())]
-        for own, parameter in parameters.items()
-        if f".{active}." in own and (other := own.replace(f".{active}.", f".{name}.")) in parameters
-    ]
-    different = sum(not _equal(one, other) for one, other in pairs)
-    return f"{different} of {len(pairs)} parameters of adapter {name!r} differ from {active!r}" if different else None
+def _difference_of_adapters(own: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> str | None:
+    """Of what adapters have learned."""
+    if own and not others:
+        return "the adapter has been trained before, and the reference has none that has"
+    if others and not own:
+        return "the reference has an adapter that has been trained, and the model has none that has"
+    if own.keys() != others.keys():
+        return "their adapters change different layers"
+    different = [name for name, weight in own.items() if not _equal(weight, others[name])]
+    return f"{len(different)} of {len(own)} parameters of their adapters differ" if different else None
+
+
+def _learned(model: Any, adapter: str | None = None) -> dict[str, torch.Tensor]:
+    """Weights of LoRA adapters, those that are active or this one, by names without the adapter's; none where every B
+    is zero, which changes nothing."""
+    if not isinstance(model, PeftModel):
+        return {}
+    wanted = model.active_adapters if adapter is None else [adapter]
+    found = {
+        name.replace(f".{one}", ""): weight
+        for name, weight in model.named_parameters()
+        for one in wanted
+        if ".lora_" in name and f".{one}" in name[name.index(".lora_") :]
+    }
+    return found if any(bool(weight.any()) for name, weight in found.items() if ".lora_B" in name
+                        or ".lora_embedding_B" in name) else {}  # fmt: skip
 
 
 def _plain_weights(model: Any) -> dict[str, torch.Tensor]:
@@ -165,15 +181,22 @@ def _logps(session: Session, batch: Batch) -> torch.Tensor:
 
 
 def _good_answers(samples: Sequence[Sample]) -> Iterator[Tokenized]:
-    """The chosen answers, or those rated good, of the first rows, each behind its prompt."""
-    tokens = 0
+    """The chosen answers, or those rated good, of the first rows, each behind its prompt. Rows that are too long are
+    passed over; where all are, the first stands for them, cut."""
+    tokens, fitting = 0, 0
     trees = (tree for sample in samples for tree in sample if tree.columns.get("label", True))
-    for tree in islice(trees, NUM_ANSWERS):
+    longest = None
+    for tree in islice(trees, LOOKED_THROUGH):
         tree = replace(tree, branches=tree.branches[:1], columns={})
-        tokens += tree.num_tokens
-        if tokens > NUM_TOKENS:
-            return
-        yield tree
+        if fitting < NUM_ANSWERS and tokens + tree.num_tokens <= NUM_TOKENS:
+            fitting, tokens = fitting + 1, tokens + tree.num_tokens
+            yield tree
+        elif longest is None:
+            longest = tree
+    if not fitting and longest is not None:
+        half, (answer,) = NUM_TOKENS // 2, longest.branches
+        cut = Branch(answer.ids[:half], answer.supervised[:half])
+        yield replace(longest, prefix=longest.prefix[-half:], branches=(cut,))
 
 
 def _last_rows(sequence_R: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from posttrain.data.prompts import Prompt
 from posttrain.errors import ConfigError, Stopped
 from posttrain.evaluate.generation import stop_ids
 from posttrain.models.forward import Policy
+from posttrain.models.lean_decoding import sampling_bytes
 from posttrain.models.weights import save_weights
 from posttrain.planner import Workload
 from posttrain.reference import Reference
@@ -64,8 +65,7 @@ class TrainerRollouts:
             resampling=resampling,
         )
 
-    @property
-    def workload(self) -> Workload:
+    def workload(self, session: Session) -> Workload:
         """Of a round: every group's prompt and completions of full length, which few are."""
         args = self.trainer.args
         longest_completion, count = args.max_completion_length or 0, args.num_generations or 1
@@ -73,7 +73,10 @@ class TrainerRollouts:
         groups = max(1, args.per_device_train_batch_size * args.gradient_accumulation_steps // count)
         longest = lengths[0] + longest_completion
         usual = groups * (sum(lengths) // len(lengths) + count * longest_completion // 2)
-        return Workload(usual, sum(lengths[:groups]) + groups * count * longest_completion, longest)
+        beside = 0
+        if self.rollout_func is None and not args.use_vllm:
+            beside = sampling_bytes(session.policy, min(args.max_sampling_rows, groups * count), longest)
+        return Workload(usual, sum(lengths[:groups]) + groups * count * longest_completion, longest, beside)
 
     def identity(self) -> dict[str, Any]:
         args, trainer = self.trainer.args, self.trainer

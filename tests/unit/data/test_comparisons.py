@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 
 from posttrain.data.comparisons import contradictions, length_bias
+from posttrain.data.prepare import prepare
+from posttrain.data.settings import DataSettings
 from posttrain.types import Branch, Origin, Sample, Tokenized
+from tests.tiny_tokenizers import chatml_tokenizer
 
 
 def answer(*ids: int) -> Branch:
@@ -47,3 +50,15 @@ def test_an_answer_rated_both_ways() -> None:
     assert contradictions(samples[:2]) is None
     assert contradictions(samples) == "1 rows say the opposite of another (first: train.jsonl:3 of train.jsonl:1)"
     assert contradictions([*samples[:2], sample(2, [2], answer(5), label=False)]) is None
+
+
+def test_answers_that_are_the_same_once_they_are_cut_are_left_out() -> None:
+    rows = [
+        {"prompt": "Say it. ", "chosen": "one " * 40 + "yes", "rejected": "one " * 40 + "no"},
+        {"prompt": "Say it. ", "chosen": "yes " + "one " * 40, "rejected": "no " + "one " * 40},
+    ]
+    for max_length, left in ((None, 2), (30, 1)):
+        settings = DataSettings(method="preference", max_length=max_length, truncation_mode="keep_start")
+        made = prepare(rows, chatml_tokenizer(), settings)
+        assert len(made.samples) == left
+        assert made.report.rows - len(made.samples) == 2 - left

@@ -23,7 +23,7 @@ from posttrain import native
 from posttrain.models import adapters
 from posttrain.models.decoding import Memory
 from posttrain.models.forward import Policy, open_policy
-from posttrain.models.lean_decoding import SharedRows, forward, lean_weights
+from posttrain.models.lean_decoding import SharedRows, forward, lean_weights, sampling_bytes
 from posttrain.models.paged_decoding import PAGE, PagedRows, can_page
 from posttrain.native.strips import Strips
 from posttrain.rollout.engines import Request
@@ -164,3 +164,27 @@ def test_products_in_strips(rows: int, width: int, out: int, rank: int) -> None:
     inner = (x.double() @ a.double().T).to(torch.bfloat16).double()
     expected = x.double() @ weight.double().T + bias.double() + inner @ b.double().T + plus.double()
     assert (seen - expected).norm() <= 4e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_what_is_reckoned_is_what_is_taken(family: str) -> None:
+    """Strips are filled up to sixteen outputs, pages to 64 tokens."""
+    policy = opened(family, adapter=True)
+    weights = lean_weights(policy)
+    assert weights is not None
+    strips = [one.strips for one in (*weights.products(), weights.head)]
+    taken = sum(one.weight.nbytes for one in strips if one is not None)
+    assert 0.9 * taken <= weights.num_bytes <= taken
+    longest = 3 * PAGE
+    memory = Memory(room=longest - 5)
+    forward(policy, [1, 2, 3, 4, 5], torch.arange(5), memory.reading([5], [0]))
+    rows = PagedRows(weights, memory)
+    rows.admit(0, 4)
+    pages = sum(rows._page().nbytes for _ in range(4 * longest // PAGE))
+    assert sampling_bytes(policy, 4, longest) == weights.num_bytes + pages
+
+
+def test_a_model_of_another_kind_needs_its_keys_and_values_alone() -> None:
+    policy = opened("llama", adapter=False)
+    policy.base.base_model.layers[0].mlp.more = torch.nn.Linear(2, 2)
+    assert sampling_bytes(policy, 3, 7) == 3 * 7 * 2 * 2 * 2 * 16 * 2

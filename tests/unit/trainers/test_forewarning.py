@@ -107,8 +107,38 @@ def test_another_adapter(caplog: pytest.LogCaptureFixture) -> None:
     with torch.no_grad():
         next(p for name, p in weights.items() if "lora_B.policy" in name).fill_(0.1)
     warn_of_reference(adapted, None, "ref")
+    assert "adapter 'ref': the adapter has been trained before, and the reference has none" in caplog.text
+    caplog.clear()
+    with torch.no_grad():
+        next(p for name, p in weights.items() if "lora_B.ref" in name).fill_(0.2)
+    warn_of_reference(adapted, None, "ref")
     assert "1 of" in caplog.text
     assert "adapter 'ref'" in caplog.text
+
+
+def trained(start: Any, value: float = 0.1, **options: Any) -> Any:
+    adapted = get_peft_model(copy.deepcopy(start), LoraConfig(**{"r": 4, "target_modules": "all-linear", **options}))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.fill_(value)
+    return adapted
+
+
+def test_a_reference_with_an_adapter_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
+    start = model()
+    warn_of_reference(start, get_peft_model(copy.deepcopy(start), lora()), None)  # fresh: it changes nothing
+    warn_of_reference(trained(start), trained(start), None)
+    assert not caplog.messages
+    for policy, said in {
+        start: "the reference has an adapter that has been trained",
+        get_peft_model(copy.deepcopy(start), lora()): "the reference has an adapter that has been trained",
+        trained(start, 0.2): "of their adapters differ",
+        trained(start, target_modules=["q_proj"]): "their adapters change different layers",
+    }.items():
+        warn_of_reference(policy, trained(start), None)
+        assert said in caplog.text
+        caplog.clear()
 
 
 def test_the_trainer_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -263,3 +293,14 @@ def test_what_is_said_of_a_stream_too(stream: bool, tmp_path: Path, caplog: pyte
     assert caplog.text.count("the tokenizer has no chat template") == 1
     made.train()
     assert caplog.text.count(UNLIKELY) == 1
+
+
+def test_rows_that_are_too_long_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """And where all are, one is looked at in part."""
+    long = [{**row, "prompt": row["prompt"] + "word " * 3000} for row in ROWS]
+    for rows in ([long[0], *ROWS], long):
+        caplog.clear()
+        made = DPOTrainer(saying({"~": 30.0}), args=DPOConfig(str(tmp_path), max_length=None, **settings()),
+                          train_dataset=rows, processing_class=chatml_tokenizer())  # fmt: skip
+        made.train()
+        assert UNLIKELY in caplog.text

@@ -12,6 +12,7 @@
 #include <pthread.h>
 #include <sys/mman.h>
 
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <map>
@@ -226,7 +227,7 @@ class Arena final : public c10::Allocator {
     }
 
     c10::Allocator* const fallback_;
-    bool keeps_ = true;
+    std::atomic<bool> keeps_ = true;
     std::mutex mutex_;
     uintptr_t base_ = 0;
     size_t in_use_ = 0, peak_ = 0, resident_ = 0;
