@@ -21,7 +21,13 @@ from posttrain import native
 from posttrain.models.available import parse_size, total_memory
 from posttrain.models.footprint import Footprint, footprint
 from posttrain.models.forward import arbitrary_batch
-from posttrain.models.memory import PeakGrowth, holes, memory_in_use, return_freed_pages
+from posttrain.models.memory import (
+    PeakGrowth,
+    give_back_freed_memory,
+    memory_in_use,
+    most_resident,
+    return_freed_pages,
+)
 from posttrain.models.recomputation import LEVELS
 from posttrain.session import Session
 from posttrain.shortage import size
@@ -90,6 +96,8 @@ def make_plan(
     needs = footprint(session.policy.base, session.trained, set(session.lean), optimizer)
     for beside in session.policies()[1:]:
         needs = needs.and_activations_of(footprint(beside.base, {}, set(session.lean), optimizer))
+    if device.type == "cpu":
+        give_back_freed_memory()  # what lies free would count as in use
     total = total_memory(device)
     limit = int(SHARE * total) if max_memory is None else min(parse_size(max_memory), total)
     levels = _levels(session, recompute)
@@ -160,7 +168,7 @@ def _roomy(
     low, high = (
         _step(needs, tokens, work.longest, level, budget, tight=False) for tokens in (work.usual, work.largest)
     )
-    low, high = fixed + low, fixed + int(high * (holes() if device.type == "cpu" else 1.0))
+    low, high = fixed + low, most_resident(fixed, high) if device.type == "cpu" else fixed + high
     return Plan(budget, level, False, fixed, (low, high), *bounds)
 
 

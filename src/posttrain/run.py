@@ -35,7 +35,7 @@ from posttrain.locks import only_run_in
 from posttrain.loop import Loop
 from posttrain.models.available import free_memory
 from posttrain.models.critic import Critic
-from posttrain.models.memory import give_back_all
+from posttrain.models.memory import give_back_all, keeping_freed_pages
 from posttrain.models.weights import load_weights, save_weights
 from posttrain.objectives.base import Objective
 from posttrain.optimization import check_holds, check_holds_all_of, make_optimizer, make_scheduler
@@ -426,12 +426,13 @@ class Run:
         if self.session is not None:
             yield self.session
             return
-        self.session = Session.open(self.model, self.args, self.critic)
-        try:
-            yield self.session
-        finally:
-            session, self.session = self.session, None
-            session.close()
+        with keeping_freed_pages(self.args.device):
+            self.session = Session.open(self.model, self.args, self.critic)
+            try:
+                yield self.session
+            finally:
+                session, self.session = self.session, None
+                session.close()
 
 
 @contextmanager

@@ -19,7 +19,6 @@ from posttrain.models.forward import Policy, open_policy
 from posttrain.models.fused_attention import specialise_attention
 from posttrain.models.laid_out import laid_out_bytes, lay_out, take_back
 from posttrain.models.lean_layers import give_back, specialise_layers
-from posttrain.models.memory import keep_freed_pages
 from posttrain.models.precision import MixedPrecision
 from posttrain.models.recomputation import LEVELS, recompute_layers
 from posttrain.models.scoring import Scorer, is_classifier
@@ -42,8 +41,6 @@ class Session:
     @classmethod
     def open(cls, model: Any, args: TrainingArguments, critic: Critic | None = None) -> Session:
         """`critic` is opened and trained with it. Raises ConfigError where a model cannot be trained faithfully."""
-        if args.device.type == "cpu":
-            keep_freed_pages()
         together = torch.nn.ModuleDict({"policy": model, **({} if critic is None else critic.models)})
         together.to(args.device)
         adapter_parameters = set[torch.nn.Parameter]()

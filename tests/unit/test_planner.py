@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
-from posttrain import ConfigError, SFTConfig
+from posttrain import ConfigError, SFTConfig, native
 from posttrain.models import available
 from posttrain.models.available import free_memory, parse_size, total_memory
 from posttrain.models.critic import ValueModel
@@ -131,7 +132,7 @@ def test_less_memory_more_recomputation_smaller_pieces(
     monkeypatch.setattr("posttrain.planner.memory_in_use", lambda _: 1000)
     monkeypatch.setattr("posttrain.planner.total_memory", lambda _: 10**9)
     monkeypatch.setattr("posttrain.planner.return_freed_pages", lambda: None)
-    monkeypatch.setattr("posttrain.planner.holes", lambda: 1.5)
+    monkeypatch.setattr("posttrain.planner.most_resident", lambda lasting, passing: lasting + int(1.5 * passing))
     monkeypatch.setattr("posttrain.planner.probe", lambda *_: 1.0)
     opened, work = session(tmp_path), Workload(usual=3000, largest=4000, longest=100)
     seen = []
@@ -157,7 +158,7 @@ def test_layers_are_made_again_only_where_a_value_model_has_such_too(
     monkeypatch.setattr("posttrain.planner.memory_in_use", lambda _: 1000)
     monkeypatch.setattr("posttrain.planner.total_memory", lambda _: 10**9)
     monkeypatch.setattr("posttrain.planner.return_freed_pages", lambda: None)
-    monkeypatch.setattr("posttrain.planner.holes", lambda: 1.5)
+    monkeypatch.setattr("posttrain.planner.most_resident", lambda lasting, passing: lasting + int(1.5 * passing))
     monkeypatch.setattr("posttrain.planner.probe", lambda *_: 1.0)
     valued = as_classifier(tiny_model("llama", seed=1))
     for has_such, wanted in ((True, "full"), (False, "selective")):
@@ -178,7 +179,7 @@ def test_a_model_that_keeps_more_is_planned_with_what_the_probe_found(
     monkeypatch.setattr("posttrain.planner.memory_in_use", lambda _: 1000)
     monkeypatch.setattr("posttrain.planner.total_memory", lambda _: 10**9)
     monkeypatch.setattr("posttrain.planner.return_freed_pages", lambda: None)
-    monkeypatch.setattr("posttrain.planner.holes", lambda: 1.5)
+    monkeypatch.setattr("posttrain.planner.most_resident", lambda lasting, passing: lasting + int(1.5 * passing))
     monkeypatch.setattr("posttrain.planner.probe", lambda *_: 2.0)
     opened = session(tmp_path)
     work = Workload(usual=3000, largest=4000, longest=100)
@@ -188,11 +189,28 @@ def test_a_model_that_keeps_more_is_planned_with_what_the_probe_found(
     opened.close()
 
 
+@pytest.mark.skipif(native.kernels() is None, reason="no native kernels on this machine")
+@pytest.mark.parametrize(("adapter", "bf16", "level"), [(False, True, "selective"), (False, False, "none"),
+                                                        (True, True, "none")])  # fmt: skip
+def test_norms_are_made_again_where_that_costs_nothing(adapter: bool, bf16: bool, level: str, tmp_path: Path) -> None:
+    made = tiny_model("llama")
+    if adapter:
+        made = get_peft_model(made, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    opened = Session.open(made, SFTConfig(str(tmp_path), bf16=bf16))
+    options: dict[str, Any] = {"optimizer": "adamw", "token_budget": None, "max_memory": None}
+    plan = make_plan(opened, Workload(100, 200, 50), **options, recompute="auto")
+    assert plan.recomputation == opened.recomputation == level
+    opened.recompute("none")
+    assert make_plan(opened, Workload(100, 200, 50), **options, recompute="none").recomputation == "none"
+    opened.close()
+
+
 def test_what_sampling_takes_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("posttrain.planner.footprint", lambda *_: NEEDS)
     monkeypatch.setattr("posttrain.planner.memory_in_use", lambda _: 1000)
     monkeypatch.setattr("posttrain.planner.total_memory", lambda _: 10**9)
     monkeypatch.setattr("posttrain.planner.return_freed_pages", lambda: None)
+    monkeypatch.setattr("posttrain.planner.most_resident", lambda lasting, passing: lasting + int(1.5 * passing))
     monkeypatch.setattr("posttrain.planner.probe", lambda *_: 1.0)
     opened = session(tmp_path)
     options: dict[str, Any] = {"optimizer": "adamw", "token_budget": None, "recompute": "auto"}

@@ -14,11 +14,13 @@ import gc
 import resource
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import psutil
 import torch
 
-from posttrain.native.arena import arena
+from posttrain.native.arena import arena, installed
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # malloc.h
 LARGE = 2**19
@@ -37,14 +39,27 @@ def keep_freed_pages() -> bool:
     return bool(never_trim) and bool(libc.mallopt(_M_MMAP_MAX, 0))
 
 
-def holes() -> float:
-    """With freed pages kept, at most so many times as much is resident as is in use."""
-    return 1.5 if arena() is None else 1.1
+@contextmanager
+def keeping_freed_pages(device: torch.device) -> Iterator[None]:
+    """Inside `keep_freed_pages`, for a run on a CPU; afterwards what is free goes back."""
+    if device.type != "cpu":
+        yield
+        return
+    keep_freed_pages()
+    try:
+        yield
+    finally:
+        return_freed_pages()
+
+
+def most_resident(lasting: int, passing: int) -> int:
+    """About what is resident at most, with freed pages kept, where so many bytes are in use for good and by turns."""
+    return lasting + int(1.5 * passing) if arena() is None else int((lasting + passing) * 17 / 16)
 
 
 def return_freed_pages() -> None:
     """Have every large block given back as soon as it is freed, so that no more is resident than is in use."""
-    if (own := arena()) is not None:
+    if (own := installed()) is not None:
         own.keep(False)
     libc = _glibc()
     if libc is not None:
@@ -59,7 +74,7 @@ def give_back_freed_memory() -> None:
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-    if (own := arena()) is not None:
+    if (own := installed()) is not None:
         own.give_back()
     libc = _glibc()
     if libc is not None:

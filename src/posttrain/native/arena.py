@@ -7,12 +7,14 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import threading
 from dataclasses import dataclass
 from functools import lru_cache
 
 from posttrain.native.build import NotBuilt, load_arena
 
 logger = logging.getLogger("posttrain")
+_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,19 @@ class Arena:
         return Usage(*numbers)
 
 
-@lru_cache(maxsize=1)
 def arena() -> Arena | None:
     """The arena, compiled and installed on first use; None where there is none. Why not is said once."""
+    with _lock:
+        return _arena()
+
+
+def installed() -> Arena | None:
+    """The arena, if it is there already."""
+    return arena() if _arena.cache_info().currsize else None
+
+
+@lru_cache(maxsize=1)
+def _arena() -> Arena | None:
     from posttrain.native import cache
 
     if os.environ.get("POSTTRAIN_NATIVE") == "0":

@@ -55,6 +55,9 @@ def load_arena(cache: Path) -> ctypes.CDLL:
 def _loaded(target: Path, needed: str) -> ctypes.CDLL:
     try:
         ctypes.CDLL(needed, ctypes.RTLD_GLOBAL)  # what it offers is found by the library that is loaded next
+    except OSError as error:
+        raise NotBuilt(f"{needed} cannot be loaded: {error}") from None
+    try:
         return ctypes.CDLL(str(target))
     except OSError as error:
         raise NotBuilt(f"{target} cannot be loaded, delete it to compile it anew: {error}") from None

@@ -133,6 +133,7 @@ def _sample(tryout: TryOut, samples: Samples, data: str, names: dict[str, str]) 
 
     from posttrain.evaluate.generation import stop_ids
     from posttrain.models.load import load_model, load_tokenizer
+    from posttrain.models.memory import keeping_freed_pages
     from posttrain.rollout.engines import Request
     from posttrain.rollout.engines.local import LocalEngine
     from posttrain.rollout.fitting import generate_fitting
@@ -142,15 +143,16 @@ def _sample(tryout: TryOut, samples: Samples, data: str, names: dict[str, str]) 
     tokenizer, model = load_tokenizer(samples.model, {}), load_model(samples.model, {}, dtype="float32")
     prompts = _first_prompts(data, tokenizer, names, samples.prompts, len(tryout.material.prompts))
     args = TrainingArguments("unused", report_to="none", bf16=False)
-    session = Session.open(model, args)
-    try:
-        engine = LocalEngine(session.policy, stop_ids(session.policy.base, tokenizer),
-                             lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)))  # fmt: skip
-        requests = [Request(prompt.ids.tolist(), key, samples.count) for key, prompt in enumerate(prompts)]
-        sampling = Sampling(max_tokens=samples.max_tokens, temperature=samples.temperature, seed=samples.seed)
-        made = generate_fitting(engine, requests, sampling)
-    finally:
-        session.close()
+    with keeping_freed_pages(args.device):
+        session = Session.open(model, args)
+        try:
+            engine = LocalEngine(session.policy, stop_ids(session.policy.base, tokenizer),
+                                 lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)))  # fmt: skip
+            requests = [Request(prompt.ids.tolist(), key, samples.count) for key, prompt in enumerate(prompts)]
+            sampling = Sampling(max_tokens=samples.max_tokens, temperature=samples.temperature, seed=samples.seed)
+            made = generate_fitting(engine, requests, sampling)
+        finally:
+            session.close()
     texts = [str(tokenizer.decode(one.ids, skip_special_tokens=True)) for group in made for one in group]
     rows = [row for row in range(len(prompts)) for _ in range(samples.count)]
     tryout.groups(texts, rows, samples.count)

@@ -21,7 +21,11 @@ def test_the_token_whose_share_the_number_falls_into(rows: int, count: int, temp
     upto = p.cumsum(-1)
     draw = torch.Generator().manual_seed(count)
     for edge in (0.0, np.nextafter(1.0, 0.0), None, None, None):
-        number = torch.rand(rows, dtype=torch.float64, generator=draw) if edge is None else torch.full((rows,), edge)
+        number = (
+            torch.rand(rows, dtype=torch.float64, generator=draw)
+            if edge is None
+            else torch.full((rows,), edge, dtype=torch.float64)
+        )
         token, logp = kernels_or_skip().draw(logits, number, temperature)
         assert ((token >= 0) & (token < count)).all()
         own = p.gather(1, token[:, None])[:, 0]
@@ -33,7 +37,10 @@ def test_the_token_whose_share_the_number_falls_into(rows: int, count: int, temp
 def test_it_draws_what_torch_draws() -> None:
     """But where a number falls within a rounding of the border between two tokens."""
     kernels_or_skip()
-    logits, numbers = random(64, 49152, spread=4.0), torch.rand(64, dtype=torch.float64)
+    logits, numbers = (
+        random(64, 49152, spread=4.0),
+        torch.rand(64, dtype=torch.float64, generator=torch.Generator().manual_seed(1)),
+    )
     for options in ({}, {"temperature": 0.8}):
         token, logp = choose(logits, numbers, Sampling(**options))
         with native.without_kernels():

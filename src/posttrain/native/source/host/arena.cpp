@@ -62,23 +62,25 @@ class Arena final : public c10::Allocator {
         if (!keeps) give_back();
     }
 
-    // Pages of all that is free; those at the end with their addresses.
+    // Pages of all that is free, and their addresses, so that they can be had elsewhere under a limit on addresses too.
     void give_back() {
         std::lock_guard<std::mutex> guard(mutex_);
         release(SIZE_MAX);
-        auto last = by_address_.empty() ? by_address_.end() : std::prev(by_address_.end());
-        if (last == by_address_.end() || last->first + last->second != end()) return;
-        size_t begin = (last->first + CHUNK - 1) / CHUNK * CHUNK, bytes = end() - begin;
-        if (bytes == 0 || munmap(reinterpret_cast<void*>(begin), bytes) != 0) return;
-        auto [address, size] = *last;
-        forget(last);
-        if (size > bytes) remember(address, size - bytes);
-        is_resident_.resize(is_resident_.size() - bytes / CHUNK);
+        peak_ = in_use_;
+        const std::vector<std::pair<uintptr_t, size_t>> all(by_address_.begin(), by_address_.end());
+        for (auto [address, size] : all) {
+            const uintptr_t begin = (address + CHUNK - 1) / CHUNK * CHUNK, stop = (address + size) / CHUNK * CHUNK;
+            if (begin >= stop || munmap(reinterpret_cast<void*>(begin), stop - begin) != 0) continue;
+            mapped_ -= stop - begin;
+            forget(by_address_.find(address));
+            if (begin > address) remember(address, begin - address);
+            if (address + size > stop) remember(stop, address + size - stop);
+        }
     }
 
     Statistics statistics() {
         std::lock_guard<std::mutex> guard(mutex_);
-        return {in_use_, peak_, resident_, is_resident_.size() * CHUNK};
+        return {in_use_, peak_, resident_, mapped_};
     }
 
     bool is_ready() const { return fallback_->raw_deleter() != nullptr; }
@@ -120,17 +122,20 @@ class Arena final : public c10::Allocator {
 
     static void give_away(void* block) {
         Arena& arena = instance();
-        if (!arena.put_back(reinterpret_cast<uintptr_t>(block))) {
-            arena.fallback_->raw_deleter()(block);
-            return;
-        }
-        c10::profiledCPUMemoryReporter().Delete(block);
+        const uintptr_t address = reinterpret_cast<uintptr_t>(block);
+        if (!arena.holds(address)) return arena.fallback_->raw_deleter()(block);
+        c10::profiledCPUMemoryReporter().Delete(block);  // before somebody else may have this address
+        arena.put_back(address);
     }
 
-    bool put_back(uintptr_t address) {
+    bool holds(uintptr_t address) {
+        std::lock_guard<std::mutex> guard(mutex_);
+        return taken_.count(address) > 0;
+    }
+
+    void put_back(uintptr_t address) {
         std::lock_guard<std::mutex> guard(mutex_);
         auto found = taken_.find(address);
-        if (found == taken_.end()) return false;
         size_t size = found->second;
         taken_.erase(found);
         in_use_ -= size;
@@ -150,7 +155,6 @@ class Arena final : public c10::Allocator {
             }
         }
         remember(address, size);
-        return true;
     }
 
     void remember(uintptr_t address, size_t size) {
@@ -168,8 +172,10 @@ class Arena final : public c10::Allocator {
         auto last = by_address_.empty() ? by_address_.end() : std::prev(by_address_.end());
         bool at_end = last != by_address_.end() && last->first + last->second == end();
         size_t missing = size - (at_end ? last->second : 0), bytes = (missing + CHUNK - 1) / CHUNK * CHUNK;
+        is_resident_.reserve(is_resident_.size() + bytes / CHUNK);
         uintptr_t begin = map(bytes);
         if (begin == 0) return false;
+        mapped_ += bytes;
         is_resident_.resize(is_resident_.size() + bytes / CHUNK, false);
         if (at_end) {
             begin = last->first;
@@ -230,7 +236,7 @@ class Arena final : public c10::Allocator {
     std::atomic<bool> keeps_ = true;
     std::mutex mutex_;
     uintptr_t base_ = 0;
-    size_t in_use_ = 0, peak_ = 0, resident_ = 0;
+    size_t in_use_ = 0, peak_ = 0, resident_ = 0, mapped_ = 0;
     std::vector<bool> is_resident_;  // of each chunk
     Blocks by_address_;              // free blocks
     std::set<std::pair<size_t, uintptr_t>> by_size_;
@@ -256,7 +262,7 @@ void posttrain_arena_keep(int keeps) { Arena::instance().keep(keeps != 0); }
 
 void posttrain_arena_give_back() { Arena::instance().give_back(); }
 
-// Bytes in use, the most so far, resident and mapped.
+// Bytes in use, the most since what was free was given back, resident and mapped.
 void posttrain_arena_statistics(size_t* out) {
     Statistics now = Arena::instance().statistics();
     std::memcpy(out, &now, sizeof now);
