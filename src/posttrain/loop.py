@@ -11,7 +11,7 @@ not suffice for is redone in smaller pieces.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
@@ -21,7 +21,7 @@ from posttrain.backoff import BackOff
 from posttrain.errors import Interrupted, NonFiniteError, OutOfMemoryError, Stopped, UserError
 from posttrain.events import Events
 from posttrain.meter import Meter
-from posttrain.objectives.base import Objective
+from posttrain.objectives.base import Metrics, Objective
 from posttrain.optimization import follows_metrics
 from posttrain.optimizer_state import has_two_modes, mark, nothing_changed
 from posttrain.shortage import Shortage, is_out_of_memory, shortage_of
@@ -62,7 +62,7 @@ class Loop:
     adapters); `settle` completes their gradients, `publish` copies them into the computing weights; `evaluate` returns
     metrics and `save` a checkpoint's path. `position` is the step of the source that comes next, ahead of `global_step`
     where a callback ended an epoch early; `phase` is what is being done. `schedule` has an objective for each epoch
-    (or part of one)."""
+    (or part of one); `follow` is told what the metrics of each step summed up to, and says what else is to be logged."""
 
     annotate: Callable[[Batch], Batch]
     forward: Callable[[Batch, Needs], Outputs]
@@ -83,6 +83,7 @@ class Loop:
     flops: Callable[[Batch], float]
     backoff: BackOff
     schedule: Callable[[float], Objective] | None = None
+    follow: Callable[[Mapping[str, tuple[float, float]]], Metrics] | None = None
     position: int = 0
     meter: Meter = field(default_factory=Meter)
     total_loss: float = 0.0
@@ -258,6 +259,8 @@ class Loop:
         state = self.events.state
         tokens = self.source.tokens(self.position, micro)
         flops = sum(self.flops(batch) for batch in micro)
+        if self.follow is not None:
+            self.meter.add(self.follow(self.meter.sums_of_step()))
         self.meter.end_step(loss, tokens, counts.get("tokens", 0), flops)
         self.total_loss += loss
         self.samples += len({sample for batch in micro for sample in batch.sample_S})

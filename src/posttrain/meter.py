@@ -37,6 +37,15 @@ class Meter:
         """One micro-batch's metrics."""
         self._pending.append((self._step, {name: (total.detach(), count) for name, (total, count) in metrics.items()}))
 
+    def sums_of_step(self) -> dict[str, tuple[float, float]]:
+        """Sums and counts of what the present step's micro-batches have added so far, on the host."""
+        sums: dict[str, tuple[float, float]] = {}
+        for _, metrics in self._pending[self._pending_before :]:
+            for name, (total, count) in metrics.items():
+                before, counted = sums.get(name, (0.0, 0.0))
+                sums[name] = (before + float(total), counted + float(count))
+        return sums
+
     def end_step(self, loss: float, tokens: int, supervised: float, flops: float) -> None:
         self.steps += 1
         self.loss_sum += loss

@@ -37,7 +37,7 @@ from posttrain.models.available import free_memory
 from posttrain.models.critic import Critic
 from posttrain.models.memory import give_back_all, keeping_freed_pages
 from posttrain.models.weights import load_weights, save_weights
-from posttrain.objectives.base import Objective
+from posttrain.objectives.base import Metrics, Objective
 from posttrain.optimization import check_holds, check_holds_all_of, make_optimizer, make_scheduler
 from posttrain.optimizer_state import evaluation_weights, has_two_modes
 from posttrain.planner import default_token_budget, make_plan
@@ -63,10 +63,11 @@ class TrainResult(TrainOutput):
 @dataclass
 class Run:
     """`train_samples` is a list, or a function that starts a new pass over a stream. `predict` computes the user's own
-    metrics over an evaluation set; `schedule` has the objective for each moment, in epochs, where it changes;
-    `first_look` is called before the first step, while the model is what it was. With `rollouts` completions are
-    sampled as training goes: `train_samples` are the prompts alone, and evaluation sets are what it knows how to
-    evaluate. A `critic` is trained beside the model. `beside` writes what else belongs beside the model's weights."""
+    metrics over an evaluation set; `schedule` has the objective for each moment, in epochs, where it changes, and
+    `follow` is told what each step's metrics summed up to; `first_look` is called before the first step, while the
+    model is what it was. With `rollouts` completions are sampled as training goes: `train_samples` are the prompts
+    alone, and evaluation sets are what it knows how to evaluate. A `critic` is trained beside the model. `beside`
+    writes what else belongs beside the model's weights."""
 
     model: Any
     processing_class: Any
@@ -79,6 +80,7 @@ class Run:
     predict: Callable[[Session, Sequence[Sample], str], dict[str, float]] | None = None
     reference: ReferenceModel | None = None
     schedule: Callable[[float], Objective] | None = None
+    follow: Callable[[Mapping[str, tuple[float, float]]], Metrics] | None = None
     first_look: Callable[[Session], None] | None = None
     rollouts: Rollouts | None = None
     critic: Critic | None = None
@@ -220,6 +222,7 @@ class Run:
             flops=flops_of(session),
             backoff=self._backoff(session, source),
             schedule=self.schedule,
+            follow=self.follow,
         )
 
     def _finish(self, session: Session, loop: Loop, started: float, first_step: int) -> TrainResult:

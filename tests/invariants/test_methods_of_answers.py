@@ -120,6 +120,20 @@ def test_labels_that_are_out_of_balance(tmp_path: Path, caplog: pytest.LogCaptur
     assert not [record for record in caplog.records if record.name == "posttrain"]
 
 
+def test_what_the_first_rows_of_a_stream_teach_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Contradictions, length and balance; what only the end of the rows could say is left to it."""
+    streamed = pytest.importorskip("datasets").Dataset.from_list
+    pairs = [{**ROWS[0], "chosen": f" it is number {i}, I am sure", "rejected": f" {i}"} for i in range(40)]
+    reverse = {**pairs[0], "chosen": pairs[0]["rejected"], "rejected": pairs[0]["chosen"]}
+    trainer("DPO", tmp_path / "d", rows=streamed([*pairs, reverse]).to_iterable_dataset(), max_steps=1)
+    assert "of the first 41 rows of the stream: 1 rows say the opposite of another" in caplog.text
+    assert "of the first 41 rows of the stream: the chosen answer is the longer one in 98 % of pairs" in caplog.text
+    rows = [{**row, "label": i % 3 > 0} for i, row in enumerate(RATED[:5])]
+    trainer("KTO", tmp_path / "k", rows=streamed(rows).to_iterable_dataset(), max_steps=1)
+    assert "of the first 5 rows of the stream: 3 good and 2 bad answers weigh 1.5 to 1" in caplog.text
+    assert "alone in its batch" not in caplog.text
+
+
 def test_labels_that_come_sorted_or_all_alike(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="posttrain"):
         trainer("KTO", tmp_path, rows=sorted(RATED, key=lambda row: row["label"]))

@@ -41,6 +41,7 @@ SETTINGS: dict[str, Any] = {
 CASES: dict[str, dict[str, Any]] = {
     "a round a step": {},
     "a round of two steps, twice": {"steps_per_generation": 2, "num_iterations": 2, "beta": 0.1},
+    "adaptive entropy": {"use_adaptive_entropy": True, "entropy_target": 4.8, "entropy_coef_delta": 0.1},
     "kept batches": {"loss_type": "bnpo", "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
 }
 
@@ -86,7 +87,8 @@ def test_resumed_it_is_the_same_run(case: str, adapter: bool, tmp_path: Path) ->
         assert weights(resumed) == weights(whole)
         assert samples(folder) == samples(tmp_path / "whole")
         for mine, other in zip(resumed.state.log_history, whole.state.log_history, strict=False):
-            for name in ("loss", "grad_norm", "reward", "kl", "completions/mean_length", "num_tokens"):
+            for name in ("loss", "grad_norm", "reward", "kl", "completions/mean_length", "num_tokens",
+                         "entropy_coef"):
                 assert mine.get(name) == other.get(name), name
 
 

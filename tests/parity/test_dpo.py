@@ -114,7 +114,7 @@ def test_every_family(family: str, adapted: bool, tmp_path: Path) -> None:
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "beta": {"beta": 0.5},
+    "beta": {"beta": 0.03},
     "mixture": {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
     "mixture without weights": {"loss_type": ["sigmoid", "hinge"]},
     "ld": {"ld_alpha": 0.3},

@@ -53,6 +53,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "uncertain tokens": {"top_entropy_quantile": 0.4},
     "entropy bonus": {"entropy_coef": 0.05},
     "entropy bonus of uncertain tokens": {"entropy_coef": 0.05, "top_entropy_quantile": 0.4},
+    "adaptive entropy": {
+        "use_adaptive_entropy": True, "entropy_coef": 0.04, "entropy_coef_delta": 0.03, "entropy_coef_max": 0.09,
+        "entropy_target": 100.0,
+    },
+    "adaptive entropy above its target": {
+        "use_adaptive_entropy": True, "entropy_coef": 0.04, "entropy_coef_delta": 0.03, "entropy_target": 0.01,
+    },
+    "adaptive entropy of uncertain tokens, accumulated": {
+        "use_adaptive_entropy": True, "entropy_coef_delta": 0.05, "entropy_target": 100.0, "top_entropy_quantile": 0.4,
+        "gradient_accumulation_steps": 2, "per_device_train_batch_size": GROUP,
+    },
     "without the cut ones": {"mask_truncated_completions": True},
     "temperature": {"temperature": 0.7, "beta": 0.1},
     "off-policy mask": {"off_policy_mask_threshold": 1e-4},
@@ -143,7 +154,7 @@ def _saved(folder: Path, family: str) -> Callable[[int], Any]:
     return make
 
 
-NOT_OURS = ("step_time", "entropy_coef")
+NOT_OURS = ("step_time",)
 MEANS_OF_MEANS = ("entropy", "kl", "rewards/answer_reward/mean", "clip_ratio/", "cispo_clip_ratio", "policy_loss")
 """Over several batches TRL averages what each says, we what all their tokens say."""
 

@@ -34,11 +34,6 @@ def join(encoded: list[Encoded], rendered: tuple[Rendered, ...]) -> Tokenized:
     return Tokenized(branches[0].ids[:shared], tuple(answers), first.origin, first.columns)
 
 
-def are_same(pair: Tokenized) -> bool:
-    """Whether what `limit_pair` has left of the answers no longer differs."""
-    return _all_alike(pair.branches)
-
-
 def _all_alike(branches: Sequence[Branch]) -> bool:
     return len(branches) > 1 and all(np.array_equal(branch.ids, branches[0].ids) for branch in branches[1:])
 
@@ -50,20 +45,27 @@ def same_answer(example: Example, seen: object) -> DataError:
 
 
 def limit_pair(pair: Tokenized, max_length: int | None, mode: str, max_prompt: int | None = None) -> Tokenized | None:
-    """Each answer with its prompt cut to `max_length` tokens. None where a prompt that is kept leaves no room. Where
-    the beginning is cut off, the two no longer share theirs. `max_prompt` cuts the beginning of a long prompt off;
-    mode "drop" cuts nothing and leaves long pairs out."""
+    """Each answer with its prompt cut to `max_length` tokens. None where a prompt that is kept leaves no room, or where
+    what tells the answers apart is cut off. Where the beginning is cut off, the two no longer share theirs.
+    `max_prompt` cuts the beginning of a long prompt off; mode "drop" cuts nothing and leaves long pairs out."""
     if max_prompt is not None and len(pair.prefix) > max_prompt:
         pair = replace(pair, prefix=pair.prefix[len(pair.prefix) - max_prompt :])
     if max_length is None or all(len(pair.prefix) + len(b.ids) <= max_length for b in pair.branches):
         return pair
     if mode == "drop":
         return None
+    limited = _keep_start(pair, max_length) if mode == "keep_start" else _keep_end(pair, max_length)
+    return None if limited is None or _all_alike(limited.branches) else limited
+
+
+def _keep_start(pair: Tokenized, max_length: int) -> Tokenized | None:
     room = max_length - len(pair.prefix)
-    if mode == "keep_start":
-        if room <= 0:
-            return None
-        return replace(pair, branches=tuple(Branch(b.ids[:room], b.supervised[:room]) for b in pair.branches))
+    if room <= 0:
+        return None
+    return replace(pair, branches=tuple(Branch(b.ids[:room], b.supervised[:room]) for b in pair.branches))
+
+
+def _keep_end(pair: Tokenized, max_length: int) -> Tokenized:
     none = np.zeros(len(pair.prefix), dtype=bool)
     branches = tuple(
         Branch(np.concatenate([pair.prefix, b.ids])[-max_length:], np.concatenate([none, b.supervised])[-max_length:])

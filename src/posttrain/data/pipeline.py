@@ -22,7 +22,7 @@ from posttrain.data.formats import all_formats, choose, detect, formats_of, requ
 from posttrain.data.formats.rated import is_unrated
 from posttrain.data.mixing import Mixture, check_used
 from posttrain.data.oddities import oddities
-from posttrain.data.pairs import are_same, join, limit_pair, split
+from posttrain.data.pairs import join, limit_pair, split
 from posttrain.data.passed_over import of_tokens, passed_over
 from posttrain.data.places import half_a_character
 from posttrain.data.ratings import ratings_of
@@ -226,7 +226,7 @@ class Pipeline:
 
     def _accept_pair(self, done: list[Encoded], item: tuple[Rendered, ...]) -> Tokenized | None:
         """Both answers behind what their tokens have in common with the prompt's; as in TRL each is limited to
-        `max_length` by itself, and a prompt that leaves no room for an answer leaves the row out."""
+        `max_length` by itself, and a row is left out where its prompt leaves no room, or its answers differ no more."""
         report, origin = self.report, item[0].example.origin
         try:
             whole = join(done, item)
@@ -243,8 +243,6 @@ class Pipeline:
             report.tokens_cut += num_cut
         settings = self.settings
         limited = limit_pair(whole, settings.max_length, settings.truncation_mode, settings.max_prompt_length)
-        if limited is not None and limited is not whole and self.settings.method == "preference" and are_same(limited):
-            limited = None
         if limited is None:
             self._cut_off(origin)
         if limited is not whole:

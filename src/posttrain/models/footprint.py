@@ -19,6 +19,7 @@ from torch import nn
 
 from posttrain import native
 from posttrain.models.head import BLOCK_SIZE, CHUNK_ROWS, SLICE_ROWS
+from posttrain.models.precision import has_fast_bf16
 from posttrain.models.segment_attention import MAX_LENGTH
 
 STATE_BYTES = {"8bit": 2, "4bit": 1, "adafactor": 0, "sgd": 0, "adagrad": 4, "rmsprop": 4, "lion": 4}
@@ -97,6 +98,8 @@ def _head_bytes(weight: torch.Tensor) -> int:
     vocabulary, hidden = weight.shape
     block = min(CHUNK_ROWS * vocabulary, max(vocabulary, BLOCK_SIZE.get(weight.device.type, CHUNK_ROWS * vocabulary)))
     buffers = CHUNK_ROWS * vocabulary * weight.element_size() + 2 * 4 * block
+    if weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not has_fast_bf16(weight.device):
+        buffers += weight.element_size() * vocabulary * hidden  # products are emulated, from a copy of the weight
     if not weight.requires_grad:
         return buffers
     low = weight.element_size() if weight.element_size() < 4 else 0

@@ -110,6 +110,8 @@ AVERAGES = {
 """How tokens become a loss: the mean over sequences of their tokens' means; the mean over the tokens of each batch of
 the user's size; the sum over sequences times the longest completion allowed (Dr. GRPO, arXiv 2503.20783); the mean over
 all tokens of the step (DAPO, arXiv 2503.14476); the mean over sequences of their sums (LUSPO, arXiv 2602.05261)."""
+ACTING = "entropy/acting"
+"""Metric: the entropy of the tokens that a bonus acts on."""
 CLIPS = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 
 
@@ -119,8 +121,8 @@ class PolicyLoss:
     divergence to the reference, estimated per token (k3, http://joschu.net/blog/kl-approx.html), with `corrected_kl`
     times the ratio; `max_completion_length` is Dr. GRPO's divisor. `top_entropy` keeps the gradient of that share of
     each batch's tokens, the most uncertain ones (arXiv 2506.01939); `entropy_coef` weighs a bonus, the mean entropy of
-    the tokens of each batch of the user's size (of those that have the gradient). `correction` is for samplers that are
-    not quite the policy."""
+    the tokens of each batch of the user's size (of those that have the gradient); with `adaptive_entropy` it changes
+    from step to step, and may be 0 for now. `correction` is for samplers that are not quite the policy."""
 
     loss_type: str = "dapo"
     level: str = "token"
@@ -130,6 +132,7 @@ class PolicyLoss:
     corrected_kl: bool = False
     top_entropy: float = 1.0
     entropy_coef: float = 0.0
+    adaptive_entropy: bool = False
     off_policy_threshold: float | None = None
     correction: Correction | None = None
 
@@ -142,18 +145,22 @@ class PolicyLoss:
         return Needs(entropy=True, entropy_gradient=self.entropy_coef != 0)
 
     @property
+    def has_bonus(self) -> bool:
+        return self.entropy_coef != 0 or self.adaptive_entropy
+
+    @property
     def needs_reference(self) -> bool:
         return self.beta != 0.0
 
     @property
     def is_sum(self) -> bool:
         """Batches are whole where a mean or a quantile is taken over their tokens."""
-        return AVERAGES[self.loss_type] != "batch tokens" and self.top_entropy >= 1.0 and not self.entropy_coef
+        return AVERAGES[self.loss_type] != "batch tokens" and self.top_entropy >= 1.0 and not self.has_bonus
 
     @property
     def skips_indifferent(self) -> bool:
         """Whether completions without an advantage add nothing to the gradient, and need not be computed."""
-        return not self.beta and self.top_entropy >= 1.0 and not self.entropy_coef
+        return not self.beta and self.top_entropy >= 1.0 and not self.has_bonus
 
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Terms, Metrics]:
         old_R = batch.columns.get("old_logp_R", outputs.logp_R.detach())
@@ -178,12 +185,24 @@ class PolicyLoss:
             loss_R = loss_R + self.beta * kl_R
             metrics["kl"] = (kl_R.detach().sum(), len(kl_R))
         terms = self._averaged(loss_R, length_S, batch)
+        if self.has_bonus:
+            terms, noted = self._with_bonus(terms, outputs.entropy_R, acting_R, batch)
+            metrics |= noted
+        return terms, metrics
+
+    def _with_bonus(
+        self, terms: Terms, entropy_R: torch.Tensor | None, acting_R: torch.Tensor, batch: Batch
+    ) -> tuple[Terms, Metrics]:
+        assert entropy_R is not None
+        ((unit, term),) = terms.items()
+        total, count = (entropy_R * acting_R).sum(), acting_R.sum()
+        metrics: Metrics = {"policy_loss": (term.detach(), batch.counts[unit])}  # the loss without the bonus
+        if self.adaptive_entropy:
+            metrics[ACTING] = (total.detach(), count)
+        else:
+            metrics["entropy_coef"] = (torch.tensor(self.entropy_coef), 1)
         if self.entropy_coef:
-            assert outputs.entropy_R is not None
-            ((unit, term),) = terms.items()
-            metrics["policy_loss"] = (term.detach(), batch.counts[unit])  # the loss without the bonus
-            mean = (outputs.entropy_R * acting_R).sum() / acting_R.sum().clamp(min=1)
-            terms["batches"] = terms.get("batches", 0.0) - self.entropy_coef * mean
+            terms = {**terms, "batches": terms.get("batches", 0.0) - self.entropy_coef * total / count.clamp(min=1)}
         return terms, metrics
 
     def rows(self, logp_R: torch.Tensor, old_logp_R: torch.Tensor, batch: Batch) -> Rows:

@@ -22,6 +22,7 @@ from posttrain.objectives.base import Metrics
 from posttrain.rollout.advantages import Advantages
 from posttrain.rollout.fitting import RowsAtOnce
 from posttrain.rollout.generation import Generation, Rollout, grouped, together
+from posttrain.rollout.entropy_control import EntropyControl
 from posttrain.rollout.kl_control import KLControl
 from posttrain.rollout.order import Rounds
 from posttrain.rollout.scoring import Judge, Verdict
@@ -72,7 +73,7 @@ class RolloutSource:
     """`advantages` turns a round's rewards into advantages; with `logps_first` it is told what the policy and the
     reference said of every completion. `ask_policy` and `ask_reference` answer for the session that trains, with what
     `of_policy` names and with log-probabilities; `log` is told of every round: its rollouts with their verdict; `kl`
-    adapts to every round; `rows` are what sampling in this process has come down to."""
+    adapts to every round, `entropy` to every step; `rows` are what sampling in this process has come down to."""
 
     prompts: Sequence[Prompt]
     rounds: Rounds
@@ -90,6 +91,7 @@ class RolloutSource:
     log: Callable[[Generation, Verdict, int], None] | None = None
     of_policy: tuple[str, ...] = ("old_logp_R",)
     kl: KLControl | None = None
+    entropy: EntropyControl | None = None
     rows: RowsAtOnce | None = None
     ask_policy: Ask | None = None
     ask_reference: Ask | None = None
@@ -318,6 +320,8 @@ class RolloutSource:
         state: dict[str, Any] = {"rounds": [one.state() for number, one in self._held.items() if number in wanted]}
         if self.rows is not None:
             state |= self.rows.state()
+        if self.entropy is not None:
+            state["entropy"] = self.entropy.state()
         if self.kl is None:
             return state
         begun, before = self._kl_before
@@ -331,6 +335,8 @@ class RolloutSource:
             self.rows.load_state(state)
         if self.kl is not None and "kl_coef" in state:
             self.kl.coef = state["kl_coef"]
+        if self.entropy is not None and "entropy" in state:
+            self.entropy.load_state(state["entropy"])
 
 
 def _counted(batches: list[Batch], counts: dict[str, float]) -> list[Batch]:

@@ -6,7 +6,7 @@ Not here: images (refused), `compute_metrics` (refused: it would want logits), c
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -30,7 +30,7 @@ from posttrain.trainers.base import make_events
 from posttrain.trainers.config import PackedConfig
 from posttrain.trainers.data import DataTrainer
 from posttrain.trainers.forewarning import (
-    NUM_ANSWERS,
+    LOOKED_THROUGH,
     Betas,
     Rates,
     warn_of_beta,
@@ -144,7 +144,7 @@ class AnswerTrainer(DataTrainer):
     batch beside the tokens."""
 
     method: ClassVar[str] = "preference"
-    looked_at: ClassVar[int] = NUM_ANSWERS
+    looked_at: ClassVar[int] = LOOKED_THROUGH
     way_out_of_length: ClassVar[str] = "pairs of like length, or a loss per token, keep that out"
     columns: tuple[str, ...] = ()
     rates: ClassVar[Rates] = Rates()
@@ -235,15 +235,24 @@ class AnswerTrainer(DataTrainer):
     def _prepared(self, dataset: Any, name: str, settings: DataSettings) -> Sequence[Sample]:
         samples = super()._prepared(dataset, name, settings)
         if name == "train":
-            self._look_at(samples)
+            for remark in self._remarks(samples):
+                logger.warning("data     %s", remark)
         return samples
 
-    def _look_at(self, samples: Sequence[Sample]) -> None:
-        """Say what the rows teach beside what they are meant to."""
+    def _check_stream(self, dataset: Any) -> None:
+        """As ever, and what can be said of the first rows already."""
+        super()._check_stream(dataset)
+        if not self._beginning:  # an iterator: what it gives is gone then
+            return
+        for remark in self._remarks(self._beginning, is_whole=False):
+            logger.warning("data     of the first %d rows of the stream: %s", len(self._beginning), remark)
+
+    def _remarks(self, samples: Sequence[Sample], *, is_whole: bool = True) -> Iterator[str]:
+        """What the rows teach beside what they are meant to. `is_whole`: they are not just the beginning."""
         if remark := contradictions(samples):
-            logger.warning("data     %s", remark)
+            yield remark
         if self.method == "preference" and (remark := length_bias(samples)):
-            logger.warning("data     %s; %s", remark, self.way_out_of_length)
+            yield f"{remark}; {self.way_out_of_length}"
 
     def _first_look(self, session: Session) -> None:
         samples = self.run.train_samples

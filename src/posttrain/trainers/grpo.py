@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -20,8 +22,13 @@ class GRPOTrainer(OnlineTrainer):
     CONFIG = GRPOConfig
     args: GRPOConfig
 
+    def _open(self, model: Any, tokenizer: Any, peft_config: Any, quantization_config: Any) -> None:
+        super()._open(model, tokenizer, peft_config, quantization_config)
+        self.entropy = self.args.entropy_control()
+
     def objective(self) -> PolicyLoss:
-        return self.args.objective()
+        objective = self.args.objective()
+        return objective if self.entropy is None else replace(objective, entropy_coef=self.entropy.applied)
 
     def learning(self) -> Learning:
         objective = self.args.objective()

@@ -9,9 +9,12 @@ from posttrain.errors import ConfigError
 from posttrain.objectives.correction import MODES, Correction
 from posttrain.objectives.policy import LOSSES, PolicyLoss, Settings
 from posttrain.rollout.advantages import AGGREGATIONS, SCALES
+from posttrain.rollout.entropy_control import EntropyControl
 from posttrain.trainers.config import accepts_old_spellings
 from posttrain.trainers.online_config import OnlineConfig
 from posttrain.trainers.spellings import Rewrite, renamed
+
+OF_ADAPTIVE = ("entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target")
 
 
 @accepts_old_spellings
@@ -36,8 +39,7 @@ class GRPOConfig(OnlineConfig):
         "max_resampling_rounds",
     )  # fmt: skip
     NOT_HONOURED: ClassVar[tuple[str, ...]] = (
-        *OnlineConfig.NOT_HONOURED, "cast_lm_head_to_fp32", "max_tool_calling_iterations", "use_adaptive_entropy",
-        "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target",
+        *OnlineConfig.NOT_HONOURED, "cast_lm_head_to_fp32", "max_tool_calling_iterations",
     )  # fmt: skip
 
     loss_type: str = field(default="dapo", metadata={"help": f"One of: {', '.join(LOSSES)}."})
@@ -61,11 +63,16 @@ class GRPOConfig(OnlineConfig):
         default=1.0, metadata={"help": "Learn from this share of a batch's tokens, the most uncertain ones."}
     )
     entropy_coef: float = field(default=0.0, metadata={"help": "Weight of a bonus for uncertainty."})
-    use_adaptive_entropy: bool = field(default=False, metadata={"help": "Not honoured yet."})
-    entropy_coef_min: float = field(default=0.0, metadata={"help": "Of use_adaptive_entropy: not honoured yet."})
-    entropy_coef_max: float = field(default=1.0, metadata={"help": "Of use_adaptive_entropy: not honoured yet."})
-    entropy_coef_delta: float = field(default=0.005, metadata={"help": "Of use_adaptive_entropy: not honoured yet."})
-    entropy_target: float = field(default=0.2, metadata={"help": "Of use_adaptive_entropy: not honoured yet."})
+    use_adaptive_entropy: bool = field(
+        default=False,
+        metadata={"help": "Let entropy_coef grow while entropy is at most entropy_target, and shrink above it."},
+    )
+    entropy_coef_min: float = field(default=0.0, metadata={"help": "Of use_adaptive_entropy: least coefficient."})
+    entropy_coef_max: float = field(default=1.0, metadata={"help": "Of use_adaptive_entropy: greatest coefficient."})
+    entropy_coef_delta: float = field(default=0.005, metadata={"help": "Of use_adaptive_entropy: change in a step."})
+    entropy_target: float = field(
+        default=0.2, metadata={"help": "Of use_adaptive_entropy: mean entropy of a token, in nats; no bonus above it."}
+    )
     off_policy_mask_threshold: float | None = field(
         default=None, metadata={"help": "Leave out bad completions that the policy has left behind by more."}
     )
@@ -97,6 +104,10 @@ class GRPOConfig(OnlineConfig):
         super()._check_choices()
         if self.max_resampling_rounds < 1:
             raise ConfigError(f"max_resampling_rounds={self.max_resampling_rounds} must be at least 1")
+        for name in (name for name in OF_ADAPTIVE if not self.use_adaptive_entropy):
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ConfigError(f"{name}={getattr(self, name)} is heeded with use_adaptive_entropy=True only")
+        self.entropy_control()
         self.objective()
 
     def correction(self) -> Correction | None:
@@ -105,6 +116,12 @@ class GRPOConfig(OnlineConfig):
             return None
         return Correction(self.vllm_importance_sampling_mode, self.vllm_importance_sampling_clip_min,
                           self.vllm_importance_sampling_clip_max)  # fmt: skip
+
+    def entropy_control(self) -> EntropyControl | None:
+        if not self.use_adaptive_entropy:
+            return None
+        return EntropyControl(self.entropy_coef, self.entropy_coef_min, self.entropy_coef_max, self.entropy_coef_delta,
+                              self.entropy_target)  # fmt: skip
 
     def objective(self) -> PolicyLoss:
         """Raises ConfigError for settings that contradict each other."""
@@ -129,6 +146,7 @@ class GRPOConfig(OnlineConfig):
             corrected_kl=self.use_bias_correction_kl,
             top_entropy=self.top_entropy_quantile,
             entropy_coef=self.entropy_coef,
+            adaptive_entropy=self.use_adaptive_entropy,
             off_policy_threshold=self.off_policy_mask_threshold,
             correction=self.correction(),
         )

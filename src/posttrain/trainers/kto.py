@@ -129,36 +129,36 @@ class KTOTrainer(AnswerTrainer):
             return without_whole_answers(samples)
         return with_mismatched(samples, self.args.per_device_train_batch_size, self.args.max_length)
 
-    def _look_at(self, samples: Sequence[Sample]) -> None:
+    def _remarks(self, samples: Sequence[Sample], *, is_whole: bool = True) -> Iterator[str]:
         """Weights that do not make up for the labels' numbers, and labels that come sorted, spoil a run as well."""
-        super()._look_at(samples)
+        yield from super()._remarks(samples, is_whole=is_whole)
         args = self.args
         labels = [bool(sample[0].columns["label"]) for sample in samples]
         good, bad = sum(labels), len(labels) - sum(labels)
         if not good or not bad:
-            logger.warning("every answer is labelled %s: KTO learns from both kinds", bool(good))
+            yield f"every answer is labelled {bool(good)}: KTO learns from both kinds"
             return
         if args.desirable_weight and args.undesirable_weight:
-            self._look_at_balance(good, bad)
+            yield from self._remarks_on_balance(good, bad)
         else:
             name, left = ("undesirable_weight", bad) if args.desirable_weight else ("desirable_weight", good)
-            logger.warning("%s=0 leaves %d of %d answers out: KTO learns from both kinds", name, left, len(labels))
+            yield f"{name}=0 leaves {left} of {len(labels)} answers out: KTO learns from both kinds"
         size = args.per_device_train_batch_size
-        if len(labels) % size == 1 and args.loss_type in WITH_POINT and not args.dataloader_drop_last:
-            logger.warning("the last of %d answers is %s; leave one out, or set dataloader_drop_last=True",
-                           len(labels), ALONE % size)  # fmt: skip
+        if is_whole and len(labels) % size == 1 and args.loss_type in WITH_POINT and not args.dataloader_drop_last:
+            alone = ALONE % size
+            yield f"the last of {len(labels)} answers is {alone}; leave one out, or set dataloader_drop_last=True"
         if size == 1 or args.shuffle_dataset or args.train_sampling_strategy != "sequential":
             return
         groups = [labels[first : first + size] for first in range(0, len(labels), size)]
         if sum(len(set(group)) == 1 for group in groups) > len(groups) / 2:
-            logger.warning("most batches hold answers of one label only: the rows are sorted; set shuffle_dataset=True")
+            yield "most batches hold answers of one label only: the rows are sorted; set shuffle_dataset=True"
 
-    def _look_at_balance(self, good: int, bad: int) -> None:
+    def _remarks_on_balance(self, good: int, bad: int) -> Iterator[str]:
         args = self.args
         balance = args.desirable_weight * good / (args.undesirable_weight * bad)
         if not BALANCED[0] - 0.01 <= balance <= BALANCED[1] + 0.01:
             low, high = (share * args.undesirable_weight * bad / good for share in BALANCED)
-            logger.warning(
-                "%d good and %d bad answers weigh %.3g to 1; KTO wants 1 to 1.33: set desirable_weight between %.3g "
-                "and %.3g", good, bad, balance, low, high
-            )  # fmt: skip
+            yield (
+                f"{good} good and {bad} bad answers weigh {balance:.3g} to 1; KTO wants 1 to 1.33: set "
+                f"desirable_weight between {low:.3g} and {high:.3g}"
+            )

@@ -25,6 +25,7 @@ from posttrain.reference import ReferenceModel
 from posttrain.rewards.check import SHORT_ROWS, Material, before_training
 from posttrain.rollout.advantages import Advantages
 from posttrain.rollout.generation import Rollout
+from posttrain.rollout.entropy_control import EntropyControl
 from posttrain.rollout.kl_control import KLControl
 from posttrain.rollout.log import SamplesLog
 from posttrain.rollout.source import Learning, Resampling
@@ -67,6 +68,7 @@ class OnlineTrainer(PackedTrainer):
     of_policy: ClassVar[tuple[str, ...]] = ("old_logp_R",)
     critic: Critic | None = None
     kl: KLControl | None = None
+    entropy: EntropyControl | None = None
 
     def __init__(
         self,
@@ -103,6 +105,7 @@ class OnlineTrainer(PackedTrainer):
         raise NotImplementedError
 
     def objective(self) -> Objective:
+        """As it is for the step that comes next."""
         raise NotImplementedError
 
     def learning(self) -> Learning:
@@ -165,6 +168,8 @@ class OnlineTrainer(PackedTrainer):
             reference=self._reference() if args.beta else None,
             rollouts=self.rollouts,
             critic=self.critic,
+            schedule=None if self.entropy is None else lambda epoch: self.objective(),
+            follow=None if self.entropy is None else self.entropy.follow,
         )
         if self.run.reference is not None and self.run.reference.moves:
             self.add_callback(Follow(self.run.reference))

@@ -47,10 +47,6 @@ INSTEAD = {
     "max_length": "set max_prompt_length and max_completion_length",
     "log_completions_hub_repo": "completions are written to samples.jsonl in output_dir",
     "max_tool_calling_iterations": "calling tools is not built yet; rollout_func can do it",
-    **dict.fromkeys(
-        ("use_adaptive_entropy", "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"),
-        "set entropy_coef to what it should be",
-    ),
 }
 """Settings that are not honoured, and what there is instead."""
 

@@ -42,7 +42,7 @@ class TrainerRollouts:
         self.log = SamplesLog(trainer.args.output_dir or ".", prompts)
         self.engine: LocalEngine | VllmEngine | None = None
         self.source = self._source(prompts, rounds, trainer.args.num_generations or 1, trainer.resampling())
-        self.source.log, self.source.kl = self.log, trainer.kl
+        self.source.log, self.source.kl, self.source.entropy = self.log, trainer.kl, trainer.entropy
 
     def _source(
         self, prompts: Sequence[Prompt], rounds: Rounds, count: int, resampling: Resampling = NO_RESAMPLING
@@ -85,6 +85,7 @@ class TrainerRollouts:
             "sampling": args.sampling(),
             "rewards": dict(zip(trainer.rewards.functions, trainer.rewards.weights, strict=True)),
             "rollout_func": self.rollout_func is not None,
+            **({} if trainer.entropy is None else {"entropy control": trainer.entropy.settings}),
         }
 
     def open(self, session: Session, reference: Reference | None) -> None:
@@ -139,8 +140,9 @@ class TrainerRollouts:
 
     def resumed(self, step: int) -> None:
         self.log.forget_after(step)
-        if step == 0 and self.source.kl is not None:
-            self.source.kl.restart()
+        for control in (self.source.kl, self.source.entropy):
+            if step == 0 and control is not None:
+                control.restart()
 
     def evaluate(
         self, session: Session, prompts: Any, stopped: Callable[[], bool], batch_done: Callable[[], None]
@@ -154,7 +156,7 @@ class TrainerRollouts:
         source.packing, source.stopped = self.source.packing, stopped
         source.token_budget = self.trainer.run._budget()
         try:
-            return evaluate_rollouts(source, session.policy, self.trainer.run.objective, batch_done)
+            return evaluate_rollouts(source, session.policy, self.trainer.objective(), batch_done)
         except Stopped:
             return None
 
