@@ -62,7 +62,7 @@ class Loop:
     adapters); `settle` completes their gradients, `publish` copies them into the computing weights; `evaluate` returns
     metrics and `save` a checkpoint's path. `position` is the step of the source that comes next, ahead of `global_step`
     where a callback ended an epoch early; `phase` is what is being done. `schedule` has an objective for each epoch
-    (or part of one); `follow` is told what the metrics of each step summed up to, and says what else is to be logged."""
+    (or part of one); `follow` is told what each step's metrics summed up to, and says what else is to be logged."""
 
     annotate: Callable[[Batch], Batch]
     forward: Callable[[Batch, Needs], Outputs]

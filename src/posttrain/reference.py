@@ -30,6 +30,8 @@ from posttrain.types import Batch, Needs
 
 logger = logging.getLogger("posttrain")
 MOVED = "reference.safetensors"
+A_GLANCE = 256
+"""Elements of each tensor that tell one reference from another where nobody reads them all."""
 
 
 class Reference(Protocol):
@@ -77,6 +79,8 @@ class ReferenceModel:
     _held: Held | None = None
     _own: Session | None = None
     _about: dict[str, Any] | None = None
+    _glance: str = ""
+    _masters: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def open(self, session: Session) -> None:
         if self._is_open:
@@ -86,6 +90,11 @@ class ReferenceModel:
         self._is_off = is_fresh_adapter(session.policy.model)
         if self.model is None and self.adapter is None and not self._is_off and not self.precompute:
             self._held = Held(self._trained)
+        if self.moves and self.model is not None:  # in small steps, which bf16 would round away
+            found = dict(self.model.named_parameters())
+            self._masters = {name: found[name].detach().float().clone() for name in self._trained}
+        if not self.precompute:
+            self._glance = weights_hash(*self._weights(session), at_most=A_GLANCE)
 
     def ask(self, session: Session) -> Reference:
         """The reference, as a function of batches."""
@@ -94,6 +103,7 @@ class ReferenceModel:
             if self._own is None:
                 self.model.requires_grad_(False)
                 self._own = Session.open(self.model, session.args)
+                self._publish()
             return OfPolicy(self._own.policy, nullcontext)
         if self.adapter is not None:
             return OfPolicy(policy, lambda: _with_adapter(policy.model, str(self.adapter)))
@@ -112,11 +122,8 @@ class ReferenceModel:
     def depends_on(self, session: Session) -> dict[str, Any]:
         """What its answers depend on beside the tokens; to be asked before anything is learned."""
         model = session.policy.model if self.model is None else self.model
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base, active = self._weights(session)
         configs = getattr(model, "peft_config", {})
-        active: list[str] = []
-        if isinstance(model, PeftModel) and not (self._is_off and self.model is None):
-            active = [self.adapter] if self.adapter else list(model.active_adapters)
         self._about = {
             "weights": weights_hash(base, active),
             "model": [type(base).__name__, _settings(base.config)],
@@ -126,12 +133,20 @@ class ReferenceModel:
         }
         return self._about
 
+    def _weights(self, session: Session) -> tuple[nn.Module, list[str]]:
+        """The model that has them, without its adapters, and which of these belong to them."""
+        model = session.policy.model if self.model is None else self.model
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if not isinstance(model, PeftModel) or (self._is_off and self.model is None):
+            return base, []
+        return base, [self.adapter] if self.adapter else list(model.active_adapters)
+
     def identity(self, session: Session) -> str:
-        """Of its weights: another reference makes another run of it. Where nothing was asked ahead they are not read
-        for that."""
+        """Of its weights: another reference makes another run of it. Where nothing was asked ahead they are looked at
+        here and there."""
         kind = "another model" if self.model is not None else self.adapter or "the model that training starts from"
         if not self.precompute:
-            return kind
+            return f"{kind}, {self._glance[:16]}"
         about = {name: value for name, value in (self._about or self.depends_on(session)).items() if name != "code"}
         return f"{kind}, {hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]}"
 
@@ -140,6 +155,7 @@ class ReferenceModel:
         with torch.no_grad():
             for name, tensor in self._own_weights().items():
                 tensor.lerp_(self._trained[name].data.to(tensor), share)
+            self._publish()
 
     def save(self, folder: Path) -> None:
         """What a reference that moves has become, beside a checkpoint's weights."""
@@ -157,20 +173,24 @@ class ReferenceModel:
         stored = tensor_files.load_file(folder / MOVED)
         for name, tensor in self._own_weights().items():
             tensor.copy_(stored[name])
+        self._publish()
 
     def _own_weights(self) -> dict[str, torch.Tensor]:
-        """The reference's own copies of what is trained, by name."""
-        if self._held is not None:
-            return self._held.weights()
-        assert self.model is not None
-        found = dict(self.model.named_parameters())
-        return {name: found[name].data for name in self._trained}
+        """The reference's own copies of what is trained, by name, as precise as they move."""
+        return self._masters if self._held is None else self._held.weights()
+
+    def _publish(self) -> None:
+        """Into a model of its own, in the dtype that it has."""
+        found = dict(self.model.named_parameters()) if self._masters else {}
+        for name, master in self._masters.items():
+            found[name].data.copy_(master)
 
     def close(self) -> None:
-        """Give a model of its own back as it was."""
+        """Give a model of its own back in its own dtypes; one that moves as it has become."""
         if self._own is not None:
             self._own.close()
             self._own = None
+            self._publish()
 
 
 def _settings(config: Any) -> dict[str, Any]:

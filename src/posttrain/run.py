@@ -289,6 +289,13 @@ class Run:
             note_best(self.events, metrics)
         return metrics
 
+    def _objective_now(self) -> Objective:
+        """That of the last step: at the end of an epoch the next one has not begun."""
+        if self.schedule is None:
+            return self.objective
+        step = 0.0 if self.source is None else 1 / max(1, self.source.steps_per_epoch)
+        return self.schedule(max(0.0, (self.events.state.epoch or 0.0) - step))
+
     def _evaluate_set(
         self, session: Session, samples: Sequence[Sample], prefix: str, stop: StopRequest | None
     ) -> dict[str, float] | None:
@@ -304,7 +311,7 @@ class Run:
             samples = self.annotation.complete(session, samples, prefix, self._budget())
             values = evaluate_loss(
                 session.policy,
-                self.objective if self.schedule is None else self.schedule(self.events.state.epoch or 0.0),
+                self._objective_now(),
                 samples,
                 args.per_device_eval_batch_size,
                 self._budget(),

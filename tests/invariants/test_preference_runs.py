@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from posttrain import DPOConfig, DPOTrainer
+from posttrain import ConfigError, DPOConfig, DPOTrainer
 from posttrain.reference_ahead import cache_key
 from posttrain.trainers.base import PackedTrainer
 from tests.tiny_models import tiny_model
@@ -31,7 +31,8 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
 
 
-def trainer(folder: Path, adapted: bool = False, rows: Any = ROWS, model: Any = None, **options: Any) -> DPOTrainer:
+def trainer(folder: Path, adapted: bool = False, rows: Any = ROWS, model: Any = None, eval_rows: Any = None,
+            **options: Any) -> DPOTrainer:  # fmt: skip
     tokenizer = chatml_tokenizer()
     settings: dict[str, Any] = {
         "per_device_train_batch_size": 4, "num_train_epochs": 3, "learning_rate": 1e-3, "bf16": False,
@@ -40,7 +41,7 @@ def trainer(folder: Path, adapted: bool = False, rows: Any = ROWS, model: Any = 
     peft = {"peft_config": LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")} if adapted else {}
     made = model or tiny_model("llama", len(tokenizer))
     return DPOTrainer(made, args=DPOConfig(str(folder), **settings), train_dataset=rows,
-                      processing_class=tokenizer, **peft)  # fmt: skip
+                      eval_dataset=eval_rows, processing_class=tokenizer, **peft)  # fmt: skip
 
 
 def weights(one: PackedTrainer) -> dict[str, torch.Tensor]:
@@ -141,6 +142,26 @@ def test_a_stream(tmp_path: Path) -> None:
     plain = trainer(tmp_path / "p", max_steps=2, train_sampling_strategy="sequential")
     plain.train()
     assert history(stream, "loss") == pytest.approx(history(plain, "loss"), rel=1e-5)
+
+
+def test_an_epoch_is_evaluated_with_its_own_beta(tmp_path: Path) -> None:
+    options = {"save_strategy": "no", "learning_rate": 1e-4, "eval_strategy": "epoch", "num_train_epochs": 2}
+    margins = []
+    for index, beta in enumerate((0.5, [0.5, 0.05])):
+        one = trainer(tmp_path / str(index), beta=beta, eval_rows=ROWS, **options)
+        one.train()
+        margins.append([e["eval_rewards/margins"] for e in one.state.log_history if "eval_rewards/margins" in e])
+        margins[-1].append(one.evaluate()["eval_rewards/margins"])
+    plain, scheduled = margins
+    assert scheduled[0] == pytest.approx(plain[0], rel=1e-5)
+    assert scheduled[1] == pytest.approx(scheduled[2], rel=1e-6)
+    assert abs(scheduled[1]) < abs(plain[1]) / 5
+
+
+@pytest.mark.parametrize("options", [{"num_train_epochs": 1}, {"max_steps": 2, "num_train_epochs": 1}], ids=str)
+def test_betas_of_epochs_that_never_come(options: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="training ends in epoch 1"):
+        trainer(tmp_path, beta=[0.5, 0.05], **options)
 
 
 def test_beta_for_each_epoch(tmp_path: Path) -> None:

@@ -363,15 +363,29 @@ def test_another_loss_or_reference_is_another_run(changed: dict[str, Any], named
         trainer(tmp_path, **{**options, **changed}).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
-def test_the_checkpoint_itself_is_no_reference(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_the_checkpoint_itself_is_no_reference(ahead: bool, tmp_path: Path) -> None:
     """`model=checkpoint` and `resume_from_checkpoint=checkpoint` together would have the reference begin half-way."""
     from transformers import AutoModelForCausalLM
 
-    options = {"precompute_ref_log_probs": True, "save_strategy": "steps", "save_steps": 1}
+    options = {"precompute_ref_log_probs": ahead, "save_strategy": "steps", "save_steps": 1}
     trainer(tmp_path, **options).train()
     half_way = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-1", dtype=torch.float32)
     with pytest.raises(CheckpointError, match="reference"):
         trainer(tmp_path, half_way, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_another_model_given_as_reference_is_another_run(adapted: bool, tmp_path: Path) -> None:
+    options = {"peft": lora() if adapted else None, "precompute_ref_log_probs": False, "save_strategy": "steps",
+               "save_steps": 1}  # fmt: skip
+    undisturbed = trainer(tmp_path, None, model(5), **options)
+    undisturbed.train()
+    resumed = trainer(tmp_path, None, model(5), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert first(resumed, "loss") == first(undisturbed, "loss")
+    with pytest.raises(CheckpointError, match="reference"):
+        trainer(tmp_path, None, model(6), **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
 def test_the_same_run_however_it_is_written(tmp_path: Path) -> None:

@@ -87,8 +87,7 @@ def test_resumed_it_is_the_same_run(case: str, adapter: bool, tmp_path: Path) ->
         assert weights(resumed) == weights(whole)
         assert samples(folder) == samples(tmp_path / "whole")
         for mine, other in zip(resumed.state.log_history, whole.state.log_history, strict=False):
-            for name in ("loss", "grad_norm", "reward", "kl", "completions/mean_length", "num_tokens",
-                         "entropy_coef"):
+            for name in ("loss", "grad_norm", "reward", "kl", "completions/mean_length", "num_tokens", "entropy_coef"):
                 assert mine.get(name) == other.get(name), name
 
 

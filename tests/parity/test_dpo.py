@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import posttrain
+from posttrain.objectives.dpo import F_DIVERGENCES, OF_ANY_DIVERGENCE
 from tests.parity.side_by_side import Rows, Trained, as_dataset, assert_same, train, trl
 from tests.tiny_models import FAMILIES, tiny_model
 from tests.tiny_tokenizers import chatml_tokenizer
@@ -32,6 +33,14 @@ PAIRS: Rows = [
         "rejected": [{"role": "assistant", "content": row["rejected"]}],
     }
     for row in TEXT_PAIRS
+]
+SHORT: Rows = [
+    {
+        "prompt": [{"role": "user", "content": f"Is it {i}?"}],
+        "chosen": [{"role": "assistant", "content": f"Yes, {i}."}],
+        "rejected": [{"role": "assistant", "content": "No."}],
+    }
+    for i in range(6)
 ]
 IMPLICIT: Rows = [{"chosen": r["prompt"] + r["chosen"], "rejected": r["prompt"] + r["rejected"]} for r in PAIRS]
 IMPLICIT_TEXT: Rows = [
@@ -136,10 +145,15 @@ def test_an_option(name: str, tmp_path: Path) -> None:
     compare(tmp_path, PAIRS, **OPTIONS[name])
 
 
-def test_forward_kl(tmp_path: Path) -> None:
-    """The exponential of a sum has the sum's rounding, 170 nats of fp32 here."""
-    ours, theirs = both(tmp_path, PAIRS, f_divergence_type="forward_kl")
-    assert ours.numbers == pytest.approx(theirs.numbers, rel=5e-5)
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("loss", [name for name in OF_ANY_DIVERGENCE if name != "sft"])
+@pytest.mark.parametrize("divergence", [name for name in F_DIVERGENCES if name != "reverse_kl"])
+def test_divergences(divergence: str, loss: str, adapted: bool, tmp_path: Path) -> None:
+    """Of short answers, at a rate that leaves the policy near its reference: the exponential of a sum of many nats has
+    the sum's rounding, and far away little else."""
+    settings = {"f_divergence_type": divergence, "loss_type": [loss], "learning_rate": 1e-5, **LOSSES[loss]}
+    ours, theirs = both(tmp_path, SHORT, given=lora if adapted else dict, **settings)
+    assert ours.numbers == pytest.approx(theirs.numbers, rel=1e-5, abs=1e-12)
 
 
 def test_the_end_is_kept(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """PPO beside a slow plain one, written from the papers in float64: one completion at a time, the model's own forward,
-no packing, sums written as loops. Whole runs of two rounds on the same completions; parameters agree to 3e-6, a thousandth of one update.
+no packing, sums written as loops. Whole runs of two rounds on the same completions; parameters agree to 3e-6, a
+thousandth of one update.
 
 TRL has no PPO any more. What its last versions did otherwise is told in docs/ppo.md.
 """

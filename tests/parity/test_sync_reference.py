@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 
 import posttrain
 from posttrain import CheckpointError, ConfigError
@@ -62,6 +62,40 @@ def test_killed_and_resumed(step: int, given: Any, tmp_path: Path) -> None:
     (tmp_path / f"checkpoint-{step}" / "reference.safetensors").unlink()
     with pytest.raises(CheckpointError):
         trainer().train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+
+
+@pytest.mark.parametrize("given", [dict, copy], ids=["its own", "given"])
+def test_small_steps_are_not_rounded_away(given: Any, tmp_path: Path) -> None:
+    """In bf16 a reference follows as one in fp32 does, be it a model of its own; and it is given back as it became."""
+    words, moved = chatml_tokenizer(), {}
+    for bf16 in (False, True):
+        options = {**FOLLOW, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.02, "learning_rate": 1e-4}
+        args = posttrain.DPOConfig(str(tmp_path), bf16=bf16, save_strategy="no", report_to="none", disable_tqdm=True,
+                                   **options)  # fmt: skip
+        one = posttrain.DPOTrainer(tiny_model("llama", len(words)), args=args, train_dataset=PAIRS,
+                                   processing_class=words, **given())  # fmt: skip
+        one.train()
+        assert one.run.reference is not None
+        start = dict(tiny_model("llama", len(words)).named_parameters())
+        now = one.run.reference._own_weights()
+        moved[bf16] = sum(float((now[name].float() - start[name]).norm()) for name in now)
+        if (model := one.run.reference.model) is not None:
+            one.run.reference.close()
+            for name, parameter in model.named_parameters():
+                assert parameter.dtype == torch.float32
+                assert torch.equal(parameter, now[name])
+    assert moved[False] > 1e-3
+    assert moved[True] == pytest.approx(moved[False], rel=0.1)
+
+
+def test_a_reference_without_a_place_for_what_the_policy_becomes(tmp_path: Path) -> None:
+    words = chatml_tokenizer()
+    other = get_peft_model(tiny_model("llama", len(words)), LoraConfig(r=2, target_modules="all-linear"))
+    with pytest.raises(ConfigError, match=r"wants a reference like the model: model\..* is missing in ref_model"):
+        posttrain.DPOTrainer(
+            tiny_model("llama", len(words)), other, posttrain.DPOConfig(str(tmp_path), **FOLLOW), train_dataset=PAIRS,
+            processing_class=words,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("wrong", [{"precompute_ref_log_probs": True}, {"ref_model_mixup_alpha": 1.5},

@@ -174,7 +174,7 @@ def test_rows_that_are_lost_are_said_to_whoever_configured_no_logging(
     with caplog.at_level(logging.WARNING, "posttrain"):
         rows = [{"prompt": "a " * 40, "completion": "b"}, {"prompt": "a", "completion": "b"}]
         make_trainer(posttrain, tmp_path, rows, max_length=20)
-    assert "1 skipped (answer cut off by max_length)" in caplog.text
+    assert "1 skipped (nothing left to train within max_length)" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["compute_loss", "train_dataset", "data_collator"])
@@ -193,6 +193,15 @@ def test_hooks_in_a_mixin_are_found() -> None:
         type("Mine", (Mixin, posttrain.SFTTrainer), {"__module__": "users"})
 
 
+@pytest.mark.parametrize("late", [0, 300])
+def test_a_stream_that_does_not_fit_the_model(late: int, tmp_path: Path) -> None:
+    """Known before training begins, or when the row comes: with its name in both cases."""
+    rows = [{"text": "word"}] * late + [{"text": "word " * 3000}] * 3
+    stream = as_dataset(rows).to_iterable_dataset()
+    with pytest.raises((ConfigError, DataError), match=r"\[\d+\]? .*has \d+ tokens, the model \d+ places"):
+        make_trainer(posttrain, tmp_path, stream, model="gpt2", max_length=None, max_steps=200).train()
+
+
 def test_rows_longer_than_learned_positions(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"a row has \d+ tokens, the model \d+ places"):
+    with pytest.raises(ConfigError, match=r"has \d+ tokens, the model \d+ places"):
         make_trainer(posttrain, tmp_path, [{"text": "word " * 3000}], model="gpt2", max_length=None)

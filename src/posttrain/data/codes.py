@@ -46,7 +46,7 @@ REASONS: dict[str, str] = {
     "E-DATA-0026": "not what its format promises",
     "E-DATA-0028": "label that is no boolean",
     "E-DATA-0029": "chosen and rejected are the same",
-    "E-DATA-0030": "answer cut off by max_length",
+    "E-DATA-0030": "nothing left to train within max_length",
     "E-DATA-0031": "nothing left",
     "E-DATA-0032": "two system messages",
     "E-DATA-0033": "half a pair",

@@ -35,12 +35,14 @@ class Tokens(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoded:
-    """`boundary_moved`: the prompt's own tokens do not stand unchanged before the completion, or what is trained begins
-    or ends within a token. `num_cut` tokens hold characters on both sides of the edge of a flag, and are left out."""
+    """`boundary` tokens are the prompt's, and come before what follows it. `boundary_moved`: the prompt's own tokens do
+    not stand unchanged before the completion, or what is trained begins or ends within a token. `num_cut` tokens hold
+    characters on both sides of the edge of a flag, and are left out."""
 
     tokenized: Tokenized
     boundary_moved: bool
     num_cut: int = 0
+    boundary: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Encoder:
 
     def _encoded(self, rendered: Rendered, tokens: Tokens, prompt_ids: np.ndarray | None) -> Encoded:
         supervised = np.ones(len(tokens.ids), dtype=bool)
-        moved, num_cut = False, 0
+        moved, num_cut, boundary = False, 0, 0
         if prompt_ids is not None:
             if self.adds_eos and not rendered.is_chat:
                 prompt_ids = prompt_ids[:-1]
@@ -85,7 +87,7 @@ class Encoder:
             moved = moved or cut_in_two(rendered.spans, extents, rendered.cuts)
         columns = {name: rendered.example.columns[name] for name in self.columns if name in rendered.example.columns}
         branch = Branch(tokens.ids, supervised)
-        return Encoded(Tokenized(EMPTY, (branch,), rendered.example.origin, columns), moved, num_cut)
+        return Encoded(Tokenized(EMPTY, (branch,), rendered.example.origin, columns), moved, num_cut, boundary)
 
     def _tokenize(self, texts: list[tuple[str, bool]], with_offsets: bool = False) -> list[Tokens]:
         """The tokens of each `(text, is chat)`: plain text gets the tokenizer's special tokens, a conversation has its

@@ -26,7 +26,7 @@ def with_margin(example: Example) -> Example:
         return example
     seen = example.columns[COLUMN]
     others = {name: value for name, value in example.columns.items() if name != COLUMN}
-    if seen is None or (isinstance(seen, str) and not seen.strip()):
+    if not has_margin(example):
         return replace(example, columns=others)
     value = _number(seen)
     if value is None:
@@ -34,6 +34,12 @@ def with_margin(example: Example) -> Example:
         raise bad_row("E-DATA-0011", example.origin, what, field=COLUMN, seen=seen, row=others | {COLUMN: seen},
                       hint=HINT)  # fmt: skip
     return replace(example, columns={**others, COLUMN: value})
+
+
+def has_margin(example: Example) -> bool:
+    """Whether its column says anything."""
+    seen = example.columns.get(COLUMN)
+    return seen is not None and not (isinstance(seen, str) and not seen.strip())
 
 
 def check_alike(samples: Sequence[Sample]) -> None:

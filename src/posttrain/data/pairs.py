@@ -1,7 +1,8 @@
 """A preference pair's tokens: the prompt once, then the chosen and the rejected answer.
 
 Each answer is tokenised with the prompt, as a whole. The answers begin where the first of the two parts from the
-prompt's own tokens, so that what they share is never trained (and is what TRL takes for the prompt).
+prompt's own tokens, so that what they share is never trained (and is what TRL takes for the prompt). Flags of the data
+say what of an answer is trained, never where it begins.
 """
 
 from __future__ import annotations
@@ -24,14 +25,19 @@ def split(example: Example) -> list[Example]:
 
 
 def join(encoded: list[Encoded], rendered: tuple[Rendered, ...]) -> Tokenized:
-    """The answers as branches of what they begin with. Raises DataError (E-DATA-0029) where they are the same."""
+    """The answers as branches of what they begin with. Raises DataError where they are the same (E-DATA-0029), or flags
+    leave nothing of one (E-DATA-0022)."""
     first = encoded[0].tokenized
     branches = [one.tokenized.branches[0] for one in encoded]
     if _all_alike(branches):
         raise same_answer(rendered[0].example, rendered[0].full)
-    shared = min(_prompt_length(branch) for branch in branches)
-    answers = (Branch(branch.ids[shared:], branch.supervised[shared:] | _after(branch, shared)) for branch in branches)
-    return Tokenized(branches[0].ids[:shared], tuple(answers), first.origin, first.columns)
+    shared = min(one.boundary for one in encoded)
+    answers = tuple(_behind(shared, one) for one in encoded)
+    for answer, text in zip(answers, rendered, strict=True):
+        if not answer.supervised.any():
+            what = "has an answer of which no token would be trained: its train flags leave all of it out"
+            raise bad_row("E-DATA-0022", first.origin, what, row=text.full, hint=f"drop the flags, or the row ({SKIP})")
+    return Tokenized(branches[0].ids[:shared], answers, first.origin, first.columns)
 
 
 def _all_alike(branches: Sequence[Branch]) -> bool:
@@ -46,8 +52,9 @@ def same_answer(example: Example, seen: object) -> DataError:
 
 def limit_pair(pair: Tokenized, max_length: int | None, mode: str, max_prompt: int | None = None) -> Tokenized | None:
     """Each answer with its prompt cut to `max_length` tokens. None where a prompt that is kept leaves no room, or where
-    what tells the answers apart is cut off. Where the beginning is cut off, the two no longer share theirs.
-    `max_prompt` cuts the beginning of a long prompt off; mode "drop" cuts nothing and leaves long pairs out."""
+    what tells the answers apart, or all of one that is trained, is cut off. Where the beginning is cut off, the two no
+    longer share theirs. `max_prompt` cuts the beginning of a long prompt off; mode "drop" cuts nothing and leaves long
+    pairs out."""
     if max_prompt is not None and len(pair.prefix) > max_prompt:
         pair = replace(pair, prefix=pair.prefix[len(pair.prefix) - max_prompt :])
     if max_length is None or all(len(pair.prefix) + len(b.ids) <= max_length for b in pair.branches):
@@ -55,7 +62,9 @@ def limit_pair(pair: Tokenized, max_length: int | None, mode: str, max_prompt: i
     if mode == "drop":
         return None
     limited = _keep_start(pair, max_length) if mode == "keep_start" else _keep_end(pair, max_length)
-    return None if limited is None or _all_alike(limited.branches) else limited
+    if limited is None or _all_alike(limited.branches) or not all(b.supervised.any() for b in limited.branches):
+        return None
+    return limited
 
 
 def _keep_start(pair: Tokenized, max_length: int) -> Tokenized | None:
@@ -74,13 +83,9 @@ def _keep_end(pair: Tokenized, max_length: int) -> Tokenized:
     return replace(pair, prefix=EMPTY, branches=branches)
 
 
-def _prompt_length(branch: Branch) -> int:
-    """How many tokens come before the first that is trained."""
-    found = np.flatnonzero(branch.supervised)
-    return int(found[0]) if len(found) else len(branch.ids)
-
-
-def _after(branch: Branch, shared: int) -> np.ndarray:
-    """The tokens between the shared beginning and this answer's own: trained, as they tell the two apart."""
-    own = _prompt_length(branch)
-    return np.arange(shared, len(branch.ids)) < own
+def _behind(shared: int, encoded: Encoded) -> Branch:
+    """What follows the shared beginning. The tokens from there to this answer's own boundary tell the two apart, and
+    are trained."""
+    (branch,) = encoded.tokenized.branches
+    tells_apart = np.arange(shared, len(branch.ids)) < encoded.boundary
+    return Branch(branch.ids[shared:], branch.supervised[shared:] | tells_apart)

@@ -134,6 +134,6 @@ def _nothing_left(report: DataReport, settings: DataSettings) -> DataError:
     message = f"{report.source}: none of {report.rows} rows is left ({reasons})"
     hint = f"the first: {report.first_error}" if report.first_error else None
     if settings.max_length is not None and not report.first_error:
-        keep = 'truncation_mode="keep_end"'
-        hint = f"max_length={settings.max_length} leaves no token to train in any row: raise it, or try {keep}"
+        other = ', or try truncation_mode="keep_end"' if settings.method == "sft" else ""
+        hint = f"max_length={settings.max_length} leaves no token to train in any row: raise it{other}"
     return DataError(message, hint=hint, code="E-DATA-0031")

@@ -235,7 +235,8 @@ class PreferenceLoss:
         if self.use_weighting:
             loss_P = loss_P * _weights(outputs, batch, pairs)
         terms = {"pairs": loss_P.sum()} if self.is_sum else {"batches": loss_P.mean()}
-        return terms, watch(pairs, self.settings.beta) | watch_tokens(outputs, batch)
+        per_token = "simpo" in self.losses and not self.needs_reference  # what SimPO calls a reward
+        return terms, watch(pairs, self.settings.beta, per_token) | watch_tokens(outputs, batch)
 
     def per_pair(self, pairs: Pairs) -> torch.Tensor:
         """`(P,)`."""

@@ -30,6 +30,12 @@ class Side:
         """log of policy over reference."""
         return self.logp_P - self.ref_logp_P
 
+    def per_token(self) -> Side:
+        """Means in the place of sums."""
+        length_P = self.length_P.clamp(min=1)
+        sums = (self.logp_P, self.ref_logp_P, self.length_P, self.plain_logp_P)
+        return Side(*(value_P / length_P for value_P in sums))
+
 
 @dataclass(frozen=True)
 class Pairs:
@@ -78,9 +84,12 @@ def _weights_beyond(length_S: torch.Tensor, batch: Batch, alpha: float) -> torch
     return torch.full_like(place_R, alpha, dtype=length_S.dtype).masked_fill(place_R < shorter_S[batch.sequence_R], 1.0)
 
 
-def watch(pairs: Pairs, beta: float) -> Metrics:
-    """Rewards (beta times the log-ratio to the reference) and summed log-probabilities, as everybody names them."""
+def watch(pairs: Pairs, beta: float, per_token: bool = False) -> Metrics:
+    """Rewards (beta times the log-ratio to the reference) and summed log-probabilities, as everybody names them; or
+    `per_token`, means over each answer's tokens."""
     count = len(pairs.chosen.logp_P)
+    if per_token:
+        pairs = Pairs(pairs.chosen.per_token(), pairs.rejected.per_token())
     with torch.no_grad():
         chosen_P, rejected_P = (beta * side.log_ratio_P for side in (pairs.chosen, pairs.rejected))
         return {

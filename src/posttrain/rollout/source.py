@@ -20,9 +20,9 @@ from posttrain.data.prompts import Prompt
 from posttrain.errors import Stopped
 from posttrain.objectives.base import Metrics
 from posttrain.rollout.advantages import Advantages
+from posttrain.rollout.entropy_control import EntropyControl
 from posttrain.rollout.fitting import RowsAtOnce
 from posttrain.rollout.generation import Generation, Rollout, grouped, together
-from posttrain.rollout.entropy_control import EntropyControl
 from posttrain.rollout.kl_control import KLControl
 from posttrain.rollout.order import Rounds
 from posttrain.rollout.scoring import Judge, Verdict

@@ -6,6 +6,7 @@ Not here: images (refused), `compute_metrics` (refused: it would want logits), c
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -207,9 +208,8 @@ class AnswerTrainer(DataTrainer):
         train_samples = self._train_samples(train_dataset)
         if not objective.needs_reference:
             check_no_reference(ref_model, args)
-        is_stream = callable(train_samples)
-        if is_stream and args.has_schedule:
-            raise ConfigError("beta has a value for each epoch, and a stream has but one", hint="give one number")
+        if args.has_schedule:
+            check_epochs(args, None if callable(train_samples) else len(train_samples))
         self.run = Run(
             model=self._model,
             processing_class=self._tokenizer,
@@ -274,13 +274,25 @@ class AnswerTrainer(DataTrainer):
         if precompute is None:
             seen = 0.0 if callable(train_samples) else _epochs(args, len(train_samples))
             precompute = seen > 1 or (whole and seen >= LEAST_SEEN)
+        if args.sync_ref_model:
+            check_can_follow(self._model, ref_model)
         warn_of_reference(self._model, ref_model, args.ref_adapter_name)
         folder = default_folder().parent / "reference"
         kept = folder if args.dataset_cache else None
         return ReferenceModel(ref_model, args.ref_adapter_name, precompute, kept, moves=args.sync_ref_model)
 
 
-def _epochs(args: ReferenceConfig, rows: int) -> float:
+def check_epochs(args: Any, rows: int | None) -> None:
+    """Raises ConfigError where there are more values of beta than epochs. `rows=None`: of a stream."""
+    if rows is None:
+        raise ConfigError("beta has a value for each epoch, and a stream has but one", hint="give one number")
+    epochs = math.ceil(_epochs(args, rows) - 1e-6)
+    if len(args.beta) > epochs:
+        what = f"beta={list(args.beta)} has a value for each of {len(args.beta)} epochs, and training ends in epoch {epochs}"
+        raise ConfigError(what, hint="leave the last ones out, or train longer")
+
+
+def _epochs(args: AnswerConfig, rows: int) -> float:
     """How often training sees a row."""
     if args.max_steps <= 0:
         return float(args.num_train_epochs)
@@ -329,6 +341,21 @@ def check_shares_nothing(model: Any, ref_model: Any) -> None:
     if ref_model is not None and shares_layers(model, ref_model):
         raise ConfigError("ref_model has layers of the model that is trained: it would follow the policy",
                           hint="leave it out; with an adapter the model without it is the reference")  # fmt: skip
+
+
+def check_can_follow(model: Any, ref_model: Any) -> None:
+    """Raises ConfigError where a reference of its own has no place for what the policy becomes."""
+    if ref_model is None:
+        return
+    places = {name: parameter.shape for name, parameter in ref_model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and places.get(name) != parameter.shape:
+            there = f"of shape {tuple(places[name])}" if name in places else "missing"
+            raise ConfigError(
+                f"sync_ref_model=True wants a reference like the model: {name} of shape {tuple(parameter.shape)} is "
+                f"{there} in ref_model",
+                hint="give a ref_model of the same kind (no adapter, embeddings tied alike), or leave it out",
+            )
 
 
 def shares_layers(one: Any, other: Any) -> bool:

@@ -19,7 +19,7 @@ from posttrain.data.sources import source_name
 from posttrain.errors import ConfigError, DataError
 from posttrain.trainers.base import PackedTrainer
 from posttrain.trainers.config import PackedConfig
-from posttrain.types import Sample
+from posttrain.types import Sample, Tokenized
 
 logger = logging.getLogger("posttrain")
 
@@ -59,23 +59,19 @@ class DataTrainer(PackedTrainer):
             return lambda number: self._stream(dataset, number)
         return self._prepared(dataset, "train", self._settings)
 
-    def _check_ids(self, samples: Sequence[Sample]) -> None:
-        """A tokenizer may know more tokens than the model (Gemma 3's does), as long as the rows have none of them; and
-        positions that are learned (GPT-2's) come to an end."""
-        longest = max((part.num_tokens for sample in samples for part in sample), default=0)
-        for name, module in self._model.named_modules():
-            learned = name.endswith(("wpe", "embed_positions", "position_embeddings"))
-            if learned and isinstance(module, nn.Embedding) and longest > module.num_embeddings:
-                places = module.num_embeddings
-                raise ConfigError(f"a row has {longest} tokens, the model {places} places", hint=f"max_length={places}")
+    def _fitting(self, samples: Iterable[Sample]) -> Iterator[Sample]:
+        """Each of them, known to fit the model: a tokenizer may know more tokens (Gemma 3's does), as long as the rows
+        have none of them; and positions that are learned (GPT-2's) come to an end. Raises ConfigError."""
         rows = self._model.get_input_embeddings().weight.shape[0]
-        for part in (part for sample in samples for part in sample):
-            highest = max((int(branch.ids.max()) for branch in part.branches if len(branch.ids)), default=0)
-            if highest >= rows:
-                raise ConfigError(
-                    f"{part.origin} has token {highest}, and the model embeddings for {rows} tokens only",
-                    hint="model.resize_token_embeddings(len(tokenizer)), or the tokenizer that belongs to the model",
-                )
+        places = min(
+            (module.num_embeddings for name, module in self._model.named_modules()
+             if name.endswith(("wpe", "embed_positions", "position_embeddings")) and isinstance(module, nn.Embedding)),
+            default=None,
+        )  # fmt: skip
+        for sample in samples:
+            for part in sample:
+                _check_fits(part, rows, places)
+            yield sample
 
     def _stream(self, dataset: Any, number: int) -> Iterator[Sample]:
         """Pass `number` over it, in an order of its own where it is shuffled; `data_reports` counts along."""
@@ -83,7 +79,7 @@ class DataTrainer(PackedTrainer):
             dataset.set_epoch(number)
         settings = dataclasses.replace(self._settings, shuffle_seed=self._settings.shuffle_seed + number)
         report = self.data_reports["train"] = DataReport(source_name(dataset, "train"))
-        return stream(dataset, self._tokenizer, settings, "train", report)
+        return self._fitting(stream(dataset, self._tokenizer, settings, "train", report))
 
     def _check_stream(self, dataset: Any) -> None:
         """The first rows, now: a stream is read when training begins, which is late to learn of a wrong format."""
@@ -91,7 +87,8 @@ class DataTrainer(PackedTrainer):
             return
         report = DataReport(source_name(dataset, "train"))
         settings = dataclasses.replace(self._settings, packing=False, shuffle=False)
-        self._beginning = list(islice(stream(dataset, self._tokenizer, settings, "train", report), self.looked_at))
+        rows = stream(dataset, self._tokenizer, settings, "train", report)
+        self._beginning = list(self._fitting(islice(rows, self.looked_at)))
         if not self._beginning:
             raise DataError(f"{report.source} has no usable row", code="E-DATA-0031")
         logger.info("data     %s is read as training goes; %s", report.source, "; ".join(report.formats))
@@ -108,18 +105,34 @@ class DataTrainer(PackedTrainer):
 
     def _prepared(self, dataset: Any, name: str, settings: DataSettings) -> Sequence[Sample]:
         if _is_stream(dataset):
-            samples = list(stream(dataset, self._tokenizer, settings, name))
+            report = self.data_reports[name] = DataReport(source_name(dataset, name))
+            samples = list(self._fitting(stream(dataset, self._tokenizer, settings, name, report)))
             if not samples:
                 raise DataError(f"the {name} stream has no usable rows", code="E-DATA-0031")
             return samples
         prepared = prepare(dataset, self._tokenizer, settings, name)
-        self._check_ids(prepared.samples)
+        for _ in self._fitting(prepared.samples):
+            pass
         self.data_reports[name] = prepared.report
         lost = prepared.report.num_skipped or prepared.report.truncated.count
         logger.log(logging.WARNING if lost else logging.INFO, "data     %s", prepared.report.summary())
         for note in prepared.report.notes():
             logger.info("         %s", note)
         return prepared.samples
+
+
+def _check_fits(part: Tokenized, rows: int, places: int | None) -> None:
+    """Raises ConfigError for more tokens, or others, than the model knows."""
+    longest = len(part.prefix) + max((len(branch.ids) for branch in part.branches), default=0)
+    if places is not None and longest > places:
+        raise ConfigError(f"{part.origin} has {longest} tokens, the model {places} places", hint=f"max_length={places}")
+    ids = (part.prefix, *(branch.ids for branch in part.branches))
+    highest = max((int(one.max()) for one in ids if len(one)), default=0)
+    if highest >= rows:
+        raise ConfigError(
+            f"{part.origin} has token {highest}, and the model embeddings for {rows} tokens only",
+            hint="model.resize_token_embeddings(len(tokenizer)), or the tokenizer that belongs to the model",
+        )
 
 
 def _is_stream(dataset: Any) -> bool:

@@ -24,8 +24,8 @@ from posttrain.objectives.base import Objective
 from posttrain.reference import ReferenceModel
 from posttrain.rewards.check import SHORT_ROWS, Material, before_training
 from posttrain.rollout.advantages import Advantages
-from posttrain.rollout.generation import Rollout
 from posttrain.rollout.entropy_control import EntropyControl
+from posttrain.rollout.generation import Rollout
 from posttrain.rollout.kl_control import KLControl
 from posttrain.rollout.log import SamplesLog
 from posttrain.rollout.source import Learning, Resampling

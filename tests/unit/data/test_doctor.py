@@ -105,6 +105,8 @@ CASES: dict[str, tuple[Any, int, Any]] = {
                       "rejected": [*chat("user", "assistant")["messages"], *row("How?", "So.")["messages"]]}], 1,
                     [pair("Q?", "a", "b"), {"chosen": row("Why?", "So.")["messages"],
                                             "rejected": row("Why?", "No.")["messages"]}]),
+    "W-DATA-0162": ([{**pair("Q?", "a", "b"), "margin": 0.5}, {**pair("R?", "a", "b"), "margin": None},
+                     pair("S?", "a", "b")], 2, [{**pair("Q?", "a", "b"), "margin": 0}]),
     "W-DATA-0132": ([{**row("Hi", "Hello"), "text": "Hi: Hello"}, *plain(3)], 1, [{**row("Hi", "Hello"), "text": ""}]),
 }  # fmt: skip
 ELSEWHERE = {

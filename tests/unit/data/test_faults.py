@@ -156,7 +156,7 @@ def test_a_prompt_that_leaves_no_room_for_its_answer(kind: str, position: int, p
     ((code, why),) = report.left_out
     assert code == "E-DATA-0030"
     assert f"{path}{place(kind, position)}" in why
-    assert "answer cut off by max_length" in report.summary()
+    assert "nothing left to train within max_length" in report.summary()
     with pytest.raises(DataError, match="max_length=3 leaves no token to train in any row") as caught:
         read(path, policy, max_length=3)
     assert caught.value.code == "E-DATA-0031"

@@ -86,7 +86,7 @@ def test_a_bad_row_is_counted_once_however_often_its_part_comes(tmp_path: Path) 
     assert len(report.left_out) == 3
     cut = posttrain.mix([MANY, [{"prompt": "x " * 50, "completion": "y"}, {"text": "z"}]], [9, 1])
     report = prepare(cut, chatml_tokenizer(), DataSettings(on_bad_row="skip", max_length=16)).report
-    assert report.skipped["answer cut off by max_length"].count == 1
+    assert report.skipped["nothing left to train within max_length"].count == 1
     assert report.rows == report.used + 1
 
 
@@ -169,5 +169,5 @@ def test_a_part_that_max_length_leaves_nothing_of_is_named_with_the_reason(tmp_p
     with pytest.raises(DataError) as caught:
         prepare(posttrain.mix([FEW, path], stop=stop), chatml_tokenizer(), DataSettings(max_length=20))
     assert caught.value.message.startswith(f"{path} has no usable row to mix in (")
-    assert caught.value.message.endswith(" answer cut off by max_length)")
+    assert caught.value.message.endswith(" nothing left to train within max_length)")
     assert (caught.value.hint or "").startswith("raise max_length")

@@ -56,7 +56,10 @@ def test_rows_whose_answer_is_cut_off_are_dropped_and_counted() -> None:
     assert len(prepared.samples) == prepared.report.used == 1
     whole, prompt = (len(plain_tokenizer()(text)["input_ids"]) for text in ("Two plus</s>", "Two"))
     share = f"{100 * (whole - prompt) / whole:.1f} % of tokens trained"
-    assert prepared.report.summary() == f"train 2 rows: 1 used, 1 skipped (answer cut off by max_length); {share}"
+    assert (
+        prepared.report.summary()
+        == f"train 2 rows: 1 used, 1 skipped (nothing left to train within max_length); {share}"
+    )
     with pytest.raises(DataError, match="none of 1 rows is left") as caught:
         run(rows[:1], max_length=8)
     assert "max_length=8 leaves no token to train in any row" in (caught.value.hint or "")

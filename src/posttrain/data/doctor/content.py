@@ -16,6 +16,7 @@ from posttrain.data.columns import read_columns, rename_columns
 from posttrain.data.conversation import SYSTEM, is_answered, unanswered
 from posttrain.data.formats import all_formats, choose, detect, require
 from posttrain.data.formats.rated import is_unrated
+from posttrain.data.margins import has_margin
 from posttrain.data.oddities import oddities
 from posttrain.data.passed_over import NOTHING, PassedOver, of_tokens, passed_over
 from posttrain.data.places import half_a_character
@@ -40,8 +41,8 @@ class Said:
     """`prompt` and `answers` in canonical form, for comparing; `asked` (the last user turn) and `spoken` (the last turn
     of each answer) as written; `length` counts the characters of all texts. `rest` is what else makes a row another
     row: tools and template arguments, never a column of the user's own. `is_answered`: the assistant says something
-    that may be trained. `over` is what nothing is made of; `is_unrated`: there is a `label`, and it is no rating. `odd`
-    names what was perhaps not meant as it is read (oddities.py)."""
+    that may be trained. `over` is what nothing is made of; `is_unrated`: there is a `label`, and it is no rating; `has_margin`:
+    there is one, and it says something. `odd` names what was perhaps not meant as it is read (oddities.py)."""
 
     format: str
     method: str
@@ -55,6 +56,7 @@ class Said:
     is_answered: bool = True
     over: PassedOver = NOTHING
     is_unrated: bool = False
+    has_margin: bool = False
     odd: tuple[str, ...] = ()
 
 
@@ -148,6 +150,7 @@ def said(example: Example, described: str) -> Said:
         length=sum([_length(content) for content in (prompt, *answers)]),
         label=label,
         rest=_rest(example),
+        has_margin=has_margin(example),
         is_answered=is_answered,
     )
 

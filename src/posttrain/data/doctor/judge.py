@@ -39,6 +39,7 @@ def judge(tally: Tally, settings: DoctorSettings, on_bad_row: str) -> Iterator[F
     yield from _formats(tally)
     yield from _marks(tally)
     yield from _unrated(tally)
+    yield from _margins(tally)
     yield from _labels(tally, settings)
     yield from _length_bias(tally, settings)
     yield from _languages(tally, settings)
@@ -97,6 +98,16 @@ def _marks(tally: Tally) -> Iterator[Finding]:
             f"{rows(cases.count, verb)} {said}",
             details={"shown": shown} if shown else None,
         )
+
+
+def _margins(tally: Tally) -> Iterator[Finding]:
+    """A reward model is not trained on such a file; other methods heed no margin."""
+    cases = tally.without_margin
+    if pairs := tally.methods.get("preference"):
+        having = pairs.count - cases.count
+        if cases.count and having:
+            sentence = f"{rows(cases.count, 'have')} no `margin`, and {number(having)} have one"
+            yield finding("W-DATA-0162", cases.count, cases.first, sentence)
 
 
 def _unrated(tally: Tally) -> Iterator[Finding]:

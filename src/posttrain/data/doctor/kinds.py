@@ -94,6 +94,7 @@ KINDS: dict[str, Kind] = {
     "W-DATA-0161": Kind(
         "warning", "pairs of different questions", "let them part with the assistant's answer, or drop them"
     ),
+    "W-DATA-0162": Kind("warning", "margins on some pairs only", "write one on every row (0 for none), or on no row"),
     "W-DATA-0160": Kind("warning", "thoughts where thinking is off", "leave the thoughts out, or the switch; " + SEE),
     "W-DATA-0135": Kind(
         "warning", "validation rows that go on from trained ones", "split anew with posttrain data split"

@@ -59,7 +59,7 @@ class Tally:
     `earlier_prompt` and `earlier_answer` have one for each turn of the assistant before the answer, of which a row has
     as many as `earlier` says. `line` is -1 where the source has none; `files` are the sources and the index of the
     first usable row of each; `unread` says where the rest of a source could not be read. `unused` counts the columns
-    that nothing is made of, `unrated` the rows whose `label` is null."""
+    that nothing is made of, `unrated` the rows whose `label` is null, `without_margin` the pairs that have none."""
 
     rows: int = 0
     used: int = 0
@@ -74,6 +74,7 @@ class Tally:
     shown: dict[str, list[str]] = field(default_factory=dict)
     unused: Counter[str] = field(default_factory=Counter)
     unrated: Cases = field(default_factory=Cases)
+    without_margin: Cases = field(default_factory=Cases)
     bad: dict[str, Cases] = field(default_factory=dict)
     bad_rows: list[Bad] = field(default_factory=list)
     unread: list[Bad] = field(default_factory=list)
@@ -116,6 +117,7 @@ class Tally:
         self.formats += other.formats
         self.unused += other.unused
         _join(self.unrated, other.unrated)
+        _join(self.without_margin, other.without_margin)
         for mine, theirs in ((self.methods, other.methods), (self.languages, other.languages),
                              (self.marks, other.marks), (self.bad, other.bad)):  # fmt: skip
             for key, cases in theirs.items():
@@ -256,6 +258,8 @@ class Counting:
             tally.mark(ODDITIES[name], origin)
         if said.is_unrated:
             tally.unrated.add(origin)
+        if said.method == "preference" and not said.has_margin:
+            tally.without_margin.add(origin)
 
     def _sample(self, row_hash: bytes, content: str) -> None:
         """The rows with the smallest keys are a random sample that does not depend on how the file was cut."""
