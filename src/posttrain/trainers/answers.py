@@ -288,7 +288,7 @@ def check_epochs(args: Any, rows: int | None) -> None:
         raise ConfigError("beta has a value for each epoch, and a stream has but one", hint="give one number")
     epochs = math.ceil(_epochs(args, rows) - 1e-6)
     if len(args.beta) > epochs:
-        what = f"beta={list(args.beta)} has a value for each of {len(args.beta)} epochs, and training ends in epoch {epochs}"
+        what = f"beta={list(args.beta)} has values for {len(args.beta)} epochs, and training ends in epoch {epochs}"
         raise ConfigError(what, hint="leave the last ones out, or train longer")
 
 

@@ -41,8 +41,9 @@ class Said:
     """`prompt` and `answers` in canonical form, for comparing; `asked` (the last user turn) and `spoken` (the last turn
     of each answer) as written; `length` counts the characters of all texts. `rest` is what else makes a row another
     row: tools and template arguments, never a column of the user's own. `is_answered`: the assistant says something
-    that may be trained. `over` is what nothing is made of; `is_unrated`: there is a `label`, and it is no rating; `has_margin`:
-    there is one, and it says something. `odd` names what was perhaps not meant as it is read (oddities.py)."""
+    that may be trained. `over` is what nothing is made of; `is_unrated`: there is a `label`, and it is no rating;
+    `has_margin`: there is one, and it says something. `odd` names what was perhaps not meant as it is read
+    (oddities.py)."""
 
     format: str
     method: str
