@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
+from posttrain import native
 from posttrain.reference import ReferenceModel
 from posttrain.session import Session
 
@@ -37,7 +39,18 @@ def of_reference(reference: ReferenceModel | None, session: Session, args: Train
         return {}
     names = ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps")
     follows = [getattr(args, name) for name in names] if reference.moves else None
-    return {"reference": reference.identity(session), "what moves the reference": follows}
+    known = {"reference": reference.identity(session), "what moves the reference": follows}
+    return known | ({"the reference's weights": reference.glance} if reference.glance else {})
+
+
+def of_arithmetic(session: Session) -> dict[str, Any]:
+    """What the last bits of a step depend on."""
+    device = session.policy.device.type
+    where = {"processor": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
+             "native kernels": native.kernels() is not None}  # fmt: skip
+    if device == "cuda":
+        where = {"processor": torch.cuda.get_device_name(session.policy.device)}
+    return {"device": device, "torch": torch.__version__, **where}
 
 
 def of_schedule(args: TrainingArguments) -> dict[str, Any]:

@@ -79,7 +79,7 @@ class ReferenceModel:
     _held: Held | None = None
     _own: Session | None = None
     _about: dict[str, Any] | None = None
-    _glance: str = ""
+    glance: str = ""
     _masters: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def open(self, session: Session) -> None:
@@ -94,7 +94,7 @@ class ReferenceModel:
             found = dict(self.model.named_parameters())
             self._masters = {name: found[name].detach().float().clone() for name in self._trained}
         if not self.precompute:
-            self._glance = weights_hash(*self._weights(session), at_most=A_GLANCE)
+            self.glance = weights_hash(*self._weights(session), at_most=A_GLANCE)[:16]
 
     def ask(self, session: Session) -> Reference:
         """The reference, as a function of batches."""
@@ -142,11 +142,11 @@ class ReferenceModel:
         return base, [self.adapter] if self.adapter else list(model.active_adapters)
 
     def identity(self, session: Session) -> str:
-        """Of its weights: another reference makes another run of it. Where nothing was asked ahead they are looked at
-        here and there."""
+        """Of its weights: another reference makes another run of it. Where nothing was asked ahead they are not read
+        for that, but looked at here and there (`glance`)."""
         kind = "another model" if self.model is not None else self.adapter or "the model that training starts from"
         if not self.precompute:
-            return f"{kind}, {self._glance[:16]}"
+            return kind
         about = {name: value for name, value in (self._about or self.depends_on(session)).items() if name != "code"}
         return f"{kind}, {hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]}"
 

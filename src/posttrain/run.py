@@ -348,7 +348,8 @@ class Run:
                 self.reference.save(folder)
             self.events.save_state(str(folder / "trainer_state.json"))
             if not self.args.save_only_model:
-                document = {"run_id": self.run_id, "identity": self.identity, "loop": loop_state}
+                document = {"run_id": self.run_id, "identity": self.identity, "loop": loop_state,
+                            "arithmetic": identity.of_arithmetic(session)}  # fmt: skip
                 snapshot.write_training_state(folder, self.optimizer, self.scheduler, snapshot.capture_rng(), document)
 
         return str(self._checkpoints().write(state.global_step, fill, best))
@@ -381,6 +382,7 @@ class Run:
     def _take_up(self, session: Session, loop: Loop, folder: Path) -> dict[str, Any]:
         """Load everything a checkpoint holds; the random state is returned, to be set last."""
         snapshot.check_same_run(folder, self.identity)
+        snapshot.warn_of_other_arithmetic(folder, identity.of_arithmetic(session))
         self._read_weights(session, folder)
         if self.reference is not None:
             self.reference.load(folder)

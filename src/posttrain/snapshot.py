@@ -8,6 +8,7 @@ Weights are written the way PEFT and transformers read them (`adapter_model.safe
 from __future__ import annotations
 
 import json
+import logging
 import random
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from posttrain.optimizer_state import (
     training_weights,
 )
 
+logger = logging.getLogger("posttrain")
 OPTIMIZER, RNG, STATE = "optimizer.safetensors", "rng.safetensors", "state.json"
 INFINITIES = (float("inf"), float("-inf"))  # a metric's best before the first evaluation; JSON has no word for them
 
@@ -131,6 +133,16 @@ def _read_state(folder: Path) -> dict[str, Any]:
     if not (folder / STATE).is_file():
         raise CheckpointError(f"{folder} holds weights only (save_only_model=True); it cannot be resumed from")
     return json.loads((folder / STATE).read_text(encoding="utf-8"))
+
+
+def warn_of_other_arithmetic(folder: Path, present: dict[str, Any]) -> None:
+    """Say where a run goes on whose last bits will be others than they would have been."""
+    saved = _read_state(folder).get("arithmetic", {})
+    others = [name for name, value in present.items() if name in saved and saved[name] != value]
+    if others:
+        there, here = (", ".join(f"{name} {values[name]}" for name in others) for values in (saved, present))
+        logger.warning("resume   %s was written with %s; here: %s. The run goes on, but not bit for bit as it would "
+                       "have there", folder.name, there, here)  # fmt: skip
 
 
 def check_same_run(folder: Path, present: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import TrainerCallback
 
 from posttrain import ConfigError, Interrupted
@@ -287,6 +288,22 @@ def test_a_checkpoint_named_by_its_path(quick: None, tmp_path: Path) -> None:
     spec = Spec(str(tmp_path), lora=True)
     expected = in_process(spec)
     assert_same_end(in_process(dataclasses.replace(spec, resume=str(tmp_path / "checkpoint-2"))), expected)
+
+
+def test_going_on_elsewhere_is_said(quick: None, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The last bits of a step depend on the machine: nothing is said on the same one."""
+    spec = Spec(str(tmp_path))
+    in_process(spec)
+    caplog.clear()
+    in_process(dataclasses.replace(spec, resume=str(tmp_path / "checkpoint-2")))
+    assert "bit for bit" not in caplog.text
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        in_process(dataclasses.replace(spec, resume=str(tmp_path / "checkpoint-2")))
+    finally:
+        torch.set_num_threads(threads)
+    assert f"checkpoint-2 was written with threads {threads}; here: threads {threads + 1}. The run goes" in caplog.text
 
 
 def test_one_trainer_trained_twice_starts_over(quick: None, tmp_path: Path) -> None:
