@@ -6,7 +6,8 @@
 
 Each operation's own time (without what it calls) is put down to the innermost of these that it ran in: attention,
 norms, head, optimiser, by the function that called it; else by its name: matrix products, fills and copies, the rest.
-Backward passes of our own functions are told apart the same way, for autograd names them. On CUDA it is the device's
+Backward passes of our own functions are told apart the same way, for autograd names them. A native kernel is no
+operation of torch's: its time is its function's own. On CUDA it is the device's
 time. The profiler itself costs time, so shares are what to read here, and rates elsewhere.
 """
 
@@ -43,10 +44,14 @@ BY_NAME = (
         "matrix products",
         re.compile(r"^aten::(mm|addmm|bmm|baddbmm|linear|matmul|addbmm|_scaled_mm)|mkldnn_linear|gemm"),
     ),
+    ("adapters and gates, by kernels", re.compile(r"^_(LoraProduct|Gated|GatedDown)(Backward)?$")),
     ("fills and copies", re.compile(r"^aten::(copy_|fill_|zero_|zeros|clone|contiguous|cat|_to_copy|empty|index)")),
 )
 REST = "other element-wise work"
-KINDS = ("matrix products", "attention", "norms", "head", "optimiser", "fills and copies", REST)
+KINDS = (
+    "matrix products", "adapters and gates, by kernels", "attention", "norms", "head", "optimiser", "fills and copies",
+    REST,
+)  # fmt: skip
 LENGTHS = (150, 180, 210, 230, 170, 260, 300, 190)
 """Tokens of eight of GSM8K's rows, question and answer."""
 

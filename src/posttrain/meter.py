@@ -56,16 +56,17 @@ class Meter:
 
     def settle(self) -> None:
         """Bring pending metrics to the host; sums are in fp64 so that their order hardly matters. What begins with
-        `min_` or `max_` or ends with `_min` or `_max` is the least or greatest of a step, however it was cut, and then
-        a mean over steps."""
+        `min_` or `max_`, or ends with one of the two words, is the least or greatest of a step, however it was cut, and
+        then a mean over steps."""
         extremes: dict[tuple[int, str], float] = {}
         for step, metrics in self._pending:
             for name, (total, count) in metrics.items():
                 pick = _pick(name) if step else None
                 if pick is None:
                     self._count(name, float(total), float(count))
-                else:
-                    extremes[step, name] = pick(extremes.get((step, name), float(total)), float(total))
+                elif count:
+                    value = float(total) / float(count)
+                    extremes[step, name] = pick(extremes.get((step, name), value), value)
         for (_, name), value in extremes.items():
             self._count(name, value, 1)
         self._pending.clear()
@@ -111,5 +112,5 @@ class Meter:
 
 
 def _pick(name: str) -> Callable[[float, float], float] | None:
-    first, last = name.partition("_")[0], name.rpartition("_")[2]
-    return PICKS.get(first) or PICKS.get(last)
+    words = name.replace("/", "_").split("_")
+    return PICKS.get(words[0]) or PICKS.get(words[-1])

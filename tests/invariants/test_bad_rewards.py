@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,36 @@ def swallows(count: int) -> Any:
     while True:
         with suppress(Exception):  # whatever it is
             time.sleep(60)
+
+
+def tries_again(count: int) -> Any:
+    while True:
+        try:
+            time.sleep(60)
+        except:  # noqa: E722
+            time.sleep(5)
+
+
+def swallows_once(count: int) -> Any:
+    """And then says what it should."""
+    try:
+        time.sleep(60)
+    except:  # noqa: E722
+        return [1.0] * count
+
+
+def waits_for_threads(count: int) -> Any:
+    """A pool waits for its threads as it ends, whatever ended it."""
+    with ThreadPoolExecutor() as several:
+        return list(several.map(lambda _: time.sleep(12), range(count)))
+
+
+def a_number(count: int) -> Any:
+    return torch.tensor(1.0)
+
+
+def in_no_order(count: int) -> Any:
+    return {float(i) for i in range(count)}
 
 
 def raises(count: int) -> Any:
@@ -98,6 +129,11 @@ SAYS = {
     sleeps: "reward function 'bad' has not answered within 1 s",
     computes: "reward function 'bad' has not answered within 1 s",
     swallows: "reward function 'bad' has not answered within 1 s",
+    tries_again: "reward function 'bad' has not answered within 1 s",
+    swallows_once: "reward function 'bad' has not answered within 1 s",
+    waits_for_threads: "reward function 'bad' has not answered within 1 s",
+    a_number: "reward function 'bad' gave Tensor, not a list of numbers",
+    in_no_order: "reward function 'bad' gave set, not a list of numbers",
     raises: "reward function 'bad' failed: KeyError: 'answer'",
     exits: "reward function 'bad' failed: SystemExit: 0",
     gives_up: "reward function 'bad' failed: CancelledError: no time",

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from posttrain.errors import ConfigError
@@ -129,3 +130,10 @@ def _earlier(back: int, layout: Layout) -> torch.Tensor:
         end = 0 if parent is None else parent.stop
         first.copy_(torch.where(before + reach >= 0, before + end, layout.num_tokens))
     return index_T
+
+
+def learned_places(model: nn.Module) -> int | None:
+    """For how many tokens in a row the model has learned positions (GPT-2, OPT); None where they are computed."""
+    named = ("wpe", "embed_positions", "position_embeddings")
+    tables = [one for name, one in model.named_modules() if name.endswith(named) and isinstance(one, nn.Embedding)]
+    return min((table.num_embeddings - int(getattr(table, "offset", 0)) for table in tables), default=None)

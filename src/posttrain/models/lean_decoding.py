@@ -58,6 +58,8 @@ def lean_weights(policy: Policy) -> LeanWeights | None:
 
 def sampling_bytes(policy: Policy, rows: int, longest: int) -> int:
     """What sampling takes beside the model: weights in their second layout, keys and values of so many rows at once."""
+    if not policy.is_packed:  # it cannot be sampled from here
+        return 0
     config, weights = policy.base.config.get_text_config(), LeanWeights.of(policy)
     heads = int(config.num_attention_heads)
     size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)

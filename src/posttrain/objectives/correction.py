@@ -62,7 +62,9 @@ class Correction:
             ratio = ratio.masked_fill((ratio < low) | (ratio > high), 0.0)
         metrics: Metrics = {
             "sampling/importance_sampling_ratio/mean": (ratio.sum(), len(ratio)),
-            "min_sampling/importance_sampling_ratio": (ratio.min(), 1),
-            "max_sampling/importance_sampling_ratio": (ratio.max(), 1),
+            "sampling/importance_sampling_ratio/min": (ratio.min(), 1),
+            "sampling/importance_sampling_ratio/max": (ratio.max(), 1),
+            "sampling/sampling_logp_difference/mean": (gap_R.abs().sum(), len(gap_R)),
+            "sampling/sampling_logp_difference/max": (gap_R.abs().max(), 1),
         }
         return (ratio[batch.sequence_R] if is_whole else ratio), metrics

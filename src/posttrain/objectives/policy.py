@@ -240,7 +240,8 @@ class PolicyLoss:
         return {"sequences": loss_R.sum()}
 
     def _watch(self, outputs: Outputs, rows: Rows, length_S: torch.Tensor, batch: Batch) -> Metrics:
-        """Of the tokens that were computed: those that could not teach anything may have been left out."""
+        """What is not computed, for it teaches nothing, is never clipped, and counts in shares of what is; means are of
+        what was computed."""
         assert outputs.entropy_R is not None
         metrics: Metrics = {"entropy": (outputs.entropy_R.detach().sum(), len(outputs.logp_R))}
         with torch.no_grad():
@@ -249,22 +250,24 @@ class PolicyLoss:
                 low_R = (ratio_R < 1 - to.epsilon) & (advantage_R < 0)
                 high_R = (ratio_R > 1 + to.epsilon_high) & (advantage_R > 0)
                 low_S, high_S = (_means(one_R, length_S, batch) for one_R in (low_R, high_R))
-                metrics["clip_ratio/low_mean"] = self._share(low_R, low_S)
-                metrics["clip_ratio/high_mean"] = self._share(high_R, high_S)
-                metrics["clip_ratio/region_mean"] = self._share(low_R | high_R, low_S + high_S)
-                metrics["clip_ratio/low_min"] = (low_S.amin(), 1)
+                metrics["clip_ratio/low_mean"] = self._share(low_R, low_S, batch)
+                metrics["clip_ratio/high_mean"] = self._share(high_R, high_S, batch)
+                metrics["clip_ratio/region_mean"] = self._share(low_R | high_R, low_S + high_S, batch)
+                metrics["clip_ratio/low_min"] = (low_S.amin() * (not batch.counts.get("left_out")), 1)
                 metrics["clip_ratio/high_max"] = (high_S.amax(), 1)
             elif self.loss_type == "cispo":
                 clipped_R = (ratio_R > to.epsilon_high) & (advantage_R > 0)
-                metrics["cispo_clip_ratio"] = self._share(clipped_R, _means(clipped_R, length_S, batch))
+                metrics["cispo_clip_ratio"] = self._share(clipped_R, _means(clipped_R, length_S, batch), batch)
             elif self.loss_type == "vespo":
                 phi_S = _means(vespo_weight(rows, to), length_S, batch)
                 metrics["vespo/phi_seq_mean"] = (phi_S.sum(), len(phi_S))
         return metrics
 
-    def _share(self, is_R: torch.Tensor, mean_S: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """Of tokens, or of sequences where those have one ratio each."""
-        return (mean_S.sum(), len(mean_S)) if self.level == "sequence" else (is_R.sum(), len(is_R))
+    def _share(self, is_R: torch.Tensor, mean_S: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, float]:
+        """Of all tokens, or of all sequences where those have one ratio each."""
+        if self.level == "sequence":
+            return mean_S.sum(), batch.counts.get("sequences", len(mean_S))
+        return is_R.sum(), batch.counts.get("all_tokens", len(is_R))
 
 
 def _means(value_R: torch.Tensor, length_S: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -56,7 +56,7 @@ class LeaveOneOutLoss:
             low_S = (ratio_S < 1 - self.epsilon) & (advantage_S < 0)
             high_S = (ratio_S > 1 + self.epsilon_high) & (advantage_S > 0)
             for name, clipped_S in (("low", low_S), ("high", high_S), ("region", low_S | high_S)):
-                metrics[f"clip_ratio/{name}_mean"] = (clipped_S.sum(), len(clipped_S))
-            metrics["clip_ratio/low_min"] = (low_S.float().amin(), 1)
+                metrics[f"clip_ratio/{name}_mean"] = (clipped_S.sum(), batch.counts.get("sequences", len(clipped_S)))
+            metrics["clip_ratio/low_min"] = (low_S.float().amin() * (not batch.counts.get("left_out")), 1)
             metrics["clip_ratio/high_max"] = (high_S.float().amax(), 1)
         return {"sequences": loss_S.sum()}, metrics | difference(old_R, batch)

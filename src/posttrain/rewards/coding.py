@@ -19,9 +19,11 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from posttrain.errors import ConfigError
+from posttrain.rewards.deadline import fair_limit
 from posttrain.rewards.functions import RewardError, RewardFunction, text_of
 from posttrain.rewards.sandbox.run import Limits, NotStarted, Verdict, examine
 from posttrain.rewards.sandbox.walls import require
@@ -55,16 +57,19 @@ def code(
         entries = columns.get("entry_point") or [None] * len(completions)
         texts = [text_of(content) for content in completions]
         tests = [_tests(one, entry) for one, entry in zip(columns[column], entries, strict=True)]
+        at_once = min(8, os.cpu_count() or 1)
+        fair = fair_limit(limits.seconds, sum(map(bool, tests)), at_once)  # all of them may run for ever
 
         def judged(number: int) -> float | None:
             if not tests[number]:
                 return None
             if len(texts[number]) > LONGEST:
                 return 0.0
-            verdict = _examined(program_of(texts[number]), tests[number], limits, not i_accept_unsandboxed_code)
+            within = replace(limits, seconds=fair)
+            verdict = _examined(program_of(texts[number]), tests[number], within, not i_accept_unsandboxed_code)
             return float(verdict.passed == verdict.of)
 
-        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as several:
+        with ThreadPoolExecutor(max_workers=at_once) as several:
             return list(several.map(judged, range(len(texts))))
 
     return code_tests

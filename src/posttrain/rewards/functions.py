@@ -11,27 +11,21 @@ import functools
 import inspect
 import math
 import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 import numpy as np
 
 from posttrain.errors import ConfigError, UserError
+from posttrain.rewards.coroutines import LOOP, StuckError
+from posttrain.rewards.deadline import Overdue, deadline
 from posttrain.types import Content
 
 RewardFunction = Callable[..., Any]
 DEADLINE = 300.0
 """Seconds that a function may take over the completions of a step."""
-EVERY = 0.5
-"""Processor seconds between two looks at the clock, once a function has used as many as it may take."""
-
-
 LATE = "E-REWARD-0002"
 """The code of a function that does not answer in time."""
 
@@ -91,7 +85,7 @@ class Rewards:
         started, owner = time.monotonic(), os.getpid()
         try:
             with deadline(self.deadline):
-                return self.functions[name](**self._arguments(asked))
+                given = self.functions[name](**self._arguments(asked))
         except Overdue:
             raise self._late(name) from None
         except (UserError, KeyboardInterrupt):
@@ -102,12 +96,15 @@ class Rewards:
             if os.getpid() != owner:  # the function has forked, and this is the child: it must not train as well
                 os._exit(1)
             self.seconds[name] = time.monotonic() - started
+        if self.seconds[name] > self.deadline:  # it has swallowed what was to end it
+            raise self._late(name)
+        return given
 
     def _together(self, names: Mapping[int, str], asked: Completions) -> dict[int, Any]:
         """What coroutines give, all at once."""
 
         async def one(name: str) -> Any:
-            started = time.monotonic()
+            started, owner = time.monotonic(), os.getpid()
             try:
                 given = await asyncio.wait_for(self._awaited(name, asked), self.deadline)
                 waiting.discard(name)
@@ -115,6 +112,8 @@ class Rewards:
             except TimeoutError:
                 raise self._late(name) from None
             finally:
+                if os.getpid() != owner:  # the child of a fork, as in `_called`
+                    os._exit(1)
                 self.seconds[name] = time.monotonic() - started
 
         async def every() -> list[Any]:
@@ -122,19 +121,19 @@ class Rewards:
 
         waiting = set(names.values())
         try:
-            with deadline(self.deadline + 1):  # one that waits without letting the others run
-                return dict(zip(names, in_a_loop(every), strict=True))
-        except Overdue:
-            raise self._late(" or ".join(sorted(waiting))) from None
+            return dict(zip(names, LOOP.run(every, self.deadline + 1), strict=True))
+        except StuckError as stuck:  # one waits without letting the others run, or does not let itself be ended
+            raise self._late(stuck.task if stuck.task in waiting else " or ".join(sorted(waiting))) from None
 
     async def _awaited(self, name: str, asked: Completions) -> Any:
         """What a coroutine gives. `asyncio` lets a SystemExit of one end everything, so it must not come so far."""
+        if (task := asyncio.current_task()) is not None:
+            task.set_name(name)
         try:
             return await self.functions[name](**self._arguments(asked))
-        except (UserError, KeyboardInterrupt, Overdue):
+        except (UserError, KeyboardInterrupt):
             raise
         except BaseException as error:
-            task = asyncio.current_task()
             if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
                 raise  # it was we who gave it up
             raise self._failed(name, error) from error
@@ -153,11 +152,15 @@ class Rewards:
                            hint="try it before training: posttrain reward test FILE.py --data DATA")  # fmt: skip
 
     def _checked(self, name: str, given: Any, asked: Completions) -> np.ndarray:
-        if isinstance(given, str | bytes | Mapping) or not hasattr(given, "__len__"):
+        try:
+            count = -1 if isinstance(given, str | bytes | Mapping | set | frozenset) else len(given)
+        except TypeError:  # a number, or a tensor that is one
+            count = -1
+        if count < 0:
             raise RewardError(f"reward function {name!r} gave {type(given).__name__}, not a list of numbers",
                               hint="return a number (or None) for each completion")  # fmt: skip
-        if len(given) != len(asked):
-            raise RewardError(f"reward function {name!r} gave {len(given)} rewards for {len(asked)} completions",
+        if count != len(asked):
+            raise RewardError(f"reward function {name!r} gave {count} rewards for {len(asked)} completions",
                               hint="return a number (or None) for each completion")  # fmt: skip
         return np.array([self._number(name, value, i, asked) for i, value in enumerate(given)], dtype=np.float64)
 
@@ -199,75 +202,3 @@ def text_of(content: Content) -> str:
 def shown(content: Content, width: int = 80) -> str:
     text = text_of(content)
     return repr(text if len(text) <= width else text[:width] + "…")
-
-
-def in_a_loop(work: Callable[[], Any]) -> Any:
-    """Run a coroutine to its end; in a thread of its own where a loop runs already (a notebook)."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(work())
-    result: list[Any] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            result.append(asyncio.run(work()))
-        except BaseException as error:  # handed on below
-            errors.append(error)
-
-    thread = threading.Thread(target=run, name="posttrain-rewards")
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-    return result[0]
-
-
-class Overdue(BaseException):
-    """Raised in the main thread where something takes too long; no `except Exception` in a reward swallows it."""
-
-
-def _too_late(_number: int, _frame: FrameType | None) -> None:
-    """A signal that comes after its time must not end us. Not SIG_IGN: programs that are started would inherit that,
-    and a limit of their own with it (data/jinja.py has one)."""
-
-
-@contextmanager
-def deadline(seconds: float) -> Iterator[None]:
-    """Raise Overdue in what runs inside after so many seconds. In the main thread alone: others cannot be interrupted.
-    Not SIGALRM, which math-verify and others use for limits of their own.
-
-    Two signals: what waits is reached by a thread's, what computes without letting another thread run (a regular
-    expression on hostile text) by the kernel's timer of processor time."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "pthread_kill"):
-        yield
-        return
-    main, until = threading.get_ident(), time.monotonic() + seconds
-    is_over = False
-
-    def stop(number: int, _frame: FrameType | None) -> None:
-        if not is_over and (number == signal.SIGUSR2 or time.monotonic() >= until):
-            raise Overdue
-
-    profiler, timed = signal.getsignal(signal.SIGPROF), signal.getitimer(signal.ITIMER_PROF)
-    is_profiled = profiler not in (signal.SIG_DFL, signal.SIG_IGN, _too_late) or timed[0] > 0  # someone else's
-    if not is_profiled:
-        signal.signal(signal.SIGPROF, stop)
-        signal.siginterrupt(signal.SIGPROF, False)
-        signal.setitimer(signal.ITIMER_PROF, seconds, EVERY)
-    previous = signal.signal(signal.SIGUSR2, stop)
-    is_free = previous in (signal.SIG_DFL, None)  # then `stop` stays: a signal that comes too late must not end us
-    timer = threading.Timer(seconds, lambda: None if is_over else signal.pthread_kill(main, signal.SIGUSR2))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        is_over = True
-        timer.cancel()
-        if not is_profiled:
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            signal.signal(signal.SIGPROF, _too_late)
-        if not is_free:
-            signal.signal(signal.SIGUSR2, previous)

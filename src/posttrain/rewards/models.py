@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from posttrain.rewards.library import LIBRARY
 from posttrain.types import Content
 
 BATCH = 16
+HEADS = ("score", "classifier")
+"""What transformers calls the layer that scores."""
 
 
 @dataclass
@@ -70,10 +73,16 @@ class RewardModel:
 
 def load_reward_model(name: str, tokenizer: Any) -> RewardModel:
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, dtype="auto")
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            name, num_labels=1, dtype="auto", output_loading_info=True
+        )
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(name)  # of an adapter, not its base's
     except (OSError, ValueError) as error:
         known = ", ".join(LIBRARY)
         raise ConfigError(f"reward_funcs names {name!r}, which is no reward model: {error}",
                           hint=f"known by name: {known}; yours: package.module:function") from None  # fmt: skip
+    missing = [key for key in found["missing_keys"] if key.split(".")[0] in HEADS]
+    if missing and not (Path(name) / "adapter_config.json").is_file():  # an adapter brings its own
+        raise ConfigError(f"reward_funcs names {name!r}, which scores nothing: it has no {missing[0]}",
+                          hint="train a reward model first (RewardTrainer, method: reward)")  # fmt: skip
     return RewardModel.of(model, tokenizer)

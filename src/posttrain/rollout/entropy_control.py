@@ -19,8 +19,8 @@ from posttrain.objectives.policy import ACTING
 
 @dataclass
 class EntropyControl:
-    """`target` is the mean entropy of a token, in nats; the coefficient begins with `start` and stays in `[low, high]`
-    once it has moved."""
+    """`target` is the mean entropy of a token, in nats; the coefficient begins with `start`, grows up to `high` and
+    shrinks down to `low`. A step without a token to learn from leaves it as it is."""
 
     start: float
     low: float = 0.0
@@ -56,8 +56,10 @@ class EntropyControl:
         total, count = sums.get(ACTING, (0.0, 0.0))
         if count:
             self.last = total / count
-            moved = self.coef + (self.delta if self.last <= self.target else -self.delta)
-            self.coef = min(max(moved, self.low), self.high)
+            if self.last <= self.target:
+                self.coef = min(self.coef + self.delta, self.high)
+            else:
+                self.coef = max(self.coef - self.delta, self.low)
         return {"entropy_coef": (torch.tensor(self.coef), 1)}
 
     def state(self) -> dict[str, float | None]:

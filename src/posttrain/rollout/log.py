@@ -30,7 +30,7 @@ class SamplesLog:
     def __call__(self, generation: Generation, verdict: Verdict, step: int) -> None:
         """`step` counts from 0; lines have the number that the step will have in the log."""
         self.latest = self._lines(generation, verdict, step)
-        lines = [json.dumps(line, ensure_ascii=False, default=str) for line in self.latest]
+        lines = [_written(line) for line in self.latest]
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
@@ -80,14 +80,27 @@ class SamplesLog:
         if not self.path.is_file():
             return
         partial = self.path.with_name(f".{NAME}.partial")
-        with self.path.open(encoding="utf-8") as old, partial.open("w", encoding="utf-8") as new:
-            for line in old:
-                if line.endswith("\n") and _step_of(line) <= step:
-                    new.write(line)
-        os.replace(partial, self.path)
+        try:
+            with self.path.open("rb") as old, partial.open("wb") as new:  # a kill may have cut a character in two
+                for line in old:
+                    if line.endswith(b"\n") and _step_of(line) <= step:
+                        new.write(line)
+            os.replace(partial, self.path)
+        except OSError as error:  # as where it is written
+            partial.unlink(missing_ok=True)
+            logger.warning("%s keeps lines of steps after %d: %s", self.path, step, error.strerror or error)
 
 
-def _step_of(line: str) -> float:
+def _written(line: dict[str, Any]) -> str:
+    """As JSON; of what a reward has logged beside and JSON has no word for, its text."""
+    try:
+        return json.dumps(line, ensure_ascii=False, default=str)
+    except (TypeError, ValueError):  # keys that are no text, a list that holds itself
+        extra = {name: repr(value) for name, value in line.get("extra", {}).items()}
+        return json.dumps({**line, "extra": extra}, ensure_ascii=False, default=str)
+
+
+def _step_of(line: bytes) -> float:
     """The step that a line is of; a line that is not ours stays."""
     try:
         step = json.loads(line)["step"]

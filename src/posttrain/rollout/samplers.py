@@ -98,7 +98,10 @@ class FunctionSampler:
 
     def _ids(self, name: str, given: Mapping[str, Any], i: int, place: int) -> np.ndarray:
         """Token ids that the model knows, at least one."""
-        ids = _array(name, given[name][i], np.int64)
+        numbers = _array(name, _row(name, given[name], i), np.float64)
+        ids = numbers.astype(np.int64)
+        if not np.array_equal(ids, numbers):
+            raise ConfigError(f"rollout_func gave {name} that are no whole numbers: {numbers[ids != numbers][0]}")
         if not len(ids):
             raise ConfigError(f"rollout_func gave empty {name} for {self.prompts[place].origin}")
         if ids.min() < 0 or ids.max() >= self.vocabulary:
@@ -110,12 +113,13 @@ class FunctionSampler:
         ids = self._ids("completion_ids", given, i, place)
         supervised = np.ones(len(ids), dtype=bool)
         if given.get("env_mask") is not None:
-            supervised = np.array(given["env_mask"][i], dtype=bool)
-        for name, values in (("env_mask", supervised), ("logprobs", _row(given["logprobs"], i))):
+            supervised = _array("env_mask", _row("env_mask", given["env_mask"], i), np.float64) != 0
+        logps = None if given["logprobs"] is None else _row("logprobs", given["logprobs"], i)
+        logp_R = None if logps is None else _array("logprobs", logps, np.float32)
+        for name, values in (("env_mask", supervised), ("logprobs", logp_R)):
             if values is not None and len(values) != len(ids):
                 raise ConfigError(f"rollout_func gave {len(values)} of {name} for a completion of {len(ids)} tokens")
-        logps = _row(given["logprobs"], i)
-        sampled = None if logps is None else _array("logprobs", logps, np.float32)[supervised]
+        sampled = None if logp_R is None else logp_R[supervised]
         prompt_ids = self._ids("prompt_ids", given, i, place)
         return Rollout(place, group, prompt_ids, ids, supervised, int(ids[-1]) in self.end_ids, sampled_logp_R=sampled,
                        extra=extra)  # fmt: skip
@@ -125,15 +129,20 @@ def _array(name: str, values: Any, kind: type) -> np.ndarray:
     """One number a token; None is NaN, as vLLM says what it does not know."""
     try:
         array: np.ndarray = np.array([np.nan if value is None else value for value in values], dtype=kind)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         array = np.zeros((0, 0))
     if array.ndim != 1:
         raise ConfigError(f"rollout_func gave {name} that are no list of numbers, one a token: {str(values)[:60]}")
     return array
 
 
-def _row(values: Any, i: int) -> Any:
-    return None if values is None else values[i]
+def _row(name: str, values: Any, i: int) -> Any:
+    """Raises ConfigError for what has no such row."""
+    try:
+        return values[i]
+    except (TypeError, IndexError, KeyError):
+        raise ConfigError(f"rollout_func gave {name} as {type(values).__name__} without a row {i}",
+                          hint="give a list with one entry for each completion") from None  # fmt: skip
 
 
 def _of(value: Any, i: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from posttrain.types import Content
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger("posttrain")
 RESERVED = ("completion", "completion_ids")
 """Columns of the data that rewards do not get: their own arguments are called so."""
 
@@ -83,6 +85,7 @@ class Judge:
     state: Callable[[], Any] = lambda: None
     _extra: dict[str, list[Any]] = field(default_factory=dict)
     _noted: dict[str, list[float]] = field(default_factory=dict)
+    _infinite: set[str] = field(default_factory=set)
 
     def __call__(self, rollouts: Sequence[Rollout]) -> Verdict:
         """Raises RewardError."""
@@ -117,5 +120,10 @@ class Judge:
         self._extra.setdefault(column, []).extend(values)
 
     def _log_metric(self, name: str, value: float) -> None:
-        if not math.isnan(value):
-            self._noted.setdefault(name, []).append(float(value))
+        """What is not finite is left out, and an infinity named once: no checkpoint could hold it."""
+        number = float(value)
+        if math.isfinite(number):
+            self._noted.setdefault(name, []).append(number)
+        elif math.isinf(number) and name not in self._infinite:
+            self._infinite.add(name)
+            logger.warning("log_metric(%r, %s): an infinite value is not logged", name, number)

@@ -63,6 +63,7 @@ class Resampling:
 
 
 NO_RESAMPLING = Resampling()
+NO_ADVANTAGE = 1e-6
 NOTHING = Advantages(np.zeros(0), np.zeros(0), 1.0)
 KEYS_OF_A_ROUND = 2**24
 """Groups that a round may number."""
@@ -145,7 +146,7 @@ class RolloutSource:
     def _joined(self, slices: list[tuple[Generation, list[Rollout]]]) -> list[Batch]:
         """One pool for the whole step, cut as memory wants it. Where several rounds come together in a step, each has
         the same weight in means over tokens, as in TRL."""
-        counts = {"tokens": self._tokens(slices), "sequences": sum(len(members) for _, members in slices)}
+        counts = {"tokens": self._tokens(slices), **self._whole_counts(slices)}
         weights = self._weights(slices)
         made = []
         for one in {generation.index: generation for generation, _ in slices}.values():
@@ -164,15 +165,22 @@ class RolloutSource:
             if not used:
                 continue
             (batch,) = self._planned(used, whole=True)
-            own = {"batch_tokens": sum(one.num_rows for one in members), "tokens": 0, "batches": 0, "sequences": 0}
+            own = {"batch_tokens": sum(one.num_rows for one in members),
+                   **dict.fromkeys(("tokens", "batches", "sequences", "all_tokens", "left_out"), 0)}  # fmt: skip
             batch = batch.with_columns(**weights.get(generation.index, {}))
             made.append(replace(batch, counts=own, can_be_cut=False))
         counted = [members for _, members in slices if members or not self.resampling.leaves_out]
-        sequences = sum(len(members) for _, members in slices)
-        totals = {"tokens": self._tokens(slices), "batches": len(counted), "sequences": sequences}
+        totals = {"tokens": self._tokens(slices), "batches": len(counted), **self._whole_counts(slices)}
         if made:
             made[0] = replace(made[0], counts={**made[0].counts, **totals})
         return made
+
+    def _whole_counts(self, slices: list[tuple[Generation, list[Rollout]]]) -> dict[str, float]:
+        """Of all completions of the step, those among them that teach nothing and are not computed."""
+        members = [one for _, members in slices for one in members]
+        left_out = sum(one.num_rows > 0 and not self._teaches(one) for one in members)
+        tokens = sum(one.num_rows for one in members)
+        return {"sequences": len(members), "all_tokens": tokens, "left_out": left_out}
 
     def _tokens(self, slices: list[tuple[Generation, list[Rollout]]]) -> float:
         """What means over tokens are divided by."""
@@ -280,12 +288,14 @@ class RolloutSource:
         return generator.permutation(rest if len(rest) >= count else np.arange(len(self.prompts)))[:count].tolist()
 
     def _teaching(self, rollouts: list[Rollout], verdict: Verdict) -> list[int]:
-        """Those of whole groups in which one completion is worth more than another."""
-        reward_N = self.advantages(verdict.rewards_NF, rollouts).reward_N
+        """Those of whole groups in which one completion is worth more than another: in sum, or by what is made of the
+        rewards one by one."""
+        worth = self.advantages(verdict.rewards_NF, rollouts)
+        differs_N = np.abs(np.nan_to_num(worth.value_N)) > NO_ADVANTAGE
         return [
             i
             for first in range(0, len(rollouts), self.count)
-            if _differ(reward_N[first : first + self.count])
+            if _differ(worth.reward_N[first : first + self.count]) or differs_N[first : first + self.count].any()
             for i in range(first, first + self.count)
         ]
 

@@ -91,7 +91,8 @@ def find_reward(reward: str, function: str | None) -> Callable[..., Any]:
         return found
     if len(own) != 1:
         has = f"has {len(own)} functions: {', '.join(own)}" if own else "has no function"
-        raise ConfigError(f"{reward} {has}", hint="--function NAME says which" if own else None)
+        which = "--function NAME says which"
+        raise ConfigError(f"{reward} {has}", hint=which if own else f"{which}, also of one that a call has made")
     return next(iter(own.values()))
 
 
@@ -101,6 +102,8 @@ def _imported(path: Path) -> Any:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault(path.stem, module)  # dataclasses in it look for their module
+    if (home := str(path.parent.resolve())) not in sys.path:  # as where Python runs a file
+        sys.path.insert(0, home)
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # code of the user's own

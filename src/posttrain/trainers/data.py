@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, ClassVar
 
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from posttrain.data.mixing import Mixture
@@ -17,6 +16,7 @@ from posttrain.data.report import DataReport
 from posttrain.data.settings import DataSettings
 from posttrain.data.sources import source_name
 from posttrain.errors import ConfigError, DataError
+from posttrain.models.capabilities import learned_places
 from posttrain.trainers.base import PackedTrainer
 from posttrain.trainers.config import PackedConfig
 from posttrain.types import Sample, Tokenized
@@ -63,11 +63,7 @@ class DataTrainer(PackedTrainer):
         """Each of them, known to fit the model: a tokenizer may know more tokens (Gemma 3's does), as long as the rows
         have none of them; and positions that are learned (GPT-2's) come to an end. Raises ConfigError."""
         rows = self._model.get_input_embeddings().weight.shape[0]
-        places = min(
-            (module.num_embeddings for name, module in self._model.named_modules()
-             if name.endswith(("wpe", "embed_positions", "position_embeddings")) and isinstance(module, nn.Embedding)),
-            default=None,
-        )  # fmt: skip
+        places = learned_places(self._model)
         for sample in samples:
             for part in sample:
                 _check_fits(part, rows, places)

@@ -19,6 +19,7 @@ from posttrain.data.prompts import Prompt, PromptSettings, check_tokens, read_pr
 from posttrain.data.report import DataReport
 from posttrain.data.templates import find_template
 from posttrain.errors import ConfigError
+from posttrain.models.capabilities import learned_places
 from posttrain.models.critic import Critic
 from posttrain.objectives.base import Objective
 from posttrain.reference import ReferenceModel
@@ -217,8 +218,7 @@ class OnlineTrainer(PackedTrainer):
         assert args.max_completion_length is not None
         models: list[Any] = [self._model, *([] if self.critic is None else self.critic.models.values())]
         for model in models:
-            config = model.config.get_text_config()
-            places = config.max_position_embeddings if config.model_type == "gpt2" else None
+            places = learned_places(model)
             vocabulary = model.get_input_embeddings().weight.shape[0]
             check_tokens(prompts, vocabulary, places, args.max_completion_length)
         lost = report.num_skipped or report.truncated.count

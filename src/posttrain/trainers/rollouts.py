@@ -71,11 +71,12 @@ class TrainerRollouts:
         longest_completion, count = args.max_completion_length or 0, args.num_generations or 1
         lengths = sorted((len(prompt.ids) for prompt in self.prompts), reverse=True)
         groups = max(1, args.per_device_train_batch_size * args.gradient_accumulation_steps // count)
+        sampled = max(groups, self.rounds.prompts_per_round) * count
         longest = lengths[0] + longest_completion
         usual = groups * (sum(lengths) // len(lengths) + count * longest_completion // 2)
         beside = 0
         if self.rollout_func is None and not args.use_vllm:
-            beside = sampling_bytes(session.policy, min(args.max_sampling_rows, groups * count), longest)
+            beside = sampling_bytes(session.policy, min(args.max_sampling_rows, sampled), longest)
         return Workload(usual, sum(lengths[:groups]) + groups * count * longest_completion, longest, beside)
 
     def identity(self) -> dict[str, Any]:
@@ -92,7 +93,7 @@ class TrainerRollouts:
         args, source = self.trainer.args, self.source
         ends = self._ends(session)
         if args.use_vllm:
-            self.engine = self._server(session)
+            self.engine = self._server(session, ends)
         elif not (isinstance(self.engine, LocalEngine) and self.engine.policy is session.policy):
             self.engine = LocalEngine(session.policy, ends, self._decode, args.max_sampling_rows)
         if isinstance(self.engine, LocalEngine):
@@ -117,7 +118,7 @@ class TrainerRollouts:
         assert self.engine is not None
         return EngineSampler(self.engine, prompts, self.trainer.args.sampling())
 
-    def _server(self, session: Session) -> VllmEngine:
+    def _server(self, session: Session, ends: Sequence[int]) -> VllmEngine:
         """One for all sessions, which gets the adapter of the present one."""
         args, model = self.trainer.args, self.trainer._model
         if not isinstance(model, PeftModel):
@@ -133,7 +134,7 @@ class TrainerRollouts:
             return self.engine
         url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
         name = args.vllm_server_model or model.get_base_model().config._name_or_path
-        return VllmEngine(url, name, args.vllm_server_timeout, save, Path(args.output_dir or ".") / "vllm")
+        return VllmEngine(url, name, args.vllm_server_timeout, save, Path(args.output_dir or ".") / "vllm", ends)
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.trainer._tokenizer.decode(ids, skip_special_tokens=True))

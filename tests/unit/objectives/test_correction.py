@@ -55,7 +55,7 @@ def test_what_is_logged() -> None:
     _, metrics = weights("token_mask", 0.3, 3.0)
     total, count = metrics["sampling/importance_sampling_ratio/mean"]
     assert float(total) / count == pytest.approx(3.5 / 5)
-    assert float(metrics["max_sampling/importance_sampling_ratio"][0]) == 2
+    assert float(metrics["sampling/importance_sampling_ratio/max"][0]) == 2
 
 
 def test_bounds_that_mean_nothing_are_refused() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from posttrain.data.rendering import LimitError
 from posttrain.data.sandbox import SANDBOX
-from posttrain.rewards.functions import Overdue, deadline
+from posttrain.rewards.deadline import Overdue, deadline, fair_limit
 
 
 def test_programs_that_are_started_later_have_their_signals() -> None:
@@ -40,3 +40,10 @@ def test_what_takes_too_long_is_ended_again_and_again() -> None:
         with pytest.raises(Overdue), deadline(0.2):  # noqa: PT012
             while True:
                 pass
+
+
+@pytest.mark.parametrize(("count", "at_once", "expected"), [(1, 1, 5.0), (2, 1, 4.0), (16, 1, 0.5), (16, 2, 1.0)])
+def test_parts_share_what_is_left(count: int, at_once: int, expected: float) -> None:
+    assert fair_limit(5.0, count, at_once) == 5.0  # nobody waits
+    with deadline(60), deadline(10):
+        assert fair_limit(5.0, count, at_once) == pytest.approx(expected, rel=0.05)

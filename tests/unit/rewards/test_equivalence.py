@@ -11,7 +11,8 @@ import pytest
 
 from posttrain import ConfigError
 from posttrain.rewards import equivalence, math_answer, maths
-from posttrain.rewards.functions import Overdue, deadline
+from posttrain.rewards.deadline import Overdue, deadline
+from posttrain.rewards.functions import Completions, Rewards
 
 pytest.importorskip("math_verify")
 
@@ -73,11 +74,18 @@ def test_no_bomb_goes_off(bomb: str) -> None:
     assert time.monotonic() - started < 60
 
 
+def test_a_round_of_bombs_ends_within_the_rounds_deadline() -> None:
+    """What models write must not end a run: each gets its share of the time."""
+    reward = Rewards({"math_answer": maths(seconds=5.0)}, [1.0], deadline=20.0)
+    asked = Completions(["?"] * 6, [TOWER] * 5 + ["\\boxed{5}"], [[1]] * 6, {"answer": ["5"] * 6})
+    assert reward(asked)[:, 0].tolist() == [0.0] * 5 + [1.0]
+
+
 def test_an_interrupted_question_leaves_no_answer_behind() -> None:
     """The pipe would give it to the next one."""
     math_answer(completions=["1"], answer=["1"])
     with pytest.raises(Overdue), deadline(0.5):
-        maths(seconds=60)(completions=[TOWER], answer=["5"])
+        equivalence._judged(TOWER, "5", 60)
     assert math_answer(completions=["1", "2"], answer=["1", "1"]) == [1.0, 0.0]
 
 

@@ -217,7 +217,7 @@ def test_a_stream_has_one_epoch(tmp_path: Path) -> None:
         ({"beta": 0.5}, ""),
         ({"beta": 5.0}, "beta=5 is outside of what is tried here (0.01 to 0.5; 0.1 is usual)"),
         ({"beta": 0.001}, "unlearn"),
-        ({"beta": [0.1, 0.7]}, "beta=0.7 is outside"),
+        ({"beta": [0.1, 0.7], "num_train_epochs": 2, "max_steps": -1}, "beta=0.7 is outside"),
         ({"beta": 2.5, "loss_type": "simpo"}, ""),
         ({"beta": 0.1, "loss_type": "simpo"}, "beta=0.1 is outside of what is tried here (1 to 10"),
     ],

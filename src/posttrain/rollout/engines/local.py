@@ -83,9 +83,7 @@ class LocalEngine:
     ) -> list[list[Completion]]:
         """`landed` is told how many completions are done, whenever some are. Raises ConfigError for a model that does
         not honour the packed layout: keys and values cannot be kept for it."""
-        if not self.policy.is_packed:
-            raise ConfigError(f"{type(self.policy.base).__name__} does not honour packed sequences: completions cannot "
-                              "be sampled from it in this process", hint="give a rollout_func")  # fmt: skip
+        self._check()
         with _sampling(self.policy):
             flight = _Flight(self, requests, sampling)
             while flight.is_flying:
@@ -98,8 +96,15 @@ class LocalEngine:
                     flight.landed = 0
         return flight.done
 
+    def _check(self) -> None:
+        if not self.policy.is_packed:
+            raise ConfigError(f"{type(self.policy.base).__name__} does not honour packed sequences: completions cannot "
+                              "be sampled from it in this process", hint="to train, give a rollout_func")  # fmt: skip
+
     def stream(self, request: Request, sampling: Sampling) -> Iterator[int]:
-        """The tokens of one completion as they are sampled, without the one that ends it."""
+        """The tokens of one completion as they are sampled, without the one that ends it. Raises ConfigError as
+        `generate` does."""
+        self._check()
         with _sampling(self.policy):
             flight = _Flight(self, [request], sampling)
             told = 0

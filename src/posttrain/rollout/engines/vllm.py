@@ -37,13 +37,15 @@ LAST_WAIT = 5.0
 @dataclass
 class VllmEngine:
     """`save_adapter` writes the adapter as it is now into a folder; the server reads it there. `timeout` is in seconds,
-    for each answer."""
+    for each answer. `end_ids` are the tokens that end a completion here: the server knows its own only, and looks for
+    stop strings in text without special tokens."""
 
     base_url: str
     model: str
     timeout: float
     save_adapter: Callable[[Path], None]
     folder: Path
+    end_ids: Sequence[int] = ()
     _count: int = 0
     _is_seen: bool = field(default=False, repr=False)
 
@@ -113,6 +115,7 @@ class VllmEngine:
             "min_p": sampling.min_p,
             "repetition_penalty": sampling.repetition_penalty,
             "stop": list(sampling.stop) or None,
+            "stop_token_ids": list(self.end_ids) or None,
             "seed": (sampling.seed * 1_000_003 + request.key) % 2**31,
             "logprobs": 0,
             "return_token_ids": True,

@@ -1,0 +1,65 @@
+"""Coroutines of rewards, in one event loop for the whole process: a client that a reward keeps between calls belongs to
+the loop that it was first used in.
+
+The loop runs in a thread of its own, so that a reward may be asked where a loop runs already (a notebook), and that one
+which blocks it, or swallows its cancellation, is left behind there; the next call gets a new loop. Such threads
+do not keep the process alive.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from typing import Any
+
+
+class StuckError(TimeoutError):
+    """`task` is the name of what lets no other run, if one does."""
+
+    def __init__(self, task: str | None):
+        super().__init__(task)
+        self.task = task
+
+
+class Loop:
+    """Started when it is first needed, and anew in the child of a fork, which has no thread."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._owner = 0
+
+    def run(self, work: Callable[[], Coroutine[Any, Any, Any]], seconds: float) -> Any:
+        """What `work()` gives. Raises StuckError where it, or what else runs in the loop, is not done in time."""
+        future: Future[Any] = asyncio.run_coroutine_threadsafe(work(), self._alive())
+        try:
+            return future.result(seconds)
+        except TimeoutError:
+            if future.done():
+                raise
+            raise self._left(future) from None
+        except BaseException:
+            if not future.done():  # a signal, in the thread that waits
+                future.cancel()
+            raise
+
+    def _alive(self) -> asyncio.AbstractEventLoop:
+        usable = self._thread is not None and self._thread.is_alive() and self._owner == os.getpid()
+        if self._loop is None or not usable:
+            self._loop, self._owner = asyncio.new_event_loop(), os.getpid()
+            self._thread = threading.Thread(target=self._loop.run_forever, name="posttrain-rewards", daemon=True)
+            self._thread.start()
+        return self._loop
+
+    def _left(self, future: Future[Any]) -> StuckError:
+        """What does not end when it is cancelled keeps its loop, and the thread of that, to itself."""
+        present = asyncio.current_task(self._loop)
+        future.cancel()
+        self._loop = None
+        return StuckError(None if present is None else present.get_name())
+
+
+LOOP = Loop()

@@ -1,0 +1,151 @@
+"""What a run that samples says of itself, and what its log of completions survives."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import posttrain
+from posttrain import ConfigError
+from posttrain.objectives.policy import PolicyLoss
+from posttrain.rollout.scoring import Verdict
+from tests.invariants.test_rollout_runs import ROWS, SETTINGS, make
+from tests.tiny_models import tiny_model
+from tests.tiny_tokenizers import chatml_tokenizer
+
+LOGGED = ("loss", "grad_norm", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean",
+          "clip_ratio/low_min", "clip_ratio/high_max")  # fmt: skip
+
+
+def some_without_signal(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
+    """Every second prompt teaches nothing."""
+    return [0.0 if int(a) % 2 else float(len(one[0]["content"])) for one, a in zip(completions, answer, strict=True)]
+
+
+def run(folder: Path, reward: Any, rows: Any = None, method: str = "GRPO", **settings: Any) -> Any:
+    words = chatml_tokenizer()
+    return getattr(posttrain, f"{method}Trainer")(
+        model=tiny_model("llama", len(words)), reward_funcs=reward, train_dataset=ROWS if rows is None else rows,
+        args=getattr(posttrain, f"{method}Config")(str(folder), **{**SETTINGS, **settings}), processing_class=words,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, {"loss_type": "bnpo"}, {"importance_sampling_level": "sequence"},
+                                     {"loss_type": "cispo", "epsilon_high": 0.01}], ids=str)  # fmt: skip
+def test_shares_are_of_all_completions(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Groups that teach nothing are not computed, and clipped shares are as if they were."""
+    settings = {"num_iterations": 3, "epsilon": 0.01, "max_steps": 6, "save_strategy": "no", "reward_check": False,
+                "per_device_train_batch_size": 16, "learning_rate": 1e-3, **options}  # fmt: skip
+    lazy = run(tmp_path / "a", some_without_signal, **settings)
+    lazy.train()
+    monkeypatch.setattr(PolicyLoss, "skips_indifferent", property(lambda self: False))
+    whole = run(tmp_path / "b", some_without_signal, **settings)
+    whole.train()
+    shares = [name for name in (*LOGGED, "cispo_clip_ratio") if name in whole.state.log_history[0]]
+    assert len(shares) > 2
+    seen = 0.0
+    for mine, other in zip(lazy.state.log_history[:6], whole.state.log_history[:6], strict=True):
+        for name in shares:
+            assert mine[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
+        seen += other.get("clip_ratio/region_mean", other.get("cispo_clip_ratio", 0.0))
+    assert seen > 0
+
+
+def test_what_a_reward_logs_is_a_mean_by_any_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def noting(completions: list[Any], log_metric: Any, **_: Any) -> list[float]:
+        for name in ("length", "length_max", "min_length"):
+            log_metric(name, 10.0)
+            log_metric(name, 20.0)
+        log_metric("ratio", float("inf"))
+        log_metric("ratio", float("nan"))
+        return [float(len(one[0]["content"])) for one in completions]
+
+    one = run(tmp_path, noting, max_steps=3, logging_steps=2, save_steps=1)
+    one.train()
+    logged = one.state.log_history[0]
+    assert [logged[name] for name in ("length", "length_max", "min_length")] == [15.0] * 3
+    assert caplog.text.count("log_metric('ratio', inf): an infinite value is not logged") == 1
+    assert (tmp_path / "checkpoint-3").is_dir()
+
+
+@pytest.mark.parametrize("torn", [b'{"step": 3, "completion": "\xc3', b'{"step": 3', b"\xff\xfe", b""])
+def test_a_log_that_was_cut_off_is_taken_up(torn: bytes, tmp_path: Path) -> None:
+    make(tmp_path, max_steps=3).train()
+    path = tmp_path / "samples.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + torn)
+    make(tmp_path, max_steps=3).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert path.read_bytes() == whole
+    assert not list(tmp_path.glob(".samples*"))
+
+
+def test_a_log_that_cannot_be_written_anew_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    make(tmp_path, max_steps=3).train()
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("posttrain.rollout.log.os.replace", full)
+    log = make(tmp_path, max_steps=3).rollouts.log
+    with caplog.at_level(logging.WARNING, logger="posttrain"):
+        log.forget_after(2)
+    assert "keeps lines of steps after 2: No space left on device" in caplog.text
+
+
+def test_what_json_has_no_word_for_is_written_as_text(tmp_path: Path) -> None:
+    def noting(completions: list[Any], log_extra: Any, **_: Any) -> list[float]:
+        log_extra("where", [{(1, 2): "a"} for _ in completions])
+        return [float(len(one[0]["content"])) for one in completions]
+
+    run(tmp_path, noting, max_steps=1).train()
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert {line["extra"]["where"] for line in lines} == {"{(1, 2): 'a'}"}
+
+
+def test_groups_whose_rewards_differ_one_by_one_are_kept(tmp_path: Path) -> None:
+    """Two rewards that cancel out in their weighted sum teach where each is normalised by itself."""
+    rewards = np.array([[0.0, 1.0], [0.0, 1.0], [3.0, 0.0], [3.0, 0.0]] + [[1.0, 1.0]] * 4)
+    verdict = Verdict(("a", "b"), [""] * 8, rewards, {}, {})
+    for how, expected in (("normalize_then_sum", [0, 1, 2, 3]), ("sum_then_normalize", [])):
+        one = run(tmp_path, [some_without_signal, lambda completions, **_: [0.0] * len(completions)],
+                  dynamic_sampling="skip", multi_objective_aggregation=how, reward_weights=[1.0, 3.0])  # fmt: skip
+        assert one.rollouts.source._teaching([None] * 8, verdict) == expected
+
+
+def masked(**changed: Any) -> Any:
+    def rollout(prompts: list[Any], trainer: Any) -> dict[str, Any]:
+        count = len(prompts)
+        said = {"prompt_ids": [[5, 6]] * count, "completion_ids": [[7, 8, 9]] * count, "logprobs": [[-1.0] * 3] * count}
+        return {**said, **{name: make(count) for name, make in changed.items()}}
+
+    return rollout
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"env_mask": lambda n: np.ones(1)}, "gave env_mask that are no list|without a row"),
+        ({"env_mask": lambda n: [[1, 1, 1]] * (n - 1) + [None]}, "gave env_mask that are no list of numbers"),
+        ({"env_mask": lambda n: [[[1]], *[[1, 1, 1]] * (n - 1)]}, "gave env_mask that are no list of numbers"),
+        ({"completion_ids": lambda n: [None] * n}, "gave completion_ids that are no list of numbers"),
+        ({"completion_ids": lambda n: [[7, 8.5, 9]] * n}, "gave completion_ids that are no whole numbers: 8.5"),
+        ({"logprobs": lambda n: iter([[-1.0] * 3] * n)}, "gave logprobs as list_iterator without a row 0"),
+    ],
+)
+def test_what_a_rollout_function_may_not_give(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
+    words = chatml_tokenizer()
+    one = posttrain.GRPOTrainer(
+        model=tiny_model("llama", len(words)), reward_funcs=some_without_signal, train_dataset=ROWS,
+        args=posttrain.GRPOConfig(str(tmp_path), **SETTINGS), processing_class=words, rollout_func=masked(**changed),
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=message):
+        one.train()
