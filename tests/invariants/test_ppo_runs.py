@@ -239,7 +239,7 @@ def test_a_value_model_that_cannot_be_one(tmp_path: Path) -> None:
         posttrain.PPOTrainer(posttrain.PPOConfig(str(tmp_path), **SETTINGS), words, policy, other, few_vowels, ROWS,
                              value_model=as_classifier(other))  # fmt: skip
     short = tiny_model("gpt2", len(words))
-    short.config.n_positions = 12
+    short.transformer.wpe = torch.nn.Embedding(12, short.config.hidden_size)
     with pytest.raises(posttrain.UserError, match="12"):
         posttrain.PPOTrainer(posttrain.PPOConfig(str(tmp_path), **SETTINGS), words, policy, None, few_vowels, ROWS,
                              value_model=as_classifier(short))  # fmt: skip

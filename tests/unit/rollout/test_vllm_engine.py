@@ -116,7 +116,7 @@ def engine(server: Server, folder: Path, timeout: float = 20) -> VllmEngine:
         model = posttrain_adapter()
         model.save_pretrained(into)
 
-    return VllmEngine(server.url, "base", timeout, save, folder)
+    return VllmEngine(server.url, "base", timeout, save, folder, ENDS)
 
 
 def posttrain_adapter() -> PeftModel:
@@ -134,8 +134,14 @@ def test_what_is_asked_and_what_comes_back(server: Server, tmp_path: Path) -> No
             assert one.is_ended == (int(one.ids[-1]) in ENDS)
     asked = next(body for path, body in server.asked if body and body["prompt"] == [5, 9, 13])
     assert {name: asked[name] for name in ("n", "max_tokens", "temperature", "top_p", "top_k", "return_token_ids")} == {
-        "n": 3, "max_tokens": 6, "temperature": 1.0, "top_p": 1.0, "top_k": -1, "return_token_ids": True,
-    }  # fmt: skip
+        "n": 3,
+        "max_tokens": 6,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": -1,
+        "return_token_ids": True,
+    }
+    assert asked["stop_token_ids"] == list(ENDS)  # the server looks for no stop string in special tokens  # fmt: skip
     assert asked["seed"] != next(body for _, body in server.asked if body and body["prompt"] == [21, 3])["seed"]
 
 

@@ -1,0 +1,41 @@
+"""Folders that are named as rewards: a reward model, and what only looks like one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from posttrain.errors import ConfigError
+from posttrain.models.scoring import as_classifier
+from posttrain.rewards.models import load_reward_model
+from tests.tiny_models import tiny_model
+from tests.tiny_tokenizers import chatml_tokenizer
+
+
+def test_a_language_model_scores_nothing(tmp_path: Path) -> None:
+    words = chatml_tokenizer()
+    tiny_model("llama", len(words)).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="scores nothing: it has no score"):
+        load_reward_model(str(tmp_path), words)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_reward_model_scores_as_it_did(adapted: bool, tmp_path: Path) -> None:
+    words = chatml_tokenizer()
+    model = as_classifier(tiny_model("llama", len(words)))
+    if adapted:
+        model.save_pretrained(tmp_path / "base")
+        model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", modules_to_save=["score"],
+                                                 task_type="SEQ_CLS"))  # fmt: skip
+        model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+        torch.nn.init.normal_(model.base_model.model.score.modules_to_save["default"].weight)
+    model.save_pretrained(tmp_path / "model")
+    model.eval()
+    ids = torch.tensor([words("word and word")["input_ids"]])
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits.item()
+        found = load_reward_model(str(tmp_path / "model"), words).model(input_ids=ids).logits.item()
+    assert found == pytest.approx(expected, rel=1e-5)
