@@ -16,13 +16,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from worker import fast_bf16
+
 STARTED = time.perf_counter()
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "trl": {
-        "documented": {"use_cpu": True, "model_init_kwargs": {"dtype": "bfloat16"}},
-        "tuned": {"use_cpu": True, "gradient_checkpointing": False, "model_init_kwargs": {"dtype": "bfloat16"}},
+        "documented": {"use_cpu": True},
+        "tuned": {"use_cpu": True, "gradient_checkpointing": False},
     },
-    "posttrain": {"default": {"model_init_kwargs": {"dtype": "bfloat16"}}},
+    "posttrain": {"default": {}},
 }
 
 
@@ -63,7 +65,7 @@ def _steps(options: argparse.Namespace) -> dict[str, Any]:
             tempfile.mkdtemp(), per_device_train_batch_size=options.prompts * options.group,
             num_generations=options.group, max_completion_length=options.tokens, max_steps=options.steps,
             learning_rate=1e-5, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
-            **VARIANTS[options.library][options.variant],
+            bf16=fast_bf16(), model_init_kwargs={"dtype": _dtype()}, **VARIANTS[options.library][options.variant],
         ),
         train_dataset=Dataset.from_list(_rows(Path(options.data))),
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
@@ -95,7 +97,7 @@ def _sampling(options: argparse.Namespace) -> dict[str, Any]:
         ]
         for row in _rows(Path(options.data))[: options.prompts]
     ]
-    base = AutoModelForCausalLM.from_pretrained(options.model, dtype="bfloat16")
+    base = AutoModelForCausalLM.from_pretrained(options.model, dtype=_dtype())
     model = get_peft_model(base, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
     make = _ours if options.library == "posttrain" else _theirs
     sample, products_alone = make(model, prompts, options)
@@ -136,7 +138,7 @@ def _products_alone(engine: Any, rows: int) -> float:
     with torch.no_grad():
         lean = engine.lean()
         products = [*lean.products(), lean.head] if lean is not None else []
-        inputs = [torch.randn(rows, product.width, dtype=torch.bfloat16) for product in products]
+        inputs = [torch.randn(rows, product.width, dtype=engine.policy.base.dtype) for product in products]
         best = float("inf")
         for _ in range(12):
             started = time.perf_counter()
@@ -162,6 +164,11 @@ def _theirs(model: Any, prompts: list[list[int]], options: argparse.Namespace) -
                            min_new_tokens=options.tokens, pad_token_id=0)  # fmt: skip
 
     return sample, None
+
+
+def _dtype() -> str:
+    """Of the model, for both libraries: fp32 where the processor has no bf16 products."""
+    return "bfloat16" if fast_bf16() else "float32"
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

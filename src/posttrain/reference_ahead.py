@@ -138,10 +138,13 @@ def versions() -> tuple[str, ...]:
 
 def weights_hash(model: nn.Module, adapters: Sequence[str] = (), at_most: int | None = None) -> str:
     """Of every parameter and buffer, by name; of adapters only those named. With `at_most`, of about so many evenly
-    spaced elements of each: training moves them all, and no more are read."""
+    spaced elements of what was learned: training moves them all, and no more are read."""
     digest = hashlib.sha256()
     others = re.compile(r"\.lora_|\.modules_to_save\.|_magnitude_vector")
-    for name, tensor in sorted((*model.named_parameters(), *model.named_buffers())):
+    learned = dict(model.named_parameters())
+    for name, tensor in sorted((*learned.items(), *([] if at_most is not None else model.named_buffers()))):
+        if at_most is not None and ".lora_A." in name and not learned[name.replace(".lora_A.", ".lora_B.")].any():
+            continue  # at random still, and without effect
         if others.search(name) and not any(f".{adapter}" in name for adapter in adapters):
             continue
         digest.update(f"{name.replace('.base_layer', '')} {tensor.dtype} {tuple(tensor.shape)}".encode())

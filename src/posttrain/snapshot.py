@@ -149,8 +149,17 @@ def check_same_run(folder: Path, present: dict[str, Any]) -> None:
     """Refuse to go on with something else than what the checkpoint was made with, before anything is loaded."""
     saved = _read_state(folder)["identity"]
     for name, value in present.items():
-        if name in saved and saved[name] != value:
+        if name in saved and _differ(saved[name], value):
             raise CheckpointError(
                 f"{folder} was written with {name} = {saved[name]}, and this run has {value}",
                 hint="restore the old setting to go on with that run, or start anew in another output_dir",
             )
+
+
+def _differ(saved: Any, present: Any) -> bool:
+    """In what both know: a checkpoint of an earlier version has not heard of later settings."""
+    if isinstance(saved, dict) and isinstance(present, dict):
+        return any(_differ(saved[name], present[name]) for name in saved.keys() & present.keys())
+    if isinstance(saved, list) and isinstance(present, list):
+        return len(saved) != len(present) or any(map(_differ, saved, present))
+    return bool(saved != present)

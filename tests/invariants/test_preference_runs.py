@@ -164,6 +164,15 @@ def test_betas_of_epochs_that_never_come(options: dict[str, Any], tmp_path: Path
         trainer(tmp_path, beta=[0.5, 0.05], **options)
 
 
+def test_betas_of_all_epochs_that_come(tmp_path: Path) -> None:
+    """Batches that are left out make an epoch shorter."""
+    options = {"max_steps": 5, "num_train_epochs": 1, "dataloader_drop_last": True}
+    rows = (ROWS * 2)[:10]  # two batches of four: the fifth step is of the third epoch
+    assert trainer(tmp_path, rows=rows, beta=[0.5, 0.2, 0.1], **options).run.schedule is not None
+    with pytest.raises(ConfigError, match="training ends in epoch 3"):
+        trainer(tmp_path, rows=rows, beta=[0.5, 0.2, 0.1, 0.05], **options)
+
+
 def test_beta_for_each_epoch(tmp_path: Path) -> None:
     """The first epoch is that of a run with the first value throughout; rewards are multiples of it; a resumed run
     goes on with the epoch's own."""

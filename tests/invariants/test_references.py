@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from posttrain import CheckpointError, ConfigError, DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from posttrain.snapshot import _differ
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import chatml_tokenizer
 
@@ -123,6 +125,32 @@ def test_another_model_given_as_reference_is_another_run(adapted: bool, tmp_path
     assert first(resumed, "loss") == first(undisturbed, "loss")
     with pytest.raises(CheckpointError, match="reference"):
         trainer(tmp_path, None, model(6), **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_an_adapter_that_has_no_effect_yet_is_no_part_of_the_reference(tmp_path: Path) -> None:
+    """What lora_A begins with is random, and another in each process."""
+    options = {"precompute_ref_log_probs": False, "save_strategy": "steps", "save_steps": 1}
+
+    def adapted(seed: int) -> Any:
+        made = model()
+        torch.manual_seed(seed)
+        return get_peft_model(made, LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+
+    trainer(tmp_path, adapted(1), **options).train()
+    resumed = trainer(tmp_path, adapted(2), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert resumed.state.global_step == 2
+
+
+def test_what_a_checkpoint_of_before_has_not_heard_of_is_no_difference(tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 1}
+    trainer(tmp_path, **options).train()
+    known = json.loads((tmp_path / "checkpoint-1" / "state.json").read_text())["identity"]
+    settings = known["settings of the loss"][0]
+    older = {**known, "settings of the loss": [{k: v for k, v in settings.items() if k != "ld_alpha"}, 0.1]}
+    assert not any(_differ(older[name], value) for name, value in known.items())
+    other = {**known, "settings of the loss": [{**settings, "ld_alpha": 0.5}, 0.1]}
+    assert any(_differ(other[name], value) for name, value in known.items())
 
 
 def test_the_same_run_however_it_is_written(tmp_path: Path) -> None:

@@ -130,6 +130,17 @@ def masked(**changed: Any) -> Any:
     return rollout
 
 
+def test_what_the_mask_does_not_say_is_not_trained(tmp_path: Path) -> None:
+    words = chatml_tokenizer()
+    one = posttrain.GRPOTrainer(
+        model=tiny_model("llama", len(words)), reward_funcs=some_without_signal, train_dataset=ROWS,
+        args=posttrain.GRPOConfig(str(tmp_path), **SETTINGS), processing_class=words,
+        rollout_func=masked(env_mask=lambda n: [[1, None, 0]] * n),
+    )  # fmt: skip
+    sampler = one.rollouts._sampler(one.rollouts.prompts, [])
+    assert sampler([0], 2, 0, lambda: False)[0].supervised.tolist() == [True, False, False]
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

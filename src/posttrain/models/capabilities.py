@@ -7,6 +7,7 @@ never heard of is either right or runs padded, and says so.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -135,5 +136,11 @@ def _earlier(back: int, layout: Layout) -> torch.Tensor:
 def learned_places(model: nn.Module) -> int | None:
     """For how many tokens in a row the model has learned positions (GPT-2, OPT); None where they are computed."""
     named = ("wpe", "embed_positions", "position_embeddings")
-    tables = [one for name, one in model.named_modules() if name.endswith(named) and isinstance(one, nn.Embedding)]
-    return min((table.num_embeddings - int(getattr(table, "offset", 0)) for table in tables), default=None)
+    tables = [one for name, one in model.named_modules() if name.endswith(named) and isinstance(one, nn.Embedding)
+              and not re.search(r"audio|vision|visual|image", name)]  # fmt: skip
+    return min((table.num_embeddings - _before_the_first(table) for table in tables), default=None)
+
+
+def _before_the_first(table: nn.Embedding) -> int:
+    """Places that no token has: OPT's offset, and those up to RoBERTa's for padding."""
+    return int(getattr(table, "offset", 0)) or (0 if table.padding_idx is None else table.padding_idx + 1)

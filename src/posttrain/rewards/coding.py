@@ -14,8 +14,10 @@ Left out: other languages, packages, and tests by input and output.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -23,22 +25,25 @@ from dataclasses import replace
 from typing import Any
 
 from posttrain.errors import ConfigError
-from posttrain.rewards.deadline import fair_limit
+from posttrain.rewards.deadline import Shares
 from posttrain.rewards.functions import RewardError, RewardFunction, text_of
 from posttrain.rewards.sandbox.run import Limits, NotStarted, Verdict, examine
 from posttrain.rewards.sandbox.walls import require
 from posttrain.types import Content
 
+logger = logging.getLogger("posttrain")
 BLOCK = re.compile(r"```[ \t]*(?:python|py|python3)?[ \t]*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL | re.IGNORECASE)
 LONGEST = 1_000_000
 ATTEMPTS = 3
+ALMOST = 0.9
+"""Of its time: what has used as much and not passed was ended by it."""
 
 
 def code(
     column: str = "tests", seconds: float = 10.0, megabytes: int = 512, i_accept_unsandboxed_code: bool = False
 ) -> RewardFunction:
     """1.0 where the program passes all tests of its row's `column` within `seconds` and `megabytes`, else 0.0; None
-    where a row has no tests.
+    where a row has no tests, or where so many programs run for ever that there was no time left for this one.
 
     `i_accept_unsandboxed_code` runs it without a sandbox: what a model wrote can then read, change and send whatever
     you can. Raises ConfigError where there is no sandbox and this was not said."""
@@ -58,19 +63,28 @@ def code(
         texts = [text_of(content) for content in completions]
         tests = [_tests(one, entry) for one, entry in zip(columns[column], entries, strict=True)]
         at_once = min(8, os.cpu_count() or 1)
-        fair = fair_limit(limits.seconds, sum(map(bool, tests)), at_once)  # all of them may run for ever
+        shares, shortened = Shares(limits.seconds, sum(map(bool, tests)), at_once), []
 
         def judged(number: int) -> float | None:
             if not tests[number]:
                 return None
             if len(texts[number]) > LONGEST:
                 return 0.0
-            within = replace(limits, seconds=fair)
+            within = replace(limits, seconds=shares.next())
+            started = time.monotonic()
             verdict = _examined(program_of(texts[number]), tests[number], within, not i_accept_unsandboxed_code)
+            took_all = time.monotonic() - started >= ALMOST * within.seconds
+            if verdict.passed != verdict.of and within.seconds < limits.seconds and took_all:
+                shortened.append(within.seconds)
+                return None
             return float(verdict.passed == verdict.of)
 
         with ThreadPoolExecutor(max_workers=at_once) as several:
-            return list(several.map(judged, range(len(texts))))
+            values = list(several.map(judged, range(len(texts))))
+        if shortened:
+            said = "reward   code_tests: no time was left for %d of %d programs, ended after %.2g s and not judged"
+            logger.warning(said, len(shortened), len(texts), min(shortened))
+        return values
 
     return code_tests
 

@@ -2,8 +2,8 @@
 the loop that it was first used in.
 
 The loop runs in a thread of its own, so that a reward may be asked where a loop runs already (a notebook), and that one
-which blocks it, or swallows its cancellation, is left behind there; the next call gets a new loop. Such threads
-do not keep the process alive.
+which blocks it, or swallows its cancellation, is left behind there; the next call gets a new loop. Such threads do not
+keep the process alive.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
 
@@ -24,6 +25,14 @@ class StuckError(TimeoutError):
         self.task = task
 
 
+class EndedError(Exception):
+    """The loop was ended, by a SystemExit in a task that a reward has started, say: `cause`."""
+
+    def __init__(self, cause: BaseException | None):
+        super().__init__(repr(cause))
+        self.cause = cause
+
+
 class Loop:
     """Started when it is first needed, and anew in the child of a fork, which has no thread."""
 
@@ -31,35 +40,68 @@ class Loop:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._owner = 0
+        self._lock = threading.Lock()
 
     def run(self, work: Callable[[], Coroutine[Any, Any, Any]], seconds: float) -> Any:
-        """What `work()` gives. Raises StuckError where it, or what else runs in the loop, is not done in time."""
-        future: Future[Any] = asyncio.run_coroutine_threadsafe(work(), self._alive())
+        """What `work()` gives. Raises StuckError where it, or what else runs in the loop, is not done in time, and
+        EndedError where the loop itself has ended."""
+        if threading.current_thread() is self._thread:  # a reward that asks others
+            return Loop().run(work, seconds)
+        with self._lock:
+            loop, waiting = self._alive(), self._waiting
+            future: Future[Any] = asyncio.run_coroutine_threadsafe(work(), loop)
+            waiting.append(future)
         try:
             return future.result(seconds)
         except TimeoutError:
             if future.done():
                 raise
-            raise self._left(future) from None
+            raise self._left(future, loop) from None
         except BaseException:
             if not future.done():  # a signal, in the thread that waits
                 future.cancel()
             raise
+        finally:
+            with self._lock:
+                waiting.remove(future)
 
     def _alive(self) -> asyncio.AbstractEventLoop:
         usable = self._thread is not None and self._thread.is_alive() and self._owner == os.getpid()
         if self._loop is None or not usable:
             self._loop, self._owner = asyncio.new_event_loop(), os.getpid()
-            self._thread = threading.Thread(target=self._loop.run_forever, name="posttrain-rewards", daemon=True)
+            self._waiting: list[Future[Any]] = []
+            self._thread = threading.Thread(target=_forever, args=(self._loop, self._waiting, self._lock),
+                                            name="posttrain-rewards", daemon=True)  # fmt: skip
             self._thread.start()
         return self._loop
 
-    def _left(self, future: Future[Any]) -> StuckError:
+    def _left(self, future: Future[Any], loop: asyncio.AbstractEventLoop) -> StuckError:
         """What does not end when it is cancelled keeps its loop, and the thread of that, to itself."""
-        present = asyncio.current_task(self._loop)
+        present = asyncio.current_task(loop)
         future.cancel()
-        self._loop = None
+        with self._lock:
+            if self._loop is loop:
+                self._loop = None
         return StuckError(None if present is None else present.get_name())
+
+
+def _forever(loop: asyncio.AbstractEventLoop, waiting: list[Future[Any]], lock: threading.Lock) -> None:
+    """Until something ends the loop, which those who wait for it are told. They hold the lock until they are known."""
+    cause: BaseException | None = None
+    try:
+        loop.run_forever()
+    except BaseException as error:  # SystemExit and KeyboardInterrupt come through asyncio as they are
+        cause = error
+    with lock:
+        for future in waiting:
+            if not future.done():
+                future.set_exception(EndedError(cause))
+    rest = asyncio.all_tasks(loop)
+    for task in rest:
+        task.cancel()
+    with suppress(BaseException):  # they end here, and not wherever they happen to be collected
+        loop.run_until_complete(asyncio.gather(*rest, return_exceptions=True))
+        loop.close()
 
 
 LOOP = Loop()

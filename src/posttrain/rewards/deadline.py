@@ -18,22 +18,35 @@ EVERY, LEAST = 0.5, 0.0005
 processor time, between two looks at the clock."""
 NOT_IN = (__file__, contextlib.__file__)
 """Where an exception would keep `deadline` itself from ending."""
-MARGIN = 0.8
-"""Share of a call's time that limits of its parts are made from."""
-_until: list[float] = []
+SHORTEST, RESERVED, MARGIN = 1.0, 3.0, 0.8
+"""Seconds that a part is given at least; that are kept for each of those to come; and the share of the rest that they
+get where that does not suffice."""
+_present = threading.local()
 
 
 class Overdue(BaseException):
     """Raised in the main thread where something takes too long; no `except Exception` in a reward swallows it."""
 
 
-def fair_limit(seconds: float, count: int, at_once: int = 1) -> float:
-    """What each of `count` parts may take, `at_once` of them at a time, so that all end within the present call's
-    deadline: at most `seconds`."""
-    if not _until or count < 1:
-        return seconds
-    left = max(0.0, min(_until) - time.monotonic())
-    return min(seconds, max(EVERY / 10, MARGIN * left * at_once / count))
+class Shares:
+    """The time of the present call for `count` parts of it, `at_once` of them side by side. Made in the call's own
+    thread; `next` may be asked in others."""
+
+    def __init__(self, seconds: float, count: int, at_once: int = 1):
+        self.seconds, self.left, self.at_once = seconds, count, at_once
+        self.until: float | None = min(getattr(_present, "until", []), default=None)
+        self._lock = threading.Lock()
+
+    def next(self) -> float:
+        """What the next part may take: all `seconds`, unless the others would then not have enough."""
+        with self._lock:
+            turns, self.left = max(1, -(-self.left // self.at_once)), self.left - 1
+        if self.until is None:
+            return self.seconds
+        rest = self.until - time.monotonic()
+        if rest - self.seconds >= (turns - 1) * RESERVED:
+            return self.seconds
+        return min(self.seconds, max(SHORTEST, MARGIN * rest / turns))
 
 
 @contextlib.contextmanager
@@ -45,7 +58,8 @@ def deadline(seconds: float) -> Iterator[None]:
     Two kinds of signals: what waits is reached by a thread's, what computes without letting another thread run (a
     regular expression on hostile text) by the kernel's timer of processor time."""
     until = time.monotonic() + seconds
-    _until.append(until)
+    mine = _present.until = getattr(_present, "until", [])
+    mine.append(until)
     try:
         if threading.current_thread() is threading.main_thread() and hasattr(signal, "pthread_kill"):
             with _signals(seconds, until):
@@ -53,37 +67,41 @@ def deadline(seconds: float) -> Iterator[None]:
         else:
             yield
     finally:
-        _until.pop()
+        mine.remove(until)
 
 
 @contextlib.contextmanager
 def _signals(seconds: float, until: float) -> Iterator[None]:
     main, ended, is_over = threading.get_ident(), threading.Event(), False
+    previous = signal.getsignal(signal.SIGUSR2)
 
     def stop(number: int, frame: FrameType | None) -> None:
+        if time.monotonic() < until:  # someone else's
+            if number == signal.SIGUSR2 and callable(previous):
+                previous(number, frame)
+            return
         leaving = frame is not None and frame.f_code.co_filename in NOT_IN  # another one will come
-        if not is_over and not leaving and (number == signal.SIGUSR2 or time.monotonic() >= until):
+        if not is_over and not leaving:
             raise Overdue
 
     def remind() -> None:
         """Again and again, and ever faster: until one comes where nothing is there to swallow it."""
-        rest, pause = seconds, EVERY
-        while not ended.wait(rest):
-            if not is_over:
-                signal.pthread_kill(main, signal.SIGUSR2)
+        rest, pause = max(0.0, until - time.monotonic()), EVERY
+        while not (is_over or ended.wait(rest) or is_over):
+            signal.pthread_kill(main, signal.SIGUSR2)
             rest, pause = pause, max(LEAST, pause / 2)
 
     profiler, timed = signal.getsignal(signal.SIGPROF), signal.getitimer(signal.ITIMER_PROF)
     is_profiled = profiler not in (signal.SIG_DFL, signal.SIG_IGN, _too_late) or timed[0] > 0  # someone else's
-    if not is_profiled:
-        signal.signal(signal.SIGPROF, stop)
-        signal.siginterrupt(signal.SIGPROF, False)
-        signal.setitimer(signal.ITIMER_PROF, seconds, EVERY)
-    previous = signal.signal(signal.SIGUSR2, stop)
-    is_free = previous in (signal.SIG_DFL, None)  # then `stop` stays: a signal that comes too late must not end us
-    threading.Thread(target=remind, name="posttrain-deadline", daemon=True).start()
+    reminder = threading.Thread(target=remind, name="posttrain-deadline", daemon=True)
     try:
         try:
+            if not is_profiled:
+                signal.signal(signal.SIGPROF, stop)
+                signal.siginterrupt(signal.SIGPROF, False)
+                signal.setitimer(signal.ITIMER_PROF, seconds, EVERY)
+            signal.signal(signal.SIGUSR2, stop)
+            reminder.start()
             yield
         finally:
             is_over = True
@@ -93,7 +111,9 @@ def _signals(seconds: float, until: float) -> Iterator[None]:
         if not is_profiled:
             signal.setitimer(signal.ITIMER_PROF, 0)
             signal.signal(signal.SIGPROF, _too_late)
-        if not is_free:
+        if reminder.is_alive():
+            reminder.join(EVERY)
+        if previous not in (signal.SIG_DFL, None):  # else `stop` stays: a signal that comes too late must not end us
             signal.signal(signal.SIGUSR2, previous)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from posttrain.errors import ConfigError
 from posttrain.rewards.answers import as_text, gold_of
-from posttrain.rewards.deadline import fair_limit
+from posttrain.rewards.deadline import Shares
 from posttrain.rewards.functions import RewardFunction, shown, text_of
 from posttrain.rewards.worker import Late, Worker
 from posttrain.types import Content
@@ -38,17 +38,17 @@ def maths(column: str | None = None, seconds: float = SECONDS, overdue: float | 
 
     def math_answer(completions: Sequence[Content], **columns: Any) -> list[float | None]:
         values: list[float | None] = []
-        late, within = [], seconds
+        late, shares = [], Shares(seconds, len(completions))
         for content, gold in zip(completions, gold_of(columns, column, "math_answer"), strict=True):
-            within = fair_limit(seconds, len(completions) - len(values))  # all of them may take for ever
+            within = shares.next()  # all of them may take for ever
             try:
                 values.append(None if gold is None else _judged(text_of(content), as_text(gold), within))
             except Late:
-                values.append(overdue)
+                values.append(overdue if within == seconds else None)  # None: there was no time to find out
                 late.append(content)
         if late:
             said = "reward   math_answer: %d of %d took more than %g s and are worth %s, the first %s"
-            logger.warning(said, len(late), len(completions), within, overdue, shown(late[0]))
+            logger.warning(said, len(late), len(completions), seconds, overdue, shown(late[0]))
         if note := columns.get("log_metric"):
             note("rewards/math_answer/overdue", len(late) / max(1, len(completions)))
         return values

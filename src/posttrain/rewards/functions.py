@@ -11,6 +11,7 @@ import functools
 import inspect
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from posttrain.errors import ConfigError, UserError
-from posttrain.rewards.coroutines import LOOP, StuckError
+from posttrain.rewards.coroutines import LOOP, EndedError, StuckError
 from posttrain.rewards.deadline import Overdue, deadline
 from posttrain.types import Content
 
@@ -96,8 +97,8 @@ class Rewards:
             if os.getpid() != owner:  # the function has forked, and this is the child: it must not train as well
                 os._exit(1)
             self.seconds[name] = time.monotonic() - started
-        if self.seconds[name] > self.deadline:  # it has swallowed what was to end it
-            raise self._late(name)
+        if self.seconds[name] > self.deadline and threading.current_thread() is threading.main_thread():
+            raise self._late(name)  # it has swallowed what was to end it
         return given
 
     def _together(self, names: Mapping[int, str], asked: Completions) -> dict[int, Any]:
@@ -124,6 +125,8 @@ class Rewards:
             return dict(zip(names, LOOP.run(every, self.deadline + 1), strict=True))
         except StuckError as stuck:  # one waits without letting the others run, or does not let itself be ended
             raise self._late(stuck.task if stuck.task in waiting else " or ".join(sorted(waiting))) from None
+        except EndedError as ended:
+            raise self._failed(" or ".join(sorted(waiting)), ended.cause or ended) from ended
 
     async def _awaited(self, name: str, asked: Completions) -> Any:
         """What a coroutine gives. `asyncio` lets a SystemExit of one end everything, so it must not come so far."""
@@ -131,9 +134,10 @@ class Rewards:
             task.set_name(name)
         try:
             return await self.functions[name](**self._arguments(asked))
-        except (UserError, KeyboardInterrupt):
+        except (UserError, KeyboardInterrupt, GeneratorExit):
             raise
         except BaseException as error:
+            task = asyncio.current_task()
             if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
                 raise  # it was we who gave it up
             raise self._failed(name, error) from error

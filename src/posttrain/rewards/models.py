@@ -18,7 +18,7 @@ from posttrain.rewards.library import LIBRARY
 from posttrain.types import Content
 
 BATCH = 16
-HEADS = ("score", "classifier")
+HEADS = ("score", "classifier", "classification_head")
 """What transformers calls the layer that scores."""
 
 

@@ -113,7 +113,7 @@ class FunctionSampler:
         ids = self._ids("completion_ids", given, i, place)
         supervised = np.ones(len(ids), dtype=bool)
         if given.get("env_mask") is not None:
-            supervised = _array("env_mask", _row("env_mask", given["env_mask"], i), np.float64) != 0
+            supervised = np.nan_to_num(_array("env_mask", _row("env_mask", given["env_mask"], i), np.float64)) != 0
         logps = None if given["logprobs"] is None else _row("logprobs", given["logprobs"], i)
         logp_R = None if logps is None else _array("logprobs", logps, np.float32)
         for name, values in (("env_mask", supervised), ("logprobs", logp_R)):

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, set_seed
 
 from posttrain.course import Samples
+from posttrain.data.batches import Order
 from posttrain.data.cache import default_folder
 from posttrain.data.comparisons import contradictions, length_bias
 from posttrain.data.report import DataReport
@@ -296,7 +297,8 @@ def _epochs(args: AnswerConfig, rows: int) -> float:
     """How often training sees a row."""
     if args.max_steps <= 0:
         return float(args.num_train_epochs)
-    return args.max_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps / max(1, rows)
+    size, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    return args.max_steps / max(1, Order(rows, size, steps, None, args.dataloader_drop_last, None).steps_per_epoch)
 
 
 def check_reference(model: Any, ref_model: Any, args: ReferenceConfig) -> None:

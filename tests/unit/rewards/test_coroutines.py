@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from contextlib import suppress
 from typing import Any
@@ -88,6 +89,31 @@ def test_one_that_is_ended_leaves_the_loop_to_others() -> None:
         ask(slow, 0.2)
     assert ask(slow).tolist() == [1.0, 1.0]
     assert seen[0] is seen[1]
+
+
+def test_what_ends_the_loop_is_named_at_once() -> None:
+    async def ends(completions: list[Any], **_: Any) -> list[float]:
+        async def leave() -> None:
+            sys.exit("no key")
+
+        task = asyncio.get_running_loop().create_task(leave())
+        await asyncio.sleep(5)
+        return [float(task.done())] * len(completions)
+
+    started = time.monotonic()
+    with pytest.raises(RewardError, match="'mine' failed: SystemExit: no key"):
+        ask(ends, 30.0)
+    assert time.monotonic() - started < 5
+
+
+def test_a_reward_may_ask_others() -> None:
+    async def inner(completions: list[Any], **_: Any) -> list[float]:
+        return [3.0] * len(completions)
+
+    async def outer(completions: list[Any], **_: Any) -> list[float]:
+        return list(ask(inner))
+
+    assert ask(outer).tolist() == [3.0, 3.0]
 
 
 def test_a_loop_that_has_died_is_made_anew() -> None:

@@ -7,6 +7,7 @@ import os
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 
 from posttrain import ConfigError
@@ -75,10 +76,22 @@ def test_no_bomb_goes_off(bomb: str) -> None:
 
 
 def test_a_round_of_bombs_ends_within_the_rounds_deadline() -> None:
-    """What models write must not end a run: each gets its share of the time."""
-    reward = Rewards({"math_answer": maths(seconds=5.0)}, [1.0], deadline=20.0)
+    """What models write must not end a run: each gets its share of the time, and what got less is not judged."""
+    reward = Rewards({"math_answer": maths(seconds=5.0)}, [1.0], deadline=24.0)
     asked = Completions(["?"] * 6, [TOWER] * 5 + ["\\boxed{5}"], [[1]] * 6, {"answer": ["5"] * 6})
-    assert reward(asked)[:, 0].tolist() == [0.0] * 5 + [1.0]
+    *bombs, last = reward(asked)[:, 0].tolist()
+    assert bombs[0] == 0.0
+    assert np.isnan(bombs[-1])
+    assert last == 1.0
+
+
+def test_many_easy_answers_are_all_judged() -> None:
+    """A worker that has just been started needs longer than an even share."""
+    equivalence.WORKER.close()
+    reward = Rewards({"math_answer": maths()}, [1.0], deadline=30.0)
+    texts = [f"\\boxed{{({2 * i + 1})/2}}" for i in range(200)]
+    asked = Completions(["?"] * 200, texts, [[1]] * 200, {"answer": [str(i + 0.5) for i in range(200)]})
+    assert reward(asked)[:, 0].tolist() == [1.0] * 200
 
 
 def test_an_interrupted_question_leaves_no_answer_behind() -> None:
