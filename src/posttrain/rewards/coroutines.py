@@ -13,7 +13,6 @@ import os
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
-from contextlib import suppress
 from typing import Any
 
 
@@ -70,10 +69,25 @@ class Loop:
         if self._loop is None or not usable:
             self._loop, self._owner = asyncio.new_event_loop(), os.getpid()
             self._waiting: list[Future[Any]] = []
-            self._thread = threading.Thread(target=_forever, args=(self._loop, self._waiting, self._lock),
-                                            name="posttrain-rewards", daemon=True)  # fmt: skip
+            self._thread = threading.Thread(target=self._forever, args=(self._loop, self._waiting), daemon=True,
+                                            name="posttrain-rewards")  # fmt: skip
             self._thread.start()
         return self._loop
+
+    def _forever(self, loop: asyncio.AbstractEventLoop, waiting: list[Future[Any]]) -> None:
+        """Until something ends the loop, which those who wait for it are told. They hold the lock until they are
+        known."""
+        cause: BaseException | None = None
+        try:
+            loop.run_forever()
+        except BaseException as error:  # SystemExit and KeyboardInterrupt come through asyncio as they are
+            cause = error
+        with self._lock:
+            if self._loop is loop:
+                self._loop = None
+            for future in waiting:
+                if not future.done():
+                    future.set_exception(EndedError(cause))
 
     def _left(self, future: Future[Any], loop: asyncio.AbstractEventLoop) -> StuckError:
         """What does not end when it is cancelled keeps its loop, and the thread of that, to itself."""
@@ -83,25 +97,6 @@ class Loop:
             if self._loop is loop:
                 self._loop = None
         return StuckError(None if present is None else present.get_name())
-
-
-def _forever(loop: asyncio.AbstractEventLoop, waiting: list[Future[Any]], lock: threading.Lock) -> None:
-    """Until something ends the loop, which those who wait for it are told. They hold the lock until they are known."""
-    cause: BaseException | None = None
-    try:
-        loop.run_forever()
-    except BaseException as error:  # SystemExit and KeyboardInterrupt come through asyncio as they are
-        cause = error
-    with lock:
-        for future in waiting:
-            if not future.done():
-                future.set_exception(EndedError(cause))
-    rest = asyncio.all_tasks(loop)
-    for task in rest:
-        task.cancel()
-    with suppress(BaseException):  # they end here, and not wherever they happen to be collected
-        loop.run_until_complete(asyncio.gather(*rest, return_exceptions=True))
-        loop.close()
 
 
 LOOP = Loop()
