@@ -1,5 +1,5 @@
 """A policy's weights as lean decoding wants them (models/lean_decoding.py): projections with the same input joined, and
-on a CPU packed as oneDNN wants them; what is frozen once and for all, what is trained after each update.
+on a CPU in bf16 packed as oneDNN wants them; what is frozen once and for all, what is trained after each update.
 
 Shape suffixes: `B` rows, `D` hidden.
 """
@@ -51,7 +51,7 @@ class Product:
             if packs and native.fits(joined) and joined.shape[1] % 2 == 0 and native.kernels() is not None:
                 self.strips = Strips.of(joined, self.bias)
             else:
-                self.is_packed = packs and joined.dtype in (torch.bfloat16, torch.float32)
+                self.is_packed = packs and joined.dtype == torch.bfloat16
                 self.weight = self._laid_out(joined, rows)
         self._take_adapters(bases[0].weight.dtype, rows)
 
