@@ -12,13 +12,11 @@ import logging
 import time
 from pathlib import Path
 
-import torch
 from peft import LoraConfig
 
 from posttrain import SFTConfig, SFTTrainer
 from posttrain.evaluate.accuracy import TaskResult, evaluate_task, side_by_side
 from posttrain.evaluate.tasks import orders
-from posttrain.models.precision import has_fast_bf16
 
 MODEL = "smollm2-135m-instruct"
 
@@ -37,7 +35,6 @@ def main() -> None:
         model=MODEL,
         args=SFTConfig(
             output_dir=str(folder),
-            model_init_kwargs={"dtype": _dtype()},
             learning_rate=options.learning_rate,
             per_device_train_batch_size=options.batch_size,
             num_train_epochs=options.epochs,
@@ -91,13 +88,9 @@ def _report(trainer: SFTTrainer, rows: list[orders.Row], before: TaskResult, aft
     print("\n" + side_by_side(rows, before, after, k=4) + "\n")
     print(f"accuracy   before {before}")
     print(f"           after  {after}")
-    print(f"loss       {losses[0]:.3f} → {losses[-1]:.3f}")
+    if losses:  # a short run logs none
+        print(f"loss       {losses[0]:.3f} → {losses[-1]:.3f}")
     print(f"adapter    {adapter}  (plain PEFT loads it)")
-
-
-def _dtype() -> str:
-    """Of the model: half the memory and faster answers, where the processor multiplies in it."""
-    return "bfloat16" if has_fast_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu")) else "float32"
 
 
 def _say(text: str) -> None:

@@ -381,19 +381,20 @@ class Run:
 
     def _take_up(self, session: Session, loop: Loop, folder: Path) -> dict[str, Any]:
         """Load everything a checkpoint holds; the random state is returned, to be set last."""
-        snapshot.check_same_run(folder, self.identity)
-        snapshot.warn_of_other_arithmetic(folder, identity.of_arithmetic(session))
+        saved = snapshot.read_state(folder)
+        snapshot.check_same_run(folder, saved, self.identity)
+        snapshot.warn_of_other_arithmetic(folder, saved, identity.of_arithmetic(session))
         self._read_weights(session, folder)
         if self.reference is not None:
             self.reference.load(folder)
-        saved = snapshot.read_training_state(folder, self.optimizer, self.scheduler)
+        rng = snapshot.restore_training_state(folder, saved, self.optimizer, self.scheduler)
         session.precision.publish()
         self.run_id = saved["run_id"]
         self.events.load_state(str(folder / "trainer_state.json"))
         find_best_again(self.events)
         loop.load_resume_state(saved["loop"])
         loop.last_checkpoint = str(folder)
-        return saved["rng"]
+        return rng
 
     def _read_weights(self, session: Session, folder: Path) -> None:
         """Of everything that is trained."""

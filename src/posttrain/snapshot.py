@@ -113,45 +113,46 @@ def write_training_state(
     (folder / STATE).write_text(json.dumps(document, allow_nan=False), encoding="utf-8")
 
 
-def read_training_state(folder: Path, optimizer: torch.optim.Optimizer, scheduler: Any) -> dict[str, Any]:
-    """Load optimiser (and through it weights that only it knows) and scheduler; return the plain state with the
-    captured random state under `rng`."""
-    document = _read_state(folder)
+def read_state(folder: Path) -> dict[str, Any]:
+    """A checkpoint's plain values. Raises CheckpointError where it holds weights only."""
+    if not (folder / STATE).is_file():
+        raise CheckpointError(f"{folder} holds weights only (save_only_model=True); it cannot be resumed from")
+    state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    return state
+
+
+def restore_training_state(
+    folder: Path, saved: dict[str, Any], optimizer: torch.optim.Optimizer, scheduler: Any
+) -> dict[str, Any]:
+    """Load optimiser (and through it weights that only it knows) and scheduler; return the captured random state."""
     tensors = load_file(folder / OPTIMIZER)
-    join_optimizer(optimizer, tensors, document.pop("optimizer"))
+    join_optimizer(optimizer, tensors, saved["optimizer"])
     take_up_training_weights(optimizer, tensors)
-    scheduler_state = put_together(document.pop("scheduler"), tensors)
+    scheduler_state = put_together(saved["scheduler"], tensors)
     scheduler_state |= {k: float(v) for k, v in scheduler_state.items() if v in map(str, INFINITIES)}
     if "lr_lambdas" in scheduler.state_dict():
         scheduler_state["lr_lambdas"] = [None] * len(scheduler.state_dict()["lr_lambdas"])
     scheduler.load_state_dict(scheduler_state)
-    document["rng"] = {"tensors": load_file(folder / RNG), "plain": document["rng"]}
-    return document
+    return {"tensors": load_file(folder / RNG), "plain": saved["rng"]}
 
 
-def _read_state(folder: Path) -> dict[str, Any]:
-    if not (folder / STATE).is_file():
-        raise CheckpointError(f"{folder} holds weights only (save_only_model=True); it cannot be resumed from")
-    return json.loads((folder / STATE).read_text(encoding="utf-8"))
-
-
-def warn_of_other_arithmetic(folder: Path, present: dict[str, Any]) -> None:
+def warn_of_other_arithmetic(folder: Path, saved: dict[str, Any], present: dict[str, Any]) -> None:
     """Say where a run goes on whose last bits will be others than they would have been."""
-    saved = _read_state(folder).get("arithmetic", {})
-    others = [name for name, value in present.items() if name in saved and saved[name] != value]
+    before = saved.get("arithmetic", {})
+    others = [name for name, value in present.items() if name in before and before[name] != value]
     if others:
-        there, here = (", ".join(f"{name} {values[name]}" for name in others) for values in (saved, present))
+        there, here = (", ".join(f"{name} {values[name]}" for name in others) for values in (before, present))
         logger.warning("resume   %s was written with %s; here: %s. The run goes on, but not bit for bit as it would "
                        "have there", folder.name, there, here)  # fmt: skip
 
 
-def check_same_run(folder: Path, present: dict[str, Any]) -> None:
+def check_same_run(folder: Path, saved: dict[str, Any], present: dict[str, Any]) -> None:
     """Refuse to go on with something else than what the checkpoint was made with, before anything is loaded."""
-    saved = _read_state(folder)["identity"]
+    made_with = saved["identity"]
     for name, value in present.items():
-        if name in saved and _differ(saved[name], value):
+        if name in made_with and _differ(made_with[name], value):
             raise CheckpointError(
-                f"{folder} was written with {name} = {saved[name]}, and this run has {value}",
+                f"{folder} was written with {name} = {made_with[name]}, and this run has {value}",
                 hint="restore the old setting to go on with that run, or start anew in another output_dir",
             )
 

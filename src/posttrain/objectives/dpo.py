@@ -272,6 +272,9 @@ def _check(loss: PreferenceLoss) -> None:
         raise ConfigError(f"f_divergence_type={to.f_divergence!r} is not known", hint=hint)
     if not all(type(weight) in (int, float) and math.isfinite(weight) for weight in loss.weights):
         raise ConfigError(f"loss_weights={list(loss.weights)} are not all numbers")
+    if any(weight < 0 for weight in loss.weights):
+        raise ConfigError(f"loss_weights={list(loss.weights)}: one below 0 would turn its loss round",
+                          hint="leave a loss out with 0")  # fmt: skip
     if not any(loss.weights):
         raise ConfigError(f"loss_weights={list(loss.weights)} leave nothing to learn", hint="give one above 0")
     if "discopop" in loss.losses and not to.discopop_tau > 0:

@@ -60,14 +60,19 @@ class DataTrainer(PackedTrainer):
         return self._prepared(dataset, "train", self._settings)
 
     def _fitting(self, samples: Iterable[Sample]) -> Iterator[Sample]:
-        """Each of them, known to fit the model: a tokenizer may know more tokens (Gemma 3's does), as long as the rows
-        have none of them; and positions that are learned (GPT-2's) come to an end. Raises ConfigError."""
+        """Each of them, known to fit the model."""
+        for sample in samples:
+            self._check_fits([sample])
+            yield sample
+
+    def _check_fits(self, samples: Iterable[Sample]) -> None:
+        """A tokenizer may know more tokens than the model (Gemma 3's does), as long as the rows have none of them; and
+        positions that are learned (GPT-2's) come to an end. Raises ConfigError."""
         rows = self._model.get_input_embeddings().weight.shape[0]
         places = learned_places(self._model)
         for sample in samples:
             for part in sample:
-                _check_fits(part, rows, places)
-            yield sample
+                _check_part(part, rows, places)
 
     def _stream(self, dataset: Any, number: int) -> Iterator[Sample]:
         """Pass `number` over it, in an order of its own where it is shuffled; `data_reports` counts along."""
@@ -107,8 +112,7 @@ class DataTrainer(PackedTrainer):
                 raise DataError(f"the {name} stream has no usable rows", code="E-DATA-0031")
             return samples
         prepared = prepare(dataset, self._tokenizer, settings, name)
-        for _ in self._fitting(prepared.samples):
-            pass
+        self._check_fits(prepared.samples)
         self.data_reports[name] = prepared.report
         lost = prepared.report.num_skipped or prepared.report.truncated.count
         logger.log(logging.WARNING if lost else logging.INFO, "data     %s", prepared.report.summary())
@@ -117,7 +121,7 @@ class DataTrainer(PackedTrainer):
         return prepared.samples
 
 
-def _check_fits(part: Tokenized, rows: int, places: int | None) -> None:
+def _check_part(part: Tokenized, rows: int, places: int | None) -> None:
     """Raises ConfigError for more tokens, or others, than the model knows."""
     longest = len(part.prefix) + max((len(branch.ids) for branch in part.branches), default=0)
     if places is not None and longest > places:

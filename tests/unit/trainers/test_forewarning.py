@@ -266,6 +266,7 @@ def test_a_weight_of_the_odds_that_nobody_takes(tmp_path: Path, caplog: pytest.L
         ({"loss_weights": []}, "loss_weights"),
         ({"loss_weights": ["a"]}, "loss_weights"),
         ({"loss_weights": [float("nan")]}, "loss_weights"),
+        ({"loss_weights": [-1.0]}, "below 0"),
         ({"loss_type": [["sigmoid"]]}, "loss_type"),
         ({"beta": [0.1, float("nan")]}, "beta"),
         ({"loss_type": "discopop", "discopop_tau": 0.0}, "discopop_tau"),
