@@ -2,14 +2,15 @@
 
     make bench                       # LoRA r=16 on all linears and full fine-tuning, on GSM8K and on uneven samples
     .venv/bin/python benchmarks/sft.py --repeats 5 --only lora --workload gsm8k
+    .venv/bin/python benchmarks/sft.py --tuning       # TRL tuned, and with each further flag that might make it faster
 
 Runs alternate, each in a process and an environment of its own, so that a machine that drifts drifts for all. Losses
-are compared first: a speed-up that changes the result is none. What is quoted are ratios of medians; the JSON beside
-the table has all runs. Warm-up is long enough for the memory of a run to be there: the first steps of any library on a
-CPU are spent asking for pages. Where a library does not fit into this machine's memory, the table says so, and the same
-eight samples a step are given to it two at a time. "Of limit" is the arithmetic that the samples need (no padding, no
-logits of prompts) a second, over what this machine reaches with nothing but matrix products of the model's shapes,
-measured in the same run.
+are compared as soon as a run has ended, and any that differ end it all: a speed-up that changes the result is none.
+What is quoted are ratios of medians; the JSON beside the table has all runs. Warm-up is long enough for the memory of a
+run to be there: the first steps of any library on a CPU are spent asking for pages. Where a library does not fit into
+this machine's memory, the table says so, and the same eight samples a step are given to it two at a time. "Of limit" is
+the arithmetic that the samples need (no padding, no logits of prompts) a second, over what this machine reaches with
+nothing but matrix products of the model's shapes, measured in the same run.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from environments import python_of
+from worker import TRIED
 
 from posttrain.models.packaged import resolve
 
@@ -46,14 +48,24 @@ TWO_AT_A_TIME: tuple[Entry, ...] = (
     ("trl", "documented, two at a time", {}),
 )
 """Of the uneven samples eight at a time, padded to the longest, are more than some machines hold."""
+TUNING: tuple[Entry, ...] = (
+    ("posttrain", "default", {}),
+    ("trl", "tuned", KEEP_MEMORY),
+    *(("trl", f"tuned, {name}", KEEP_MEMORY) for name in TRIED),
+)
+OTHER_BATCHES = ("tuned, grouped by length",)
+"""Variants whose steps are of other samples, and so have other losses."""
 BF16_LOSS_TOLERANCE = 0.02
 
 Runs = dict[tuple[str, str], list[Any]]
 
 
 def main() -> None:
-    options = options_parser(__doc__, "benchmarks/sft.json").parse_args()
-    compare(ENTRIES, {library: python_of(library) for library, _, _ in ENTRIES}, "cpu", options)
+    parser = options_parser(__doc__, "benchmarks/sft.json")
+    parser.add_argument("--tuning", action="store_true", help="TRL with each of the flags that might make it faster")
+    options = parser.parse_args()
+    entries = TUNING if options.tuning else ENTRIES
+    compare(entries, {library: python_of(library) for library, _, _ in ENTRIES}, "cpu", options)
 
 
 def options_parser(about: str, record: str) -> argparse.ArgumentParser:
@@ -65,6 +77,7 @@ def options_parser(about: str, record: str) -> argparse.ArgumentParser:
     parser.add_argument("--workload", choices=WORKLOADS)
     parser.add_argument("--data", default=str(DATA))
     parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--beside", nargs="*", metavar="VARIANT", help="of the others, these variants only")
     parser.add_argument("--json", default=record)
     return parser
 
@@ -79,9 +92,11 @@ def compare(entries: Sequence[Entry], pythons: dict[str, str], device: str, opti
     results = {}
     for workload in WORKLOADS if options.workload is None else (options.workload,):
         for kind in ("lora", "full") if options.only is None else (options.only,):
-            known = (*entries, *TWO_AT_A_TIME) if workload == "uneven" and device == "cpu" else entries
+            smaller = TWO_AT_A_TIME if (workload, device) == ("uneven", "cpu") else ()
+            known = (*entries, *(entry for entry in smaller if entry not in entries))
+            if options.beside is not None:
+                known = tuple(entry for entry in known if entry[0] == "posttrain" or entry[1] in options.beside)
             runs = _measure(known, pythons, [kind, workload, model, device], options)
-            _compare_losses(runs)
             results[f"{kind}, {workload}"] = runs
             print(_table(f"{kind}, {workload}", runs), flush=True)
     record = {
@@ -111,6 +126,7 @@ def _measure(
             if None in runs[library, variant]:  # it would not fit a second time
                 continue
             runs[library, variant].append(run_worker(command, extra, f"{library} {variant}"))
+            _compare_losses(runs, library, variant)
     return runs
 
 
@@ -128,15 +144,16 @@ def run_worker(command: list[str], extra: dict[str, str], name: str) -> Any:
     return json.loads(lines[0].removeprefix("RESULT "))
 
 
-def _compare_losses(runs: Runs) -> None:
-    first = runs["posttrain", "default"][0]
+def _compare_losses(runs: Runs, library: str, variant: str) -> None:
+    """Of the last run of a variant with our first."""
+    first, last = runs["posttrain", "default"][0], runs[library, variant][-1]
     if first is None:
         sys.exit("posttrain itself ran out of memory")
-    ours = first["losses"]
-    for (library, variant), values in runs.items():
-        for theirs in (value["losses"] for value in values if value is not None):
-            if any(abs(a - b) > BF16_LOSS_TOLERANCE * b for a, b in zip(ours, theirs, strict=True)):
-                sys.exit(f"losses differ from {library} {variant}: {ours} and {theirs}")
+    if last is None or variant in OTHER_BATCHES:
+        return
+    ours, theirs = first["losses"], last["losses"]
+    if any(abs(a - b) > BF16_LOSS_TOLERANCE * b for a, b in zip(ours, theirs, strict=True)):
+        sys.exit(f"losses differ from {library} {variant}: {ours} and {theirs}")
 
 
 def _table(kind: str, runs: Runs) -> str:

@@ -21,13 +21,23 @@ STARTED = time.perf_counter()
 # What each variant sets beside the common arguments. "documented" is what the library's own pages show for the device;
 # "tuned" the best of TRL's documented switches found there, fp32 where the processor has no bf16 products among them.
 TWO_AT_A_TIME = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+TUNED: dict[str, Any] = {"use_cpu": True, "gradient_checkpointing": False}
+# What else TRL and transformers offer for speed on a CPU, each added to "tuned" (`sft.py --tuning`).
+TRIED: dict[str, dict[str, Any]] = {
+    "four at a time": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+    "two at a time": TWO_AT_A_TIME,
+    "torch_compile": {"torch_compile": True},
+    "eager attention": {"model_init_kwargs": {"attn_implementation": "eager"}},
+    "loader in a process of its own": {"dataloader_num_workers": 1},
+    "grouped by length": {"train_sampling_strategy": "group_by_length"},
+}
 VARIANTS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
     "cpu": {
         "trl": {
             "documented": {"use_cpu": True},
-            "tuned": {"use_cpu": True, "gradient_checkpointing": False},
+            "tuned": TUNED,
             "documented, two at a time": {"use_cpu": True, **TWO_AT_A_TIME},
-            "tuned, two at a time": {"use_cpu": True, "gradient_checkpointing": False, **TWO_AT_A_TIME},
+            **{f"tuned, {name}": {**TUNED, **more} for name, more in TRIED.items()},
         },
         "posttrain": {"default": {"use_cpu": True}},
     },

@@ -3,8 +3,8 @@
 Where memory is plentiful nothing is given up for it: freed pages are kept, everything that a gradient needs, and frozen
 weights in a second layout (models/laid_out.py). Where it is not, freed pages go back at once, so that the formula
 (models/footprint.py) holds to a few per cent, and the least recomputation that fits is taken, with micro-batches as
-large as fit; a probe, one forward and backward over arbitrary tokens, says whether this model is what the formula takes
-it for. None of it changes the result.
+large as fit. Unless there is twice what is needed, a probe, one forward and backward over arbitrary tokens, says
+whether this model is what the formula takes it for. None of it changes the result.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ SHARE = 0.9
 """Of what is there, the rest being for what else may come."""
 TOLERANCE = 1.15
 PROBE_TOKENS = 512
+DOUBT = 2
+"""Where memory would not do if the formula were wrong by this factor, a probe is made although it does."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,11 @@ def make_plan(
     limit = int(SHARE * total) if max_memory is None else min(parse_size(max_memory), total)
     levels = _levels(session, recompute)
     budget, bounds = token_budget or default_token_budget(device), (total, limit)
+    plan = _roomy(needs, work, budget, levels[0], device, bounds)
+    if plan.fits and DOUBT * plan.needs[1] > limit:
+        session.recompute(levels[0])
+        needs = _confirmed(session, needs, work)
+        give_back_freed_memory()
     plan = _roomy(needs, work, budget, levels[0], device, bounds, session.laid_out_bytes)
     if plan.fits:
         session.lay_out()
@@ -113,15 +120,22 @@ def make_plan(
         session.precision.sheds_copies = True
         plan = _tight(needs, work, token_budget, levels, device, bounds)
         session.recompute(plan.recomputation)
-        longest = min(work.longest, PROBE_TOKENS)
-        ratio = probe(session, needs, [longest] * (PROBE_TOKENS // longest))
-        if ratio > TOLERANCE:
-            logger.warning("memory   this model keeps %.1f times what was expected; planning with that", ratio)
-            plan = _tight(_scaled(needs, ratio), work, token_budget, levels, device, bounds)
+        if (measured := _confirmed(session, needs, work)) is not needs:
+            plan = _tight(measured, work, token_budget, levels, device, bounds)
     session.recompute(plan.recomputation)
     log = logger.info if plan.fits else logger.warning
     log("memory   %s%s", plan, "" if plan.fits else ": it may not fit; lower max_length or train an adapter")
     return plan
+
+
+def _confirmed(session: Session, needs: Footprint, work: Workload) -> Footprint:
+    """The formula's needs, or what a probe makes of them."""
+    longest = min(work.longest, PROBE_TOKENS)
+    ratio = probe(session, needs, [longest] * (PROBE_TOKENS // longest))
+    if ratio <= TOLERANCE:
+        return needs
+    logger.warning("memory   this model keeps %.1f times what was expected; planning with that", ratio)
+    return _scaled(needs, ratio)
 
 
 def probe(session: Session, needs: Footprint, lengths: Sequence[int]) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -18,6 +19,9 @@ from posttrain.models.attention import packed_attention
 from posttrain.models.forward import open_policy
 from posttrain.models.head import HeadShape, token_logps
 from posttrain.models.memory import PeakGrowth
+from posttrain.rollout.engines import Request
+from posttrain.rollout.engines.local import LocalEngine
+from posttrain.rollout.sampling import Sampling
 from posttrain.types import Layout, Needs
 from tests.invariants.short_runs import Spec, assert_same_end, end_state, make_trainer
 from tests.tiny_batches import random_batch, random_samples
@@ -111,6 +115,23 @@ def test_lean_adapters_equal_pefts(dtype: torch.dtype) -> None:
     assert len(results[0]) == len(results[1]) > 0
     for mine, theirs in zip(results[1], results[0], strict=True):
         close(mine, theirs, 0.05 if dtype == torch.bfloat16 else 1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma3"])
+def test_completions_are_the_cpus(family: str) -> None:
+    """The first three by recorded steps (models/recorded.py): rows leave, others enter, buffers grow."""
+    asked = [Request([5, 9, 13, 2, 40, 7][: 3 + number], number, 3) for number in range(4)]
+    made = []
+    for device in (torch.device("cpu"), DEVICE):
+        model: Any = tiny_model(family).to(device).eval()
+        model.config.sliding_window = None if family == "mistral" else getattr(model.config, "sliding_window", None)
+        engine = LocalEngine(open_policy(model), [7, 11], max_rows=5)
+        assert (engine.lean() is None) == (family == "gemma3")
+        made.append(engine.generate(asked, Sampling(max_tokens=300, seed=3)))
+    for cpu, cuda in zip(*made, strict=True):
+        for one, other in zip(cpu, cuda, strict=True):
+            assert one.ids.tolist() == other.ids.tolist()
+            np.testing.assert_allclose(one.logps, other.logps, atol=1e-3)
 
 
 def run(folder: Path, lora: bool, **arguments: Any) -> Any:

@@ -189,6 +189,25 @@ def test_a_model_that_keeps_more_is_planned_with_what_the_probe_found(
     opened.close()
 
 
+@pytest.mark.parametrize(("limit", "probes"), [(10_000_000, True), (30_000_000, False)], ids=["enough", "plenty"])
+def test_unless_there_is_plenty_the_formula_is_confirmed_even_where_it_fits(
+    limit: int, probes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("posttrain.planner.footprint", lambda *_: NEEDS)
+    monkeypatch.setattr("posttrain.planner.memory_in_use", lambda _: 1000)
+    monkeypatch.setattr("posttrain.planner.total_memory", lambda _: 10**9)
+    monkeypatch.setattr("posttrain.planner.return_freed_pages", lambda: None)
+    monkeypatch.setattr("posttrain.planner.most_resident", lambda lasting, passing: lasting + int(1.5 * passing))
+    monkeypatch.setattr("posttrain.planner.probe", lambda *_: 1.6)
+    opened = session(tmp_path)
+    work = Workload(usual=3000, largest=4000, longest=100)
+    plan = make_plan(opened, work, optimizer="adamw", token_budget=None, recompute="auto", max_memory=limit)
+    assert ("1.6 times" in caplog.text) is probes
+    assert plan.is_tight is probes  # the formula's 6.6 MB would fit, what was found does not
+    assert plan.fits
+    opened.close()
+
+
 @pytest.mark.skipif(native.kernels() is None, reason="no native kernels on this machine")
 @pytest.mark.parametrize(("adapter", "bf16", "level"), [(False, True, "selective"), (False, False, "none"),
                                                         (True, True, "none")])  # fmt: skip

@@ -5,6 +5,8 @@ weights that are laid out anew for every product. Here each layer's projections 
 (models/lean_weights.py), and every row has keys and values of its own, prompt included, in buffers that grow by whole
 blocks, so that shapes repeat and products find the kernels made for them.
 
+On CUDA a step over these buffers is recorded once for each of their sizes (models/recorded.py).
+
 The arithmetic is the model's own, dtype for dtype. A model for which it is not, by its layers' names or by the numbers
 of a short trial, is decoded by its own forward (models/decoding.py).
 
@@ -22,13 +24,14 @@ from posttrain.models.decoding import Memory
 from posttrain.models.forward import Policy
 from posttrain.models.lean_weights import LeanLayer, LeanWeights
 from posttrain.models.paged_decoding import PagedRows, can_page
+from posttrain.models.recorded import Recording
 
-BLOCK = 64
-"""Places for tokens by which buffers grow."""
+BLOCK, BLOCK_ON_CUDA = 64, 256
+"""Places for tokens by which buffers grow; on CUDA a step is recorded anew for each size."""
 TRIAL = 8
 """Tokens that the trial of a model looks back on."""
-IDLE = 8
-"""One row in so many may be idle before the others move together."""
+IDLE, IDLE_ON_CUDA = 8, 2
+"""One row in so many may be idle before the others move together; on CUDA they cost next to nothing."""
 
 
 def lean_weights(policy: Policy) -> LeanWeights | None:
@@ -119,6 +122,9 @@ class LeanRows:
         self.values: list[torch.Tensor] = []
         self.mask_B1S = torch.zeros(0)
         self.room = 0
+        on_cuda = weights.policy.device.type == "cuda"
+        self._block, self._idle = (BLOCK_ON_CUDA, IDLE_ON_CUDA) if on_cuda else (BLOCK, IDLE)
+        self._recording = Recording()
 
     # --- rows ---------------------------------------------------------------------------------------------------------
 
@@ -141,7 +147,7 @@ class LeanRows:
     def keep(self, rows: Sequence[int]) -> None:
         """Only these, in order; the others are done."""
         self.places = [self.places[row] for row in rows]
-        if self.capacity - len(self.places) > self.capacity // IDLE and self.places:
+        if self.capacity - len(self.places) > self.capacity // self._idle and self.places:
             self._move_together()
 
     def _move_together(self) -> None:
@@ -151,6 +157,7 @@ class LeanRows:
         self.values = [values[at] for values in self.values]
         self.mask_B1S, self.length_B = self.mask_B1S[at], self.length_B[index]
         self.capacity, self.places = len(self.places), list(range(len(self.places)))
+        self._recording = Recording()
 
     def make_room(self, rows: int) -> None:
         """Places for `rows` more."""
@@ -163,12 +170,13 @@ class LeanRows:
         self.mask_B1S = torch.cat([self.mask_B1S, self.mask_B1S.new_zeros(more, 1, self.room)])
         self.length_B = torch.cat([self.length_B, self.length_B.new_zeros(more)])
         self.capacity = wanted
+        self._recording = Recording()
 
     def _grow(self, length: int) -> None:
         """Places for `length` tokens in every row."""
         if length <= self.room:
             return
-        room = -(-length // BLOCK) * BLOCK
+        room = -(-length // self._block) * self._block
         heads, size = self.weights.key_heads, self.weights.head_size
         like = self.weights.policy.base.get_input_embeddings().weight
         if not self.keys:
@@ -182,6 +190,7 @@ class LeanRows:
             self.values = [torch.nn.functional.pad(values, (0, 0, 0, more)) for values in self.values]
             self.mask_B1S = torch.nn.functional.pad(self.mask_B1S, (0, more), value=-torch.inf)
         self.room = room
+        self._recording = Recording()
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
@@ -189,19 +198,25 @@ class LeanRows:
         """Hidden states `(rows, D)` of one new token for each row."""
         body, device = self.weights.policy.base.base_model, self.mask_B1S.device
         self._grow(int(self.length_B[self.places].max()) + 1)
-        row_B, at_B = torch.arange(self.capacity, device=device), self.length_B.clamp(max=self.room - 1).to(device)
-        self.mask_B1S[row_B, 0, at_B] = 0
+        at_B = self.length_B.clamp(max=self.room - 1).to(device)
         ids_B = torch.zeros(self.capacity, dtype=torch.long)
         ids_B[self.places] = torch.tensor(ids)
         x_BD = body.embed_tokens(ids_B.to(device))
         turns = self._turns(*(one[0, :, None] for one in body.rotary_emb(x_BD[None], at_B[None])))
-        for layer, keys_BKES, values_BKSE in zip(self.weights.layers, self.keys, self.values, strict=True):
-            x_BD = self._layer(layer, x_BD, turns, keys_BKES, values_BKSE, row_B, at_B)
+        hidden_BD = self._recording.run(self._through, x_BD, at_B, *turns)
         self.length_B += 1
-        hidden_BD = body.norm(x_BD)
         if self.places == list(range(self.capacity)):
             return hidden_BD
         return hidden_BD[self.places]
+
+    def _through(self, x_BD: torch.Tensor, at_B: torch.Tensor, *turns: torch.Tensor) -> torch.Tensor:
+        """All layers, for a token that stands at `at_B` in its row's buffers."""
+        row_B = torch.arange(self.capacity, device=x_BD.device)
+        self.mask_B1S.index_put_((row_B, torch.zeros_like(row_B), at_B), self.mask_B1S.new_zeros(()))
+        for layer, keys_BKES, values_BKSE in zip(self.weights.layers, self.keys, self.values, strict=True):
+            x_BD = self._layer(layer, x_BD, turns, keys_BKES, values_BKSE, row_B, at_B)
+        normed_BD: torch.Tensor = self.weights.policy.base.base_model.norm(x_BD)
+        return normed_BD
 
     def _turns(self, cos_B1E: torch.Tensor, sin_B1E: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotary embeddings (arXiv 2104.09864) of queries and keys, `(B, heads, E)`: what a vector is multiplied by,
@@ -217,7 +232,7 @@ class LeanRows:
         self,
         layer: LeanLayer,
         x_BD: torch.Tensor,
-        turns: tuple[torch.Tensor, torch.Tensor],
+        turns: tuple[torch.Tensor, ...],
         keys_BKES: torch.Tensor,
         values_BKSE: torch.Tensor,
         row_B: torch.Tensor,

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from posttrain.models import adapters
 from posttrain.models.decoding import Memory
@@ -105,6 +106,48 @@ def test_buffers_grow(monkeypatch: pytest.MonkeyPatch) -> None:
         hidden = rows.step([token])
         tokens.append(token)
         torch.testing.assert_close(hidden[0], whole(policy, tokens), rtol=1e-4, atol=1e-5)
+
+
+class Traced:
+    """A recording as CUDA makes them: the first call is written down, operation by operation, with the very tensors
+    that it found; what is not an input is the same for ever."""
+
+    made = 0
+
+    def __init__(self) -> None:
+        self._replay: Any = None
+
+    def run(self, function: Any, *inputs: torch.Tensor) -> torch.Tensor:
+        if self._replay is None:
+            Traced.made += 1
+            self._replay = make_fx(function)(*inputs)
+        return self._replay(*inputs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", sorted(TAKEN))
+def test_a_step_can_be_recorded_and_replayed(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing in it depends on anything but its inputs and buffers that stay: rows that go, come and grow included."""
+    monkeypatch.setattr("posttrain.models.lean_decoding.BLOCK", 16)
+    policy = opened(family, adapter=True)
+    weights, before = lean_weights(policy), Traced.made
+    monkeypatch.setattr("posttrain.models.lean_decoding.Recording", Traced)
+    rows = rows_of(policy, weights=weights)
+    rows.admit(0, 2)
+    said = [[4, 50], [17, 2], [9, 9], [61, 3]]
+    for step in said:
+        rows.step(step)
+    rows.keep([1])
+    rows.make_room(2)
+    rows.admit(1, 2)
+    tokens = [PROMPTS[0] + [step[1] for step in said], PROMPTS[1], PROMPTS[1]]
+    for step in range(12):
+        more = [(7 * step + 20 * row) % 60 for row in range(3)]
+        hidden = rows.step(more)
+        tokens = [[*row, token] for row, token in zip(tokens, more, strict=True)]
+        for row, whole_row in enumerate(tokens):
+            torch.testing.assert_close(hidden[row], whole(policy, whole_row), rtol=1e-4, atol=1e-5)
+    assert Traced.made - before == 3  # at 16 places, with other rows, and at 32 places
 
 
 @torch.no_grad()
