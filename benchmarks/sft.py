@@ -65,6 +65,8 @@ def main() -> None:
     parser.add_argument("--tuning", action="store_true", help="TRL with each of the flags that might make it faster")
     options = parser.parse_args()
     entries = TUNING if options.tuning else ENTRIES
+    if options.tuning and options.json == parser.get_default("json"):
+        options.json = "benchmarks/sft-tuning.json"
     compare(entries, {library: python_of(library) for library, _, _ in ENTRIES}, "cpu", options)
 
 
@@ -89,6 +91,10 @@ def compare(entries: Sequence[Entry], pythons: dict[str, str], device: str, opti
     if options.warmup >= options.steps:
         sys.exit(f"--warmup {options.warmup} leaves none of --steps {options.steps} to measure")
     model = resolve(options.model)
+    if options.beside is not None and (
+        unknown := set(options.beside) - {one for _, one, _ in (*entries, *TWO_AT_A_TIME)}
+    ):
+        sys.exit(f"--beside knows no {', '.join(sorted(unknown))}")
     results = {}
     for workload in WORKLOADS if options.workload is None else (options.workload,):
         for kind in ("lora", "full") if options.only is None else (options.only,):
@@ -96,9 +102,17 @@ def compare(entries: Sequence[Entry], pythons: dict[str, str], device: str, opti
             known = (*entries, *(entry for entry in smaller if entry not in entries))
             if options.beside is not None:
                 known = tuple(entry for entry in known if entry[0] == "posttrain" or entry[1] in options.beside)
-            runs = _measure(known, pythons, [kind, workload, model, device], options)
+            runs: Runs = {(library, variant): [] for library, variant, _ in known}
             results[f"{kind}, {workload}"] = runs
+            try:
+                _measure(runs, known, pythons, [kind, workload, model, device], options)
+            finally:
+                _write(results, device, Path(options.json))
             print(_table(f"{kind}, {workload}", runs), flush=True)
+    print(f"all runs: {options.json}")
+
+
+def _write(results: dict[str, Runs], device: str, path: Path) -> None:
     record = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "device": device,
@@ -106,15 +120,13 @@ def compare(entries: Sequence[Entry], pythons: dict[str, str], device: str, opti
             kind: {" ".join(entry): values for entry, values in runs.items()} for kind, runs in results.items()
         },
     }
-    Path(options.json).write_text(json.dumps(record, indent=1))
-    print(f"all runs: {options.json}")
+    path.write_text(json.dumps(record, indent=1))
 
 
 def _measure(
-    entries: Sequence[Entry], pythons: dict[str, str], what: Sequence[str], options: argparse.Namespace
-) -> Runs:
+    runs: Runs, entries: Sequence[Entry], pythons: dict[str, str], what: Sequence[str], options: argparse.Namespace
+) -> None:
     kind, workload, model, device = what
-    runs: Runs = {(library, variant): [] for library, variant, _ in entries}
     for repeat in range(options.repeats):
         for library, variant, extra in entries:
             progress = f"{kind}, {workload}: run {repeat + 1}/{options.repeats} of {library} {variant}"
@@ -127,7 +139,6 @@ def _measure(
                 continue
             runs[library, variant].append(run_worker(command, extra, f"{library} {variant}"))
             _compare_losses(runs, library, variant)
-    return runs
 
 
 def run_worker(command: list[str], extra: dict[str, str], name: str) -> Any:

@@ -24,6 +24,7 @@ from posttrain.models.forward import arbitrary_batch
 from posttrain.models.memory import (
     PeakGrowth,
     give_back_freed_memory,
+    keep_freed_pages,
     memory_in_use,
     most_resident,
     return_freed_pages,
@@ -95,7 +96,7 @@ def make_plan(
 ) -> Plan:
     """The plan, put into effect for `session`. `token_budget` and `recompute` (unless "auto") are the user's."""
     device = session.policy.device
-    needs = footprint(session.policy.base, session.trained, set(session.lean), optimizer)
+    own = needs = footprint(session.policy.base, session.trained, set(session.lean), optimizer)
     for beside in session.policies()[1:]:
         needs = needs.and_activations_of(footprint(beside.base, {}, set(session.lean), optimizer))
     if device.type == "cpu":
@@ -107,8 +108,7 @@ def make_plan(
     plan = _roomy(needs, work, budget, levels[0], device, bounds)
     if plan.fits and DOUBT * plan.needs[1] > limit:
         session.recompute(levels[0])
-        needs = _confirmed(session, needs, work)
-        give_back_freed_memory()
+        needs = _scaled(needs, _excess(session, own, work))
     plan = _roomy(needs, work, budget, levels[0], device, bounds, session.laid_out_bytes)
     if plan.fits:
         session.lay_out()
@@ -120,22 +120,27 @@ def make_plan(
         session.precision.sheds_copies = True
         plan = _tight(needs, work, token_budget, levels, device, bounds)
         session.recompute(plan.recomputation)
-        if (measured := _confirmed(session, needs, work)) is not needs:
-            plan = _tight(measured, work, token_budget, levels, device, bounds)
+        if (excess := _excess(session, own, work)) > 1:
+            plan = _tight(_scaled(needs, excess), work, token_budget, levels, device, bounds)
     session.recompute(plan.recomputation)
     log = logger.info if plan.fits else logger.warning
     log("memory   %s%s", plan, "" if plan.fits else ": it may not fit; lower max_length or train an adapter")
     return plan
 
 
-def _confirmed(session: Session, needs: Footprint, work: Workload) -> Footprint:
-    """The formula's needs, or what a probe makes of them."""
+def _excess(session: Session, own: Footprint, work: Workload) -> float:
+    """How many times as much the policy keeps as the formula says, by a probe; 1 where that is near enough."""
     longest = min(work.longest, PROBE_TOKENS)
-    ratio = probe(session, needs, [longest] * (PROBE_TOKENS // longest))
+    on_cpu = session.policy.device.type == "cpu"
+    if on_cpu:
+        return_freed_pages()  # with freed pages kept, holes would count
+    ratio = probe(session, own, [longest] * (PROBE_TOKENS // longest))
+    if on_cpu and not session.precision.sheds_copies:
+        keep_freed_pages()
     if ratio <= TOLERANCE:
-        return needs
+        return 1.0
     logger.warning("memory   this model keeps %.1f times what was expected; planning with that", ratio)
-    return _scaled(needs, ratio)
+    return ratio
 
 
 def probe(session: Session, needs: Footprint, lengths: Sequence[int]) -> float:
@@ -221,6 +226,9 @@ def _step(needs: Footprint, tokens: int, longest: int, level: str, budget: int, 
 
 
 def _scaled(needs: Footprint, ratio: float) -> Footprint:
+    if ratio == 1:
+        return needs
+
     def times(values: Mapping[str, float]) -> dict[str, float]:
         return {name: value * ratio for name, value in values.items()}
 

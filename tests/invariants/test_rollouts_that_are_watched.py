@@ -13,6 +13,7 @@ import pytest
 import posttrain
 from posttrain import ConfigError
 from posttrain.objectives.policy import PolicyLoss
+from posttrain.rollout.generation import Rollout
 from posttrain.rollout.scoring import Verdict
 from tests.invariants.test_rollout_runs import ROWS, SETTINGS, make
 from tests.tiny_models import tiny_model
@@ -75,6 +76,64 @@ def test_what_a_reward_logs_is_a_mean_by_any_name(tmp_path: Path, caplog: pytest
     assert (tmp_path / "checkpoint-3").is_dir()
 
 
+def test_what_a_reward_logs_takes_no_name_of_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def noting(completions: list[Any], log_metric: Any, **_: Any) -> list[float]:
+        for name in ("loss", "reward", "completions/mean_length"):
+            log_metric(name, -99.0)
+        return [float(len(one[0]["content"])) for one in completions]
+
+    one = run(tmp_path, noting, max_steps=2, logging_steps=1, save_strategy="no")
+    one.train()
+    for logged in one.state.log_history[:2]:
+        assert [logged[f"logged/{name}"] for name in ("loss", "reward", "completions/mean_length")] == [-99.0] * 3
+        assert all(logged[name] > -50 for name in ("loss", "reward", "completions/mean_length"))
+    assert caplog.text.count("log_metric('loss') is logged as 'logged/loss'") == 1
+
+
+def test_one_that_is_only_watched_rewards_nothing(tmp_path: Path) -> None:
+    """What the function that counts does not judge is not worth 0 because another one was asked as well."""
+
+    def watched(completions: list[Any], **_: Any) -> list[float]:
+        return [5.0] * len(completions)
+
+    def half(completions: list[Any], **_: Any) -> list[float | None]:
+        return [None if i % 2 else -1.0 - i for i in range(len(completions))]
+
+    settings = {"max_steps": 1, "save_strategy": "no", "reward_check": False}
+    run(tmp_path, [watched, half], reward_weights=[0.0, 1.0], **settings).train()
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    unjudged = [row["advantage"] for row in rows if row["rewards"]["half"] is None]
+    assert len(unjudged) == len(rows) // 2
+    assert set(unjudged) == {0.0}
+    assert any(row["advantage"] for row in rows)
+
+
+def test_rewards_that_say_nothing_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def silent(completions: list[Any], **_: Any) -> list[None]:
+        return [None] * len(completions)
+
+    run(tmp_path, silent, max_steps=2, save_strategy="no", reward_check=False).train()
+    assert caplog.text.count("no function says anything of any of") == 1
+    with pytest.raises(ConfigError, match="leave nothing to learn from"):
+        run(tmp_path, silent, reward_weights=[0.0])
+
+
+def test_groups_of_which_nothing_is_left_to_train_have_no_signal(tmp_path: Path) -> None:
+    """All are cut off and masked: others are sampled in their place, and none is kept."""
+    settings = {"dynamic_sampling": "replace", "max_resampling_rounds": 1, "mask_truncated_completions": True,
+                "max_completion_length": 1, "max_steps": 1, "save_strategy": "no", "logging_steps": 1}  # fmt: skip
+
+    def by_token(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [float(ids[0]) for ids in completion_ids]
+
+    one = run(tmp_path, by_token, reward_check=False, **settings)
+    one.train()
+    logged = one.state.log_history[0]
+    if logged["completions/clipped_ratio"] == 1:
+        assert logged["dynamic_sampling/groups_kept"] == 0
+    assert logged["dynamic_sampling/groups_sampled"] > logged["dynamic_sampling/groups_kept"]
+
+
 @pytest.mark.parametrize("torn", [b'{"step": 3, "completion": "\xc3', b'{"step": 3', b"\xff\xfe", b""])
 def test_a_log_that_was_cut_off_is_taken_up(torn: bytes, tmp_path: Path) -> None:
     make(tmp_path, max_steps=3).train()
@@ -118,7 +177,8 @@ def test_groups_whose_rewards_differ_one_by_one_are_kept(tmp_path: Path) -> None
     for how, expected in (("normalize_then_sum", [0, 1, 2, 3]), ("sum_then_normalize", [])):
         one = run(tmp_path, [some_without_signal, lambda completions, **_: [0.0] * len(completions)],
                   dynamic_sampling="skip", multi_objective_aggregation=how, reward_weights=[1.0, 3.0])  # fmt: skip
-        assert one.rollouts.source._teaching([None] * 8, verdict) == expected
+        ended = [Rollout(0, 0, np.arange(2), np.arange(2), np.ones(2, bool), True)] * 8
+        assert one.rollouts.source._teaching(ended, verdict) == expected
 
 
 def masked(**changed: Any) -> Any:

@@ -198,6 +198,7 @@ def test_unless_there_is_plenty_the_formula_is_confirmed_even_where_it_fits(
     monkeypatch.setattr("posttrain.planner.total_memory", lambda _: 10**9)
     monkeypatch.setattr("posttrain.planner.return_freed_pages", lambda: None)
     monkeypatch.setattr("posttrain.planner.most_resident", lambda lasting, passing: lasting + int(1.5 * passing))
+    monkeypatch.setattr("posttrain.planner.keep_freed_pages", lambda: None)
     monkeypatch.setattr("posttrain.planner.probe", lambda *_: 1.6)
     opened = session(tmp_path)
     work = Workload(usual=3000, largest=4000, longest=100)
@@ -206,6 +207,23 @@ def test_unless_there_is_plenty_the_formula_is_confirmed_even_where_it_fits(
     assert plan.is_tight is probes  # the formula's 6.6 MB would fit, what was found does not
     assert plan.fits
     opened.close()
+
+
+def test_the_probe_asks_of_the_policy_what_is_the_policy_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It computes the policy alone; beside a value model twice as much is planned for."""
+    asked: list[Footprint] = []
+
+    def probe(_: Session, needs: Footprint, lengths: list[int]) -> float:
+        asked.append(needs)
+        return 1.0
+
+    monkeypatch.setattr("posttrain.planner.probe", probe)
+    monkeypatch.setattr("posttrain.planner.footprint", lambda *_: NEEDS)
+    critic = ValueModel(as_classifier(tiny_model("llama")))
+    opened = Session.open(tiny_model("llama"), SFTConfig(str(tmp_path), bf16=False), critic)
+    make_plan(opened, Workload(100, 100, 50), optimizer="adamw", token_budget=None, recompute="auto", max_memory=1)
+    opened.close()
+    assert asked == [NEEDS]
 
 
 @pytest.mark.skipif(native.kernels() is None, reason="no native kernels on this machine")

@@ -6,7 +6,6 @@ Left out: images, and prompts that end with the beginning of an answer (a templa
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from posttrain.data.calls import parse_tools
 from posttrain.data.chat import Chat
 from posttrain.data.codes import UNFORESEEN, Row, bad_row, broken_promise
 from posttrain.data.columns import read_columns
@@ -64,7 +64,11 @@ class Prompt:
 def read_prompts(
     dataset: Any, tokenizer: PreTrainedTokenizerBase, settings: PromptSettings, name: str = "train"
 ) -> tuple[list[Prompt], DataReport]:
-    """Raises DataError for a row that is no prompt, or where `on_bad_row` is "skip" for none being left."""
+    """Raises DataError for a row that is no prompt, or where `on_bad_row` is "skip" for none being left; ConfigError
+    for a stream, which may have no end."""
+    if type(dataset).__name__ == "IterableDataset":
+        raise ConfigError(f"the {name} prompts are a stream, which is not honoured: they are read whole, and a stream "
+                          "may have no end", hint="Dataset.from_list(list(stream.take(10000))) takes some")  # fmt: skip
     report = DataReport(source_name(dataset, name))
     reader = _Reader(tokenizer, settings, report)
     prompts = [
@@ -137,11 +141,11 @@ class _Reader:
             name = self.settings.chat_template
             self.chat = Chat(self.tokenizer, resolve_template(self.tokenizer, name), name)
             self.chat.check()
-        tools = row.get("tools")
         kwargs = {**self.settings.template_kwargs, **(row.get("chat_template_kwargs") or {})}
-        example = Example(messages, (), origin, tools=json.loads(tools) if isinstance(tools, str) else tools or None,
-                          template_kwargs=kwargs)  # fmt: skip
+        example = Example(messages, (), origin, tools=parse_tools(row, origin), template_kwargs=kwargs)
         try:
+            if example.tools and not self.chat.shows_tools(messages, example):
+                self.report.tools_left_out.add(origin)
             return self.chat.render(messages, example, generation_prompt=True)
         except RenderError as error:
             what = f"cannot be rendered: {error}"

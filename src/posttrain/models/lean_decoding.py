@@ -68,7 +68,8 @@ def sampling_bytes(policy: Policy, rows: int, longest: int) -> int:
     size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
     kept = 2 * config.num_hidden_layers * int(getattr(config, "num_key_value_heads", None) or heads) * size
     of_token = kept * policy.base.get_input_embeddings().weight.element_size()
-    return rows * longest * of_token + (0 if weights is None else weights.num_bytes)
+    block = BLOCK_ON_CUDA if policy.device.type == "cuda" else BLOCK
+    return rows * -(-longest // block) * block * of_token + (0 if weights is None else weights.num_bytes)
 
 
 def lean_rows(weights: LeanWeights, memory: Memory, capacity: int) -> LeanRows | PagedRows:
@@ -153,8 +154,9 @@ class LeanRows:
     def _move_together(self) -> None:
         index = torch.tensor(self.places)
         at = index.to(self.mask_B1S.device)
-        self.keys = [keys[at] for keys in self.keys]
-        self.values = [values[at] for values in self.values]
+        for buffers in (self.keys, self.values):
+            for layer, old in enumerate(buffers):
+                buffers[layer] = old[at]
         self.mask_B1S, self.length_B = self.mask_B1S[at], self.length_B[index]
         self.capacity, self.places = len(self.places), list(range(len(self.places)))
         self._recording = Recording()
@@ -165,8 +167,9 @@ class LeanRows:
         if wanted <= self.capacity:
             return
         more = wanted - self.capacity
-        self.keys = [torch.cat([keys, keys.new_zeros(more, *keys.shape[1:])]) for keys in self.keys]
-        self.values = [torch.cat([values, values.new_zeros(more, *values.shape[1:])]) for values in self.values]
+        for buffers in (self.keys, self.values):
+            for layer, old in enumerate(buffers):  # one after the other: all of them twice would be much
+                buffers[layer] = torch.cat([old, old.new_zeros(more, *old.shape[1:])])
         self.mask_B1S = torch.cat([self.mask_B1S, self.mask_B1S.new_zeros(more, 1, self.room)])
         self.length_B = torch.cat([self.length_B, self.length_B.new_zeros(more)])
         self.capacity = wanted
@@ -186,8 +189,9 @@ class LeanRows:
             self.mask_B1S = like.new_zeros(self.capacity, 1, room)
         else:
             more = room - self.room
-            self.keys = [torch.nn.functional.pad(keys, (0, more)) for keys in self.keys]
-            self.values = [torch.nn.functional.pad(values, (0, 0, 0, more)) for values in self.values]
+            for buffers, places in ((self.keys, (0, more)), (self.values, (0, 0, 0, more))):
+                for layer, old in enumerate(buffers):
+                    buffers[layer] = torch.nn.functional.pad(old, places)
             self.mask_B1S = torch.nn.functional.pad(self.mask_B1S, (0, more), value=-torch.inf)
         self.room = room
         self._recording = Recording()

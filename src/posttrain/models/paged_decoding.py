@@ -27,6 +27,8 @@ PAGE = 64
 
 def can_page(weights: LeanWeights) -> bool:
     """Whether the kernels know this model's heads, turned whole, and have its weights."""
+    if weights.policy.device.type != "cpu":
+        return False
     body = weights.policy.base.base_model
     x_D = weights.policy.base.get_input_embeddings().weight[:1]
     turns = body.rotary_emb(x_D[None], torch.zeros(1, 1, dtype=torch.long))

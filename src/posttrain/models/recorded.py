@@ -10,7 +10,9 @@ Elsewhere the function itself is called, and the numbers are the same.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -37,12 +39,23 @@ class Recording:
 
     def _record(self, function: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> torch.cuda.CUDAGraph:
         self._inputs = tuple(one.clone() for one in inputs)
-        aside = torch.cuda.Stream()
+        aside, pool = _aside(torch.cuda.current_device())
         aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # what is made at the first call only must not be made while recording
-            function(*self._inputs)
-        torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may go on allocating
-            self._output = function(*self._inputs)
+        with torch.cuda.stream(aside):
+            function(*self._inputs)  # what is made at the first call only must not be made while recording
+            # Not `torch.cuda.graph`, which gives back every block that training has cached.
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # other threads may go on allocating
+            try:
+                self._output = function(*self._inputs)
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(aside)
         return graph
+
+
+@functools.cache
+def _aside(device: int) -> tuple[torch.cuda.Stream, Any]:
+    """A stream to record on, for cuBLAS keeps a workspace for each for ever; and memory that recordings share, of which
+    only one is replayed at a time."""
+    return torch.cuda.Stream(device), torch.cuda.graph_pool_handle()

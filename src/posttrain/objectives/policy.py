@@ -303,5 +303,12 @@ def _check(loss: PolicyLoss) -> None:
                           hint="set it to False, or choose another loss_type")  # fmt: skip
     if to.epsilon < 0 or to.epsilon_high < 0:
         raise ConfigError(f"epsilon={to.epsilon}, epsilon_high={to.epsilon_high} must be at least 0")
+    for name in ("sapo_temperature_neg", "sapo_temperature_pos"):
+        if not getattr(to, name) > 0:
+            raise ConfigError(f"{name}={getattr(to, name)} must be above 0")
     if to.delta is not None and to.delta <= 1 + to.epsilon:
         raise ConfigError(f"delta={to.delta} must be above 1 + epsilon ({1 + to.epsilon})")
+    if to.delta is not None and LOSSES[loss.loss_type] is not clipped:
+        clipping = ", ".join(name for name, of in LOSSES.items() if of is clipped)
+        raise ConfigError(f"delta={to.delta} is not honoured with loss_type={loss.loss_type!r}, which does not clip",
+                          hint=f"leave it out, or choose one of {clipping}")  # fmt: skip

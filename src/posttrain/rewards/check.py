@@ -55,6 +55,16 @@ def hostile() -> Iterator[tuple[str, str]]:
     yield "repetition for patterns", "a" * 30_000 + "!"
 
 
+def encoder(tokenizer: Any) -> Callable[[str], list[int]]:
+    """Token ids of any text; half a character, which no tokenizer takes, is a question mark."""
+
+    def encode(text: str) -> list[int]:
+        whole = text.encode("utf-8", "replace").decode("utf-8")
+        return list(tokenizer(whole, add_special_tokens=False)["input_ids"])
+
+    return encode
+
+
 @dataclass(frozen=True)
 class Material:
     """What a reward is tried on: rows of the data, as lists by column. `encode` makes token ids of a text, `form` is a
@@ -147,21 +157,24 @@ class TryOut:
     report: Report = field(default_factory=Report)
     late: int = 0
 
-    def ask(self, name: str, texts: Sequence[str], rows: Sequence[int]) -> Trial:
-        """What completions `texts` of `rows` are worth."""
+    def ask(
+        self, name: str, texts: Sequence[str], rows: Sequence[int], ids: Sequence[list[int]] | None = None
+    ) -> Trial:
+        """What completions `texts` of `rows` are worth; `ids` are their tokens, where they were sampled."""
         started = time.monotonic()
         try:
-            values_NF = self.rewards(self._completions(texts, rows))
+            values_NF = self.rewards(self._completions(texts, rows, ids))
         except RewardError as error:
             self.late += error.code == LATE
             return Trial(name, time.monotonic() - started, error=error.message)
         seconds = time.monotonic() - started
-        total_N = np.nansum(values_NF * np.array(self.rewards.weights), axis=1)
-        silent_N = np.isnan(values_NF).all(axis=1)
+        weights_F = np.array(self.rewards.weights)
+        total_N = np.nansum(values_NF * weights_F, axis=1)
+        silent_N = np.isnan(values_NF[:, weights_F != 0]).all(axis=1)
         rewards = [None if silent else float(total) for total, silent in zip(total_N, silent_N, strict=True)]
         return Trial(name, seconds, tuple(rewards))
 
-    def _completions(self, texts: Sequence[str], rows: Sequence[int]) -> Completions:
+    def _completions(self, texts: Sequence[str], rows: Sequence[int], ids: Sequence[list[int]] | None) -> Completions:
         material = self.material
         prompts = [material.prompts[row] for row in rows]
         contents: list[Content] = [
@@ -169,7 +182,7 @@ class TryOut:
             for text, prompt in zip(texts, prompts, strict=True)
         ]
         columns = {name: [values[row] for row in rows] for name, values in material.columns.items()}
-        return Completions(prompts, contents, [material.encode(text) for text in texts], columns)
+        return Completions(prompts, contents, ids or [material.encode(text) for text in texts], columns)
 
     def keep(self, trial: Trial) -> Trial:
         """Into the report, with what is wrong about it."""
@@ -287,9 +300,9 @@ class TryOut:
 
     # --- groups -------------------------------------------------------------------------------------------------------
 
-    def groups(self, texts: Sequence[str], rows: Sequence[int], size: int) -> None:
+    def groups(self, texts: Sequence[str], ids: Sequence[list[int]], rows: Sequence[int], size: int) -> None:
         """Samples of a model, `size` of each row together: whether there is anything to learn from them."""
-        trial = self.keep(self.ask("samples of the model", texts, rows))
+        trial = self.keep(self.ask("samples of the model", texts, rows, ids))
         if trial.error is not None:
             return
         if not trial.said:

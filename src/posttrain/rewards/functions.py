@@ -67,6 +67,9 @@ class Rewards:
             raise ConfigError(f"reward_weights has {len(self.weights)} numbers for {len(self.functions)} functions")
         if not all(isinstance(weight, int | float) and math.isfinite(weight) for weight in self.weights):
             raise ConfigError(f"reward_weights={list(self.weights)!r} must be finite numbers")
+        if not any(self.weights):
+            raise ConfigError(f"reward_weights={list(self.weights)!r} leave nothing to learn from",
+                              hint="a function of weight 0 is watched; give another one a weight")  # fmt: skip
 
     def __call__(self, asked: Completions) -> np.ndarray:
         """`(N, F)` in float64; NaN where a function says nothing. Raises RewardError."""

@@ -39,9 +39,10 @@ class Advantages:
 
 
 def weighted_sum(rewards_NF: np.ndarray, weights_F: np.ndarray) -> np.ndarray:
-    """`(N,)`: functions that say nothing of a completion add nothing; NaN where none of them says anything."""
+    """`(N,)`: functions that say nothing of a completion add nothing; NaN where none that counts says anything: one of
+    weight 0 is only watched."""
     total_N = np.nansum(rewards_NF * weights_F, axis=1)
-    total_N[np.isnan(rewards_NF).all(axis=1)] = np.nan
+    total_N[np.isnan(rewards_NF[:, weights_F != 0]).all(axis=1)] = np.nan
     return total_N
 
 

@@ -32,6 +32,14 @@ class KLControl:
     def restart(self) -> None:
         self.coef = self.start
 
+    def check_fits(self, completions: int) -> None:
+        """Raises ConfigError where a round of so many would turn the coefficient negative, so that leaving the
+        reference were paid for."""
+        if self.horizon <= MOST * completions:
+            raise ConfigError(f"horizon={self.horizon:g} is too short for rounds of {completions} completions: one "
+                              "could take the whole coefficient away",
+                              hint=f"10000 is usual; it must be above {MOST * completions:g}")  # fmt: skip
+
     def follow(self, divergence: float, completions: int) -> None:
         """`divergence` is the mean over so many completions."""
         error = min(max((divergence - self.target) / self.target, -MOST), MOST)

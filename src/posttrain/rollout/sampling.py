@@ -109,13 +109,20 @@ def draw(p_BV: torch.Tensor, number_B: torch.Tensor) -> torch.Tensor:
     of NaN gives any token, for an index beyond the end would be the end of a GPU's process."""
     padded_BV = torch.nn.functional.pad(p_BV, (0, -p_BV.shape[1] % BLOCK))
     block_BMN = padded_BV.view(len(p_BV), -1, BLOCK)
-    upto_BM = block_BMN.sum(-1, dtype=torch.float64).cumsum(-1)
+    upto_BM = _cumulated(block_BMN.sum(-1, dtype=torch.float64))
     target_B1 = _below(number_B[:, None].to(upto_BM) * upto_BM[:, -1:], upto_BM[:, -1:])
     block_B1 = torch.searchsorted(upto_BM, target_B1, right=True).clamp(max=upto_BM.shape[1] - 1)
     before_B1 = torch.where(block_B1 > 0, upto_BM.gather(1, (block_B1 - 1).clamp(min=0)), 0.0)
-    inner_BN = block_BMN.gather(1, block_B1[..., None].expand(-1, -1, BLOCK))[:, 0].double().cumsum(-1)
+    inner_BN = _cumulated(block_BMN.gather(1, block_B1[..., None].expand(-1, -1, BLOCK))[:, 0].double())
     within_B1 = torch.searchsorted(inner_BN, _below(target_B1 - before_B1, inner_BN[:, -1:]), right=True)
     return (block_B1 * BLOCK + within_B1)[:, 0].clamp(max=p_BV.shape[1] - 1)
+
+
+def _cumulated(x: torch.Tensor) -> torch.Tensor:
+    """Over the last dimension. torch has none on CUDA that is deterministic, and raises where that is asked for."""
+    if x.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return x.cpu().cumsum(-1).to(x.device)
+    return x.cumsum(-1)
 
 
 def _below(value: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
@@ -131,7 +138,7 @@ def narrowed(z_BV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
         z_BV = z_BV.masked_fill(z_BV < least_B1, -torch.inf)
     if sampling.top_p < 1:
         ordered_BV, index_BV = z_BV.sort(-1, descending=True)
-        before_BV = ordered_BV.softmax(-1).cumsum(-1) - ordered_BV.softmax(-1)
+        before_BV = _cumulated(ordered_BV.softmax(-1)) - ordered_BV.softmax(-1)
         beyond_BV = torch.zeros_like(z_BV, dtype=torch.bool).scatter(1, index_BV, before_BV >= sampling.top_p)
         z_BV = z_BV.masked_fill(beyond_BV, -torch.inf)
     if sampling.min_p > 0:

@@ -22,6 +22,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger("posttrain")
 RESERVED = ("completion", "completion_ids")
 """Columns of the data that rewards do not get: their own arguments are called so."""
+OWN = frozenset({
+    "loss", "grad_norm", "learning_rate", "epoch", "step", "reward", "reward_std", "frac_reward_zero_std", "kl",
+    "entropy", "entropy_coef", "tokens_per_second", "supervised_tokens_per_second", "num_tokens", "peak_memory_gib",
+    "hardware_share", "oom_backoffs", "total_flos", "train_loss", "train_runtime", "eval_loss",
+})  # fmt: skip
+OF_THE_RUN = ("rewards/", "completions/", "sampling/", "clip_ratio/", "dynamic_sampling/", "objective/", "policy/",
+              "val/", "loss/")  # fmt: skip
+"""Names that log lines of a run have already, and beginnings of such."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,8 @@ class Judge:
     state: Callable[[], Any] = lambda: None
     _extra: dict[str, list[Any]] = field(default_factory=dict)
     _noted: dict[str, list[float]] = field(default_factory=dict)
-    _infinite: set[str] = field(default_factory=set)
+    _warned: set[str] = field(default_factory=set)
+    _is_silent: bool = False
 
     def __call__(self, rollouts: Sequence[Rollout]) -> Verdict:
         """Raises RewardError."""
@@ -99,7 +108,13 @@ class Judge:
             [one.ids.tolist() for one in rollouts],
             self._columns(rollouts),
         )
-        return Verdict(tuple(self.rewards.functions), contents, self.rewards(asked), self._extra, self._noted)
+        rewards_NF = self.rewards(asked)
+        counting_F = np.array(self.rewards.weights) != 0
+        if len(rollouts) and not self._is_silent and np.isnan(rewards_NF[:, counting_F]).all():
+            self._is_silent = True
+            logger.warning("reward   no function says anything of any of %d completions: nothing is learned from them",
+                           len(rollouts))  # fmt: skip
+        return Verdict(tuple(self.rewards.functions), contents, rewards_NF, self._extra, self._noted)
 
     def contents(self, rollouts: Sequence[Rollout]) -> list[Content]:
         """The text of each completion without special tokens; a message where its prompt is messages."""
@@ -122,8 +137,16 @@ class Judge:
     def _log_metric(self, name: str, value: float) -> None:
         """What is not finite is left out, and an infinity named once: no checkpoint could hold it."""
         number = float(value)
+        if name in OWN or name.startswith(OF_THE_RUN):
+            self._warn(name, f"log_metric({name!r}) is logged as 'logged/{name}': the run has a number of that name")
+            name = f"logged/{name}"
         if math.isfinite(number):
             self._noted.setdefault(name, []).append(number)
-        elif math.isinf(number) and name not in self._infinite:
-            self._infinite.add(name)
-            logger.warning("log_metric(%r, %s): an infinite value is not logged", name, number)
+        elif math.isinf(number):
+            self._warn(f"{name} inf", f"log_metric({name!r}, {number}): an infinite value is not logged")
+
+    def _warn(self, about: str, text: str) -> None:
+        """Once."""
+        if about not in self._warned:
+            self._warned.add(about)
+            logger.warning("reward   %s", text)

@@ -292,11 +292,13 @@ class RolloutSource:
         rewards one by one."""
         worth = self.advantages(verdict.rewards_NF, rollouts)
         differs_N = np.abs(np.nan_to_num(worth.value_N)) > NO_ADVANTAGE
+        trains_N = np.array([one.is_ended or not self.learning.skips_truncated for one in rollouts], dtype=bool)
+        groups = [slice(first, first + self.count) for first in range(0, len(rollouts), self.count)]
         return [
             i
-            for first in range(0, len(rollouts), self.count)
-            if _differ(worth.reward_N[first : first + self.count]) or differs_N[first : first + self.count].any()
-            for i in range(first, first + self.count)
+            for part in groups
+            if trains_N[part].any() and (_differ(worth.reward_N[part]) or (differs_N & trains_N)[part].any())
+            for i in range(part.start, part.stop)
         ]
 
     def _annotate(self, used: list[Rollout]) -> None:

@@ -10,17 +10,19 @@ import importlib.util
 import io
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from posttrain.data.columns import parse_names, read_columns
+from posttrain.data.conversation import clean_messages
 from posttrain.data.prompts import Prompt, PromptSettings, read_prompts
 from posttrain.data.sources import read_rows
 from posttrain.errors import ConfigError, DataError
+from posttrain.models.load import load_tokenizer
 from posttrain.rewards import LIBRARY
-from posttrain.rewards.check import Material, Report, TryOut, try_reward
+from posttrain.rewards.check import Material, Report, TryOut, encoder, try_reward
 from posttrain.rewards.functions import Rewards, name_of
 from posttrain.trainers.rewards import named_reward
 
@@ -53,14 +55,16 @@ def try_on_data(
     material = _material(data, parse_names(renamed), rows, None if gold == "none" else gold)
     if gold == "none":
         material = material.without_gold()
-    material = Material(material.prompts, material.columns, material.gold, form=form)
+    tokenizer = None if samples is None else load_tokenizer(samples.model, {})
+    encode = material.encode if tokenizer is None else encoder(tokenizer)
+    material = replace(material, form=form, encode=encode)
     extra = {"trainer_state": None, "log_extra": _ignore, "log_metric": _ignore}
     rewards = Rewards({name: found}, [1.0], deadline=timeout, extra=extra)
     printed = _Counter()
     with contextlib.redirect_stdout(printed):
         tryout = try_reward(rewards, material, wants_gold=gold != "none")
         if samples is not None:
-            _sample(tryout, samples, data, parse_names(renamed))
+            _sample(tryout, samples, tokenizer, data, parse_names(renamed))
     if printed.count:
         tryout.report.warnings.append(f"it prints: {printed.count} characters in {len(tryout.report.trials)} calls")
     return name, tryout.report
@@ -106,7 +110,9 @@ def _imported(path: Path) -> Any:
         sys.path.insert(0, home)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # code of the user's own
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # code of the user's own; sys.exit(0) in it must not look like success
         raise ConfigError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
     return module
 
@@ -120,7 +126,7 @@ def _material(data: str, names: dict[str, str], most: int, gold: str | None) -> 
         if not isinstance(prompt, str | list):
             raise DataError(f"{origin} has no `prompt` (columns {', '.join(row)})", code="E-DATA-0010",
                             hint="--map question=prompt reads another column as the prompt")  # fmt: skip
-        prompts.append(prompt)
+        prompts.append(clean_messages(prompt, "prompt", row, origin) if isinstance(prompt, list) else prompt)
         rows.append({name: value for name, value in row.items() if name != "prompt"})
     if not rows:
         raise DataError(f"{data} has no rows", code="E-DATA-0031")
@@ -130,12 +136,12 @@ def _material(data: str, names: dict[str, str], most: int, gold: str | None) -> 
     return Material.of(prompts, columns, gold)
 
 
-def _sample(tryout: TryOut, samples: Samples, data: str, names: dict[str, str]) -> None:
+def _sample(tryout: TryOut, samples: Samples, tokenizer: Any, data: str, names: dict[str, str]) -> None:
     """Completions of the model as it is, judged in groups."""
     from transformers import TrainingArguments
 
     from posttrain.evaluate.generation import stop_ids
-    from posttrain.models.load import load_model, load_tokenizer
+    from posttrain.models.load import load_model
     from posttrain.models.memory import keeping_freed_pages
     from posttrain.rollout.engines import Request
     from posttrain.rollout.engines.local import LocalEngine
@@ -143,7 +149,7 @@ def _sample(tryout: TryOut, samples: Samples, data: str, names: dict[str, str]) 
     from posttrain.rollout.sampling import Sampling
     from posttrain.session import Session
 
-    tokenizer, model = load_tokenizer(samples.model, {}), load_model(samples.model, {}, dtype="float32")
+    model = load_model(samples.model, {}, dtype="float32")
     prompts = _first_prompts(data, tokenizer, names, samples.prompts, len(tryout.material.prompts))
     args = TrainingArguments("unused", report_to="none", bf16=False)
     with keeping_freed_pages(args.device):
@@ -158,7 +164,7 @@ def _sample(tryout: TryOut, samples: Samples, data: str, names: dict[str, str]) 
             session.close()
     texts = [str(tokenizer.decode(one.ids, skip_special_tokens=True)) for group in made for one in group]
     rows = [row for row in range(len(prompts)) for _ in range(samples.count)]
-    tryout.groups(texts, rows, samples.count)
+    tryout.groups(texts, [one.ids.tolist() for group in made for one in group], rows, samples.count)
 
 
 def _first_prompts(data: str, tokenizer: Any, names: dict[str, str], count: int, known: int) -> list[Prompt]:

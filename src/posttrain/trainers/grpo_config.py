@@ -98,7 +98,8 @@ class GRPOConfig(OnlineConfig):
 
     def _read_spellings(self) -> None:
         super()._read_spellings()
-        self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
+        if isinstance(self.scale_rewards, bool):
+            self.scale_rewards = "group" if self.scale_rewards else "none"
 
     def _check_choices(self) -> None:
         super()._check_choices()

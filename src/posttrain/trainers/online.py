@@ -23,7 +23,7 @@ from posttrain.models.capabilities import learned_places
 from posttrain.models.critic import Critic
 from posttrain.objectives.base import Objective
 from posttrain.reference import ReferenceModel
-from posttrain.rewards.check import SHORT_ROWS, Material, before_training
+from posttrain.rewards.check import SHORT_ROWS, Material, before_training, encoder
 from posttrain.rollout.advantages import Advantages
 from posttrain.rollout.entropy_control import EntropyControl
 from posttrain.rollout.generation import Rollout
@@ -191,7 +191,7 @@ class OnlineTrainer(PackedTrainer):
         names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
         columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
         self.rewards.extra = {"trainer_state": self.state, "log_extra": _ignore, "log_metric": _ignore}
-        material = Material.of([prompt.content for prompt in prompts], columns, encode=self._encode)
+        material = Material.of([prompt.content for prompt in prompts], columns, encode=encoder(self._tokenizer))
         random = capture_rng()
         try:
             said = before_training(self.rewards, material, self.args.max_completion_length or 1)
@@ -199,9 +199,6 @@ class OnlineTrainer(PackedTrainer):
             restore_rng(random)
         for sentence in said:
             logger.warning("reward   tried before training: %s", sentence)
-
-    def _encode(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _prompts(self, dataset: Any, name: str) -> list[Prompt]:
         args = self.args
@@ -229,6 +226,8 @@ class OnlineTrainer(PackedTrainer):
             report.used,
             f", {report.num_skipped} skipped, {report.truncated.count} cut to max_prompt_length" if lost else "",
         )
+        for note in report.notes():
+            logger.info("         %s", note)
         return prompts
 
     def _reference(self) -> ReferenceModel:

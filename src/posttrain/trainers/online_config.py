@@ -190,11 +190,12 @@ class OnlineConfig(PackedConfig):
             raise ConfigError(f"generation_batch_size={given} and steps_per_generation={self.steps_per_generation} "
                               "contradict each other", hint="give one of them")  # fmt: skip
         if given is not None:
-            if given % batch:
+            if given % batch or given < 1:
                 raise ConfigError(f"generation_batch_size={given} must be a multiple of per_device_train_batch_size="
                                   f"{batch}")  # fmt: skip
             self.steps_per_generation = given // batch
-        self.steps_per_generation = self.steps_per_generation or self.gradient_accumulation_steps
+        if self.steps_per_generation is None:
+            self.steps_per_generation = self.gradient_accumulation_steps
         self.generation_batch_size = batch * self.steps_per_generation
 
     def _check_choices(self) -> None:
@@ -247,7 +248,10 @@ class OnlineConfig(PackedConfig):
 
     def sampling(self) -> Sampling:
         """Raises ConfigError for values that mean nothing."""
-        given = self.generation_kwargs if isinstance(self.generation_kwargs, dict) else {}
+        given = self.generation_kwargs or {}
+        if not isinstance(given, dict):
+            raise ConfigError(f"generation_kwargs={given!r} must be a mapping, or one as JSON",
+                              hint=f"such as {{'stop': ['\\n']}}; known: {', '.join(GENERATION_KWARGS)}")  # fmt: skip
         given = {name: value for name, value in given.items() if (name, value) != ("do_sample", True)}
         for name in given:
             if name not in GENERATION_KWARGS:

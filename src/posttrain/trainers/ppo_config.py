@@ -134,8 +134,10 @@ class PPOConfig(OnlineConfig):
         self.max_completion_length = self.response_length
         self.steps_per_generation = self.gradient_accumulation_steps * self.num_mini_batches
         super()._read_spellings()
+        a_round = self.per_device_train_batch_size * self.steps_per_generation
+        if (control := self.control()) is not None:
+            control.check_fits(a_round)
         if self.total_episodes is not None:
-            a_round = self.per_device_train_batch_size * self.steps_per_generation
             steps = math.ceil(self.total_episodes / a_round) * self.num_ppo_epochs * self.num_mini_batches
             if self.max_steps not in (-1, steps):
                 raise ConfigError(f"total_episodes={self.total_episodes} makes {steps} steps, and max_steps="
@@ -153,6 +155,9 @@ class PPOConfig(OnlineConfig):
         if self.stop_token not in (None, "eos"):
             raise ConfigError(f"stop_token={self.stop_token!r} is not honoured: a completion ends with the "
                               "end-of-sequence token", hint="set generation_kwargs={'stop': [...]}")  # fmt: skip
+        for name in ("target", "horizon"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
         if self.kl_coef < 0:
             raise ConfigError(f"kl_coef={self.kl_coef} must be at least 0")
         if not self.kl_coef and not (self.no_kl_reason or "").strip():

@@ -60,6 +60,11 @@ def named_reward(name: str) -> Callable[..., Any]:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"reward_funcs names {name!r}, which cannot be imported: {error}") from None
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # code of the user's own; sys.exit(0) in it must not look like success
+        raise ConfigError(f"reward_funcs names {name!r}, whose module cannot be imported: {type(error).__name__}: "
+                          f"{error}") from error  # fmt: skip
     if not callable(found):
         raise ConfigError(f"reward_funcs names {name!r}, which is no function")
     return found

@@ -38,7 +38,8 @@ class RLOOConfig(OnlineConfig):
     def _check_choices(self) -> None:
         super()._check_choices()
         clip = self.reward_clip_range
-        if clip is not None and (len(clip) != 2 or not clip[0] < clip[1]):
+        is_pair = isinstance(clip, list | tuple) and len(clip) == 2 and all(isinstance(x, int | float) for x in clip)
+        if clip is not None and not (is_pair and clip[0] < clip[1]):
             raise ConfigError(f"reward_clip_range={clip!r} must be two numbers, the lower one first")
         self.objective()
 

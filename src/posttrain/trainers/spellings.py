@@ -100,6 +100,11 @@ def modern_config(given: dict[str, Any], own: Mapping[str, Rewrite]) -> dict[str
         if name in known:
             rewritten = known[name](value)
             say_read_as(name, rewritten)
+            for new, meant in rewritten.items():
+                other = given.get(new, modern.get(new, meant))
+                if other != meant:
+                    raise ConfigError(f"{name}={value!r} means {new}={meant!r}, and {new}={other!r} contradicts it",
+                                      hint="give one of them")  # fmt: skip
             modern |= rewritten
         elif name in ("max_steps", "num_train_epochs") and value is None:
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,28 @@ def test_what_cannot_be_tried(
     assert out == ""
 
 
+@pytest.mark.parametrize("prompt", [[], ["hi"], [{"role": "user"}]], ids=str)
+def test_prompts_that_are_no_messages(prompt: Any, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "odd.jsonl").write_text(json.dumps({"prompt": prompt, "answer": "1"}) + "\n")
+    code, out, err = ran(capsys, "numeric_answer", "--data", "odd.jsonl")
+    assert code == 3
+    assert "odd.jsonl:1" in err
+    assert out == ""
+
+
+@pytest.mark.parametrize("ends", ["import sys\nsys.exit(0)\n", "raise ValueError('no')\n", "def f(:\n"])
+@pytest.mark.parametrize("named", ["mine.py", "mine:f"])
+def test_a_file_that_cannot_be_imported_is_a_failure(
+    ends: str, named: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "mine.py").write_text(ends)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    code, _, err = ran(capsys, named, "--data", "rows.jsonl")
+    assert code == 2
+    assert "cannot be imported" in err
+
+
 def test_samples_of_a_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = chatml_tokenizer()
     tiny_model("llama", len(words)).save_pretrained(folder / "model")
@@ -127,6 +150,11 @@ def test_samples_of_a_model(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert (made[0]["signal"]["groups"], made[0]["signal"]["size"]) == (3, 4)
     assert made[0]["signal"]["with_signal"] == 3
     assert len(made[0]["trials"][-1]["rewards"]) == 12
+    (folder / "tokens.py").write_text(
+        "def tokens(completion_ids, **_):\n    return [float(len(ids)) for ids in completion_ids]\n"
+    )
+    said = json.loads(ran(capsys, "tokens.py", *options)[1])
+    assert 1 <= said["signal"]["lowest"] <= said["signal"]["highest"] <= 6  # tokens of the model's, not bytes
     (folder / "flat.py").write_text("def flat(completions, **_):\n    return [1.0] * len(completions)\n")
     code = main(["reward", "test", "flat.py", *options])
     said = json.loads(capsys.readouterr().out)

@@ -201,18 +201,18 @@ def test_groups() -> None:
         return TryOut(Rewards({"length": length}, [1.0]), material())
 
     good = tryout()
-    good.groups(["a", "bb", "c", "d"], [0, 0, 1, 1], 2)
+    good.groups(["a", "bb", "c", "d"], [[1], [2], [3], [4]], [0, 0, 1, 1], 2)
     signal = good.report.signal
     assert signal is not None
     assert (signal.groups, signal.with_signal, signal.lowest, signal.highest, signal.mean) == (2, 1, 1, 2, 1.25)
     assert good.report.passed
     dead = tryout()
-    dead.groups(["a", "b", "cc", "dd"], [0, 0, 1, 1], 2)
+    dead.groups(["a", "b", "cc", "dd"], [[1]] * 4, [0, 0, 1, 1], 2)
     assert dead.report.errors == [
         "no group would have a signal: in each of 2 groups of 2 samples all rewards are the same (mean 1.5)"
     ]
     poor = tryout()
-    poor.groups(["a"] * 19 + ["bb"], [n // 2 for n in range(20)], 2)
+    poor.groups(["a"] * 19 + ["bb"], [[1]] * 20, [n // 2 for n in range(20)], 2)
     assert poor.report.warnings[0].startswith("1 of 10 groups of 2 samples would have a signal; easier prompts")
 
 

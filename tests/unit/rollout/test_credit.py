@@ -132,6 +132,7 @@ def test_control_follows_ziegler() -> None:
         (lambda: KLControl(0.0), "kl_coef=0.0 must be above 0"),
         (lambda: KLControl(0.1, target=0.0), "target=0.0 must be above 0"),
         (lambda: KLControl(0.1, horizon=-1.0), "horizon=-1.0 must be above 0"),
+        (lambda: KLControl(0.1, horizon=20.0).check_fits(100), "horizon=20 is too short for rounds of 100"),
     ],
 )
 def test_settings_that_mean_nothing(make: Any, message: str) -> None:

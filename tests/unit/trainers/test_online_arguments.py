@@ -58,6 +58,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"cast_lm_head_to_fp32": True}, "cast_lm_head_to_fp32=True is not honoured"),
     ({"use_vllm": True, "vllm_mode": "server", "vllm_gpu_memory_utilization": 0.5}, "give it to `vllm serve`"),
     ({"generation_kwargs": {"stop": [""]}}, "must be texts that are not empty"),
+    ({"generation_kwargs": "stop=e"}, "generation_kwargs='stop=e' must be a mapping"),
+    ({"steps_per_generation": 0}, "steps_per_generation=0 must be at least 1"),
+    ({"generation_batch_size": 0}, "generation_batch_size=0 must be a multiple"),
     ({"generation_kwargs": {"stop": [3]}}, "must be texts that are not empty"),
     ({"generation_kwargs": {"max_new_tokens": 900}}, "set max_completion_length alone"),
     ({"generation_kwargs": {"top_k": "a"}}, "top_k='a' must be a whole number"),
@@ -78,6 +81,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"beta": -0.1}, "beta=-0.1 must be at least 0"),
     ({"loss_type": "ppo"}, "loss_type='ppo' is unknown"),
     ({"delta": 0.5}, r"delta=0.5 must be above 1 \+ epsilon"),
+    ({"delta": 2.0, "loss_type": "cispo", "epsilon_high": 5.0}, "delta=2.0 is not honoured with loss_type='cispo'"),
+    ({"loss_type": "sapo", "sapo_temperature_neg": -1.0}, "sapo_temperature_neg=-1.0 must be above 0"),
+    ({"scale_rewards": ["group"]}, "scale_rewards"),
     ({"top_p": 0.0}, "top_p=0.0 must be"),
     ({"dynamic_sampling": "always"}, "dynamic_sampling='always' is unknown"),
     ({"reward_timeout": 0}, "reward_timeout=0 must be above 0"),
@@ -93,6 +99,58 @@ def test_what_means_nothing_is_refused(settings: dict[str, Any], message: str, t
 def test_rloo_compares_in_evaluation_too(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="num_generations_eval=1 must be at least 2"):
         posttrain.RLOOConfig(str(tmp_path), num_generations_eval=1, **GIVEN)
+
+
+@pytest.mark.parametrize("clip", [5, ("a", "b"), (1.0,), (2.0, 1.0)], ids=str)
+def test_what_is_no_range(clip: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"reward_clip_range=.* must be two numbers"):
+        posttrain.RLOOConfig(str(tmp_path), reward_clip_range=clip, **GIVEN)
+
+
+def test_ppo_is_not_paid_for_leaving(tmp_path: Path) -> None:
+    """Adaptive control over a horizon shorter than a round would turn the coefficient negative."""
+    sizes = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 8}
+    with pytest.raises(ConfigError, match="horizon=20 is too short for rounds of 128 completions"):
+        posttrain.PPOConfig(str(tmp_path), adap_kl_ctrl=True, horizon=20.0, **sizes, **GIVEN)
+    with pytest.raises(ConfigError, match=r"horizon=-3\.0 must"):
+        posttrain.PPOConfig(str(tmp_path), horizon=-3.0, **GIVEN)
+
+
+def test_two_spellings_that_contradict_each_other(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="num_iterations=3 means num_ppo_epochs=3, and num_ppo_epochs=2 contradicts"):
+        posttrain.PPOConfig(str(tmp_path), num_ppo_epochs=2, num_iterations=3, **GIVEN)
+    assert posttrain.PPOConfig(str(tmp_path), num_ppo_epochs=3, num_iterations=3, **GIVEN).num_ppo_epochs == 3
+
+
+def test_a_stream_of_prompts_has_no_end(tmp_path: Path) -> None:
+    from datasets import IterableDataset
+
+    def rows() -> Any:
+        while True:
+            yield {"prompt": "Say 1"}
+
+    with pytest.raises(ConfigError, match="the train prompts are a stream, which is not honoured"):
+        make(tmp_path, rows=IterableDataset.from_generator(rows))
+
+
+TOOL = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {}}}
+
+
+@pytest.mark.parametrize(
+    ("tools", "message"),
+    [({"name": "add"}, "not a list"), ("[{", "tools.* is not valid JSON"), ([3], r"tools\[0\].* not a tool")],
+    ids=str,
+)
+def test_tools_that_are_none(tools: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(posttrain.DataError, match=message):
+        make(tmp_path, rows=[{"prompt": [{"role": "user", "content": "a"}], "tools": tools}])
+
+
+def test_tools_that_the_template_leaves_out_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="posttrain"):
+        trainer = make(tmp_path, rows=[{"prompt": [{"role": "user", "content": "a"}], "tools": [TOOL]}])
+    assert trainer.data_reports["train"].tools_left_out.count == 1
+    assert "have tools that the chat template leaves out" in caplog.text
 
 
 def make(folder: Path, rows: Any = None, **given: Any) -> posttrain.GRPOTrainer:
