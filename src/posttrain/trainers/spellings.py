@@ -94,7 +94,10 @@ TRAINER_GONE = ("dataset_batch_size", "num_of_sequences", "chars_per_token", "in
 
 def modern_config(given: dict[str, Any], own: Mapping[str, Rewrite]) -> dict[str, Any]:
     """Keyword arguments of a config, old spellings replaced, its `own` too. None for `max_steps` means that it is not
-    set."""
+    set; `warmup_steps` comes before `warmup_ratio` unless it is 0, as in transformers. Raises ConfigError for two
+    spellings that contradict each other."""
+    if given.get("warmup_ratio") is not None and "warmup_steps" in given:
+        given = {k: v for k, v in given.items() if k != ("warmup_ratio" if given["warmup_steps"] else "warmup_steps")}
     known, modern = {**CONFIG_SPELLINGS, **own}, dict[str, Any]()
     for name, value in given.items():
         if name in known:

@@ -120,6 +120,10 @@ def test_two_spellings_that_contradict_each_other(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="num_iterations=3 means num_ppo_epochs=3, and num_ppo_epochs=2 contradicts"):
         posttrain.PPOConfig(str(tmp_path), num_ppo_epochs=2, num_iterations=3, **GIVEN)
     assert posttrain.PPOConfig(str(tmp_path), num_ppo_epochs=3, num_iterations=3, **GIVEN).num_ppo_epochs == 3
+    for ratio, steps, meant in ((0.1, 5, 5), (0.1, 0, 0.1), (None, 5, 5)):  # as transformers has always had it
+        assert (
+            posttrain.GRPOConfig(str(tmp_path), warmup_ratio=ratio, warmup_steps=steps, **GIVEN).warmup_steps == meant
+        )
 
 
 def test_a_stream_of_prompts_has_no_end(tmp_path: Path) -> None:
