@@ -23,13 +23,15 @@ from posttrain.models.packaged import resolve
 
 DATA = HERE.parent.parent / "shared" / "data" / "dpo_en_demo.json"
 METHODS, WORKLOADS = ("dpo", "orpo", "kto", "reward"), ("demo", "long_prompts")
-ENTRIES = (("posttrain", "default", {}), ("trl", "tuned", KEEP_MEMORY), ("trl", "documented", {}))
+ENTRIES = (("posttrain", "default", {}), ("trl", "tuned", KEEP_MEMORY), ("trl", "tuned, few at a time", KEEP_MEMORY),
+           ("trl", "documented", {}))  # fmt: skip
 LOSS_TOLERANCE = 0.05
 """Relative, in bf16; of the first step, where all have the same weights. ORPO's tokens differ by TRL's EOS."""
 
 
 def main() -> None:
     options = _options()
+    entries = [entry for entry in ENTRIES if entry[0] == "posttrain" or entry[1] in options.beside]
     if not Path(options.data).exists():
         sys.exit(f"{options.data} is not there; give a ShareGPT ranking file with --data")
     model = resolve("smollm2-135m-instruct")
@@ -37,7 +39,7 @@ def main() -> None:
     for method, workload in _cells(options):
         runs: dict[str, list[Any]] = {}
         for repeat in range(options.repeats):
-            for library, variant, extra in ENTRIES:
+            for library, variant, extra in entries:
                 name = f"{library} {variant}"
                 print(f"{method}, {workload}: run {repeat + 1}/{options.repeats} of {name}", file=sys.stderr,
                       flush=True)  # fmt: skip
@@ -72,6 +74,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--data", default=str(DATA))
+    others = [variant for library, variant, _ in ENTRIES if library != "posttrain"]
+    parser.add_argument("--beside", nargs="*", choices=others, default=others, help="of TRL, these variants only")
     parser.add_argument("--json", default="benchmarks/preference.json")
     return parser.parse_args()
 

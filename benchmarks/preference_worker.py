@@ -14,11 +14,16 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from worker import fast_bf16
+
 STARTED = time.perf_counter()
+TUNED: dict[str, Any] = {"use_cpu": True, "gradient_checkpointing": False}
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
-    "trl": {"documented": {"use_cpu": True}, "tuned": {"use_cpu": True, "gradient_checkpointing": False}},
+    "trl": {"documented": {"use_cpu": True}, "tuned": TUNED, "tuned, few at a time": TUNED},
     "posttrain": {"default": {}},
 }
+FEW = {"dpo": 1, "orpo": 1, "reward": 1, "kto": 2}
+"""Rows of a micro-batch that pads the least; TRL's KTO takes no single ones."""
 NAMES = {"dpo": "DPO", "orpo": "ORPO", "kto": "KTO", "reward": "Reward"}
 ELSEWHERE = {("trl", "orpo"): "trl.experimental.orpo"}
 
@@ -48,6 +53,11 @@ def main() -> None:
         "disable_tqdm": True, "train_sampling_strategy": "sequential",
         **VARIANTS[options.library][options.variant],
     }  # fmt: skip
+    if "tuned" in options.variant:
+        settings |= {"bf16": fast_bf16()}
+    if "few at a time" in options.variant:
+        few = FEW[options.method]
+        settings |= {"per_device_train_batch_size": few, "gradient_accumulation_steps": options.batch // few}
     if options.library == "posttrain" and options.method in ("dpo", "kto"):
         settings |= {"precompute_ref_log_probs": False}  # so that every step has its reference's pass, as with TRL
     task = "SEQ_CLS" if options.method == "reward" else "CAUSAL_LM"
