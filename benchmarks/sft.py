@@ -101,12 +101,15 @@ def compare(entries: Sequence[Entry], pythons: dict[str, str], device: str, opti
             known = (*entries, *(entry for entry in smaller if entry not in entries))
             if options.beside is not None:
                 known = tuple(entry for entry in known if entry[0] == "posttrain" or entry[1] in options.beside)
+                if len(known) == 1 and options.beside:
+                    sys.exit(f"none of --beside {options.beside} is run with {workload}")
             runs: Runs = {(library, variant): [] for library, variant, _ in known}
             results[f"{kind}, {workload}"] = runs
             try:
                 _measure(runs, known, pythons, [kind, workload, model, device], options)
             finally:
-                _write(results, device, Path(options.json))
+                if any(runs.values()):
+                    _write(results, device, Path(options.json))
             print(_table(f"{kind}, {workload}", runs), flush=True)
     print(f"all runs: {options.json}")
 

@@ -11,6 +11,7 @@ not suffice for is redone in smaller pieces.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
@@ -21,13 +22,15 @@ from posttrain.backoff import BackOff
 from posttrain.errors import Interrupted, NonFiniteError, OutOfMemoryError, Stopped, UserError
 from posttrain.events import Events
 from posttrain.meter import Meter
-from posttrain.objectives.base import Metrics, Objective
+from posttrain.objectives.base import Metrics, Objective, by_given_names
 from posttrain.optimization import follows_metrics
 from posttrain.optimizer_state import has_two_modes, mark, nothing_changed
 from posttrain.shortage import Shortage, is_out_of_memory, shortage_of
 from posttrain.signals import StopRequest
 from posttrain.snapshot import capture_rng, restore_rng
 from posttrain.types import Batch, Needs, Outputs
+
+logger = logging.getLogger("posttrain")
 
 
 class Source(Protocol):
@@ -86,6 +89,7 @@ class Loop:
     follow: Callable[[Mapping[str, tuple[float, float]]], Metrics] | None = None
     position: int = 0
     meter: Meter = field(default_factory=Meter)
+    _taken: set[str] = field(default_factory=set, repr=False)
     total_loss: float = 0.0
     samples: int = 0
     last_loss: float | None = None
@@ -307,7 +311,12 @@ class Loop:
         extra = self.extra_logs(self.meter)
         rates = self.meter.drain()
         logs = {"loss": mean_loss, "grad_norm": self.grad_norm, "learning_rate": self.learning_rate}
-        self.events.log(logs | rates | {"num_tokens": float(self.events.state.num_input_tokens_seen)} | extra)
+        logs |= rates | {"num_tokens": float(self.events.state.num_input_tokens_seen)} | extra
+        named, taken = by_given_names(logs)
+        for name in set(taken) - self._taken:
+            logger.warning("log_metric(%r) is logged as 'logged/%s': the run has a number of that name", name, name)
+        self._taken |= set(taken)
+        self.events.log(named)
 
     def _evaluate(self, stop: StopRequest) -> None:
         failed = None

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from posttrain.objectives.base import Metrics
+from posttrain.objectives.base import GIVEN, Metrics
 
 PICKS: dict[str, Callable[[float, float], float]] = {"min": min, "max": max}
 
@@ -112,5 +112,5 @@ class Meter:
 
 
 def _pick(name: str) -> Callable[[float, float], float] | None:
-    words = name.replace("/", "_").split("_")
+    words = name.removeprefix(GIVEN).replace("/", "_").split("_")
     return PICKS.get(words[0]) or PICKS.get(words[-1])

@@ -96,19 +96,22 @@ def make_plan(
 ) -> Plan:
     """The plan, put into effect for `session`. `token_budget` and `recompute` (unless "auto") are the user's."""
     device = session.policy.device
-    own = needs = footprint(session.policy.base, session.trained, set(session.lean), optimizer)
+    own = footprint(session.policy.base, session.trained_of_policy, set(session.lean), optimizer)
+    formula = footprint(session.policy.base, session.trained, set(session.lean), optimizer)
     for beside in session.policies()[1:]:
-        needs = needs.and_activations_of(footprint(beside.base, {}, set(session.lean), optimizer))
+        formula = formula.and_activations_of(footprint(beside.base, {}, set(session.lean), optimizer))
     if device.type == "cpu":
         give_back_freed_memory()  # what lies free would count as in use
     total = total_memory(device)
     limit = int(SHARE * total) if max_memory is None else min(parse_size(max_memory), total)
     levels = _levels(session, recompute)
     budget, bounds = token_budget or default_token_budget(device), (total, limit)
-    plan = _roomy(needs, work, budget, levels[0], device, bounds)
+    excess = 1.0
+    plan = _roomy(formula, work, budget, levels[0], device, bounds)
     if plan.fits and DOUBT * plan.needs[1] > limit:
         session.recompute(levels[0])
-        needs = _scaled(needs, _excess(session, own, work))
+        excess = _excess(session, own, work)
+    needs = _scaled(formula, excess)
     plan = _roomy(needs, work, budget, levels[0], device, bounds, session.laid_out_bytes)
     if plan.fits:
         session.lay_out()
@@ -120,8 +123,8 @@ def make_plan(
         session.precision.sheds_copies = True
         plan = _tight(needs, work, token_budget, levels, device, bounds)
         session.recompute(plan.recomputation)
-        if (excess := _excess(session, own, work)) > 1:
-            plan = _tight(_scaled(needs, excess), work, token_budget, levels, device, bounds)
+        if (found := _excess(session, own, work)) != excess:
+            plan = _tight(_scaled(formula, found), work, token_budget, levels, device, bounds)
     session.recompute(plan.recomputation)
     log = logger.info if plan.fits else logger.warning
     log("memory   %s%s", plan, "" if plan.fits else ": it may not fit; lower max_length or train an adapter")
@@ -131,11 +134,11 @@ def make_plan(
 def _excess(session: Session, own: Footprint, work: Workload) -> float:
     """How many times as much the policy keeps as the formula says, by a probe; 1 where that is near enough."""
     longest = min(work.longest, PROBE_TOKENS)
-    on_cpu = session.policy.device.type == "cpu"
-    if on_cpu:
+    roomy = session.policy.device.type == "cpu" and not session.precision.sheds_copies
+    if roomy:
         return_freed_pages()  # with freed pages kept, holes would count
     ratio = probe(session, own, [longest] * (PROBE_TOKENS // longest))
-    if on_cpu and not session.precision.sheds_copies:
+    if roomy:
         keep_freed_pages()
     if ratio <= TOLERANCE:
         return 1.0

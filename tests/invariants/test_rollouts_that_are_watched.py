@@ -77,17 +77,24 @@ def test_what_a_reward_logs_is_a_mean_by_any_name(tmp_path: Path, caplog: pytest
 
 
 def test_what_a_reward_logs_takes_no_name_of_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Only what the run has under that very name is called otherwise, in evaluation too."""
+    taken, free = ("loss", "reward", "completions/mean_length", "cispo_clip_ratio"), ("val/acc", "completions/words")
+
     def noting(completions: list[Any], log_metric: Any, **_: Any) -> list[float]:
-        for name in ("loss", "reward", "completions/mean_length"):
+        for name in (*taken, *free):
             log_metric(name, -99.0)
         return [float(len(one[0]["content"])) for one in completions]
 
-    one = run(tmp_path, noting, max_steps=2, logging_steps=1, save_strategy="no")
+    one = run(tmp_path, noting, max_steps=2, logging_steps=1, save_strategy="no", loss_type="cispo", epsilon_high=5.0)
     one.train()
     for logged in one.state.log_history[:2]:
-        assert [logged[f"logged/{name}"] for name in ("loss", "reward", "completions/mean_length")] == [-99.0] * 3
-        assert all(logged[name] > -50 for name in ("loss", "reward", "completions/mean_length"))
+        assert [logged[f"logged/{name}"] for name in taken] == [-99.0] * 4
+        assert [logged[name] for name in free] == [-99.0] * 2
+        assert all(logged[name] > -50 for name in taken)
     assert caplog.text.count("log_metric('loss') is logged as 'logged/loss'") == 1
+    found = one.evaluate(ROWS)
+    assert (found["eval_val/acc"], found["eval_logged/reward"]) == (-99.0, -99.0)
+    assert found["eval_reward"] > -50
 
 
 def test_one_that_is_only_watched_rewards_nothing(tmp_path: Path) -> None:
@@ -112,26 +119,29 @@ def test_rewards_that_say_nothing_are_said(tmp_path: Path, caplog: pytest.LogCap
     def silent(completions: list[Any], **_: Any) -> list[None]:
         return [None] * len(completions)
 
-    run(tmp_path, silent, max_steps=2, save_strategy="no", reward_check=False).train()
+    one = run(tmp_path, silent, max_steps=2, save_strategy="no", reward_check=False)
+    one.train()
+    assert caplog.text.count("no function says anything of any of") == 1
+    one.evaluate(ROWS)  # of which nothing is learned
     assert caplog.text.count("no function says anything of any of") == 1
     with pytest.raises(ConfigError, match="leave nothing to learn from"):
         run(tmp_path, silent, reward_weights=[0.0])
 
 
-def test_groups_of_which_nothing_is_left_to_train_have_no_signal(tmp_path: Path) -> None:
-    """All are cut off and masked: others are sampled in their place, and none is kept."""
-    settings = {"dynamic_sampling": "replace", "max_resampling_rounds": 1, "mask_truncated_completions": True,
-                "max_completion_length": 1, "max_steps": 1, "save_strategy": "no", "logging_steps": 1}  # fmt: skip
+def rollouts_that(ended: list[bool]) -> list[Rollout]:
+    return [Rollout(0, 0, np.arange(2), np.arange(2), np.ones(2, bool), one) for one in ended]
 
-    def by_token(completion_ids: list[list[int]], **_: Any) -> list[float]:
-        return [float(ids[0]) for ids in completion_ids]
 
-    one = run(tmp_path, by_token, reward_check=False, **settings)
-    one.train()
-    logged = one.state.log_history[0]
-    if logged["completions/clipped_ratio"] == 1:
-        assert logged["dynamic_sampling/groups_kept"] == 0
-    assert logged["dynamic_sampling/groups_sampled"] > logged["dynamic_sampling/groups_kept"]
+@pytest.mark.parametrize(
+    ("ended", "kept"),
+    [([True] * 4, True), ([False] * 4, False), ([False, True, True, False], False), ([True, True, False, False], True)],
+    ids=str,
+)
+def test_groups_of_which_nothing_is_left_to_train_have_no_signal(ended: list[bool], kept: bool, tmp_path: Path) -> None:
+    """Masked completions count in a group's mean; the two in the middle have no advantage of their own."""
+    one = run(tmp_path, some_without_signal, dynamic_sampling="replace", mask_truncated_completions=True)
+    verdict = Verdict(("a",), [""] * 4, np.array([[0.0], [0.5], [0.5], [1.0]]), {}, {})
+    assert one.rollouts.source._teaching(rollouts_that(ended), verdict) == (list(range(4)) if kept else [])
 
 
 @pytest.mark.parametrize("torn", [b'{"step": 3, "completion": "\xc3', b'{"step": 3', b"\xff\xfe", b""])

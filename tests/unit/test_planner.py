@@ -13,6 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+import posttrain.planner
 from posttrain import ConfigError, SFTConfig, native
 from posttrain.models import available
 from posttrain.models.available import free_memory, parse_size, total_memory
@@ -200,10 +201,19 @@ def test_unless_there_is_plenty_the_formula_is_confirmed_even_where_it_fits(
     monkeypatch.setattr("posttrain.planner.most_resident", lambda lasting, passing: lasting + int(1.5 * passing))
     monkeypatch.setattr("posttrain.planner.keep_freed_pages", lambda: None)
     monkeypatch.setattr("posttrain.planner.probe", lambda *_: 1.6)
+    planned_with: list[Footprint] = []
+
+    def spied(needs: Footprint, *given: Any) -> Plan:
+        planned_with.append(needs)
+        return tight(needs, *given)
+
+    tight = posttrain.planner._tight
+    monkeypatch.setattr("posttrain.planner._tight", spied)
     opened = session(tmp_path)
     work = Workload(usual=3000, largest=4000, longest=100)
     plan = make_plan(opened, work, optimizer="adamw", token_budget=None, recompute="auto", max_memory=limit)
     assert ("1.6 times" in caplog.text) is probes
+    assert [needs.kept["none"] for needs in planned_with] == ([1600.0] if probes else [])  # what was found counts once
     assert plan.is_tight is probes  # the formula's 6.6 MB would fit, what was found does not
     assert plan.fits
     opened.close()

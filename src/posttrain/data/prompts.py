@@ -7,8 +7,9 @@ Left out: images, and prompts that end with the beginning of an answer (a templa
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from posttrain.data.chat import Chat
 from posttrain.data.codes import UNFORESEEN, Row, bad_row, broken_promise
 from posttrain.data.columns import read_columns
 from posttrain.data.conversation import clean_messages
+from posttrain.data.mixing import Mixture
 from posttrain.data.places import half_a_character
 from posttrain.data.rendering import RenderError
 from posttrain.data.report import DataReport
@@ -65,10 +67,12 @@ def read_prompts(
     dataset: Any, tokenizer: PreTrainedTokenizerBase, settings: PromptSettings, name: str = "train"
 ) -> tuple[list[Prompt], DataReport]:
     """Raises DataError for a row that is no prompt, or where `on_bad_row` is "skip" for none being left; ConfigError
-    for a stream, which may have no end."""
-    if type(dataset).__name__ == "IterableDataset":
-        raise ConfigError(f"the {name} prompts are a stream, which is not honoured: they are read whole, and a stream "
-                          "may have no end", hint="Dataset.from_list(list(stream.take(10000))) takes some")  # fmt: skip
+    for what has no length, and so may have no end."""
+    endless = dataset.is_stream if isinstance(dataset, Mixture) else not isinstance(dataset, str | Path | Sized)
+    if endless:
+        raise ConfigError(f"the {name} prompts have no length, so they may have no end: such are not honoured, for all "
+                          "are read before the first step", hint="list(...) takes all of one that ends, and "
+                          "list(itertools.islice(..., 10000)) some")  # fmt: skip
     report = DataReport(source_name(dataset, name))
     reader = _Reader(tokenizer, settings, report)
     prompts = [
@@ -131,7 +135,7 @@ class _Reader:
             ids = self.tokenizer(content)["input_ids"]
         else:
             content = clean_messages(content, "prompt", row, origin)
-            _check_last(content, row, origin)
+            check_last_turn(content, row, origin)
             ids = self.tokenizer(self._rendered(content, row, origin), add_special_tokens=False)["input_ids"]
         columns = {name: value for name, value in row.items() if name != "prompt"}
         return Prompt(self._limited(np.array(ids, dtype=np.int64), origin), content, columns, origin)
@@ -169,7 +173,8 @@ def _no_prompt(row: Row, origin: Origin) -> DataError:
     return bad_row("E-DATA-0010", origin, f"has no `prompt` (columns {columns})", row=row, hint=hint)
 
 
-def _check_last(messages: Sequence[Mapping[str, Any]], row: Row, origin: Origin) -> None:
+def check_last_turn(messages: Sequence[Mapping[str, Any]], row: Row, origin: Origin) -> None:
+    """Raises DataError for one that the model is to write."""
     if messages[-1]["role"] == "assistant":
         what = "ends with a turn of the assistant, which is what the model is to write"
         raise bad_row("E-DATA-0016", origin, what, field="prompt", seen=messages[-1], row=row,

@@ -25,14 +25,19 @@ from posttrain.native.arena import arena, installed
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # malloc.h
 LARGE = 2**19
 """Blocks that are given back one by one where memory is short."""
+GLIBC_LARGE = 2**25
+"""Those that glibc gives back one by one where it has been freeing large ones (DEFAULT_MMAP_THRESHOLD_MAX)."""
 
 
 def keep_freed_pages() -> bool:
     """Have large tensors made in memory that is there already. True where that is so now."""
+    libc = _glibc()
     if (own := arena()) is not None:
         own.keep(True)
+        if libc is not None:  # for what is not torch's: as large as glibc's own limits grow
+            libc.mallopt(_M_MMAP_THRESHOLD, GLIBC_LARGE)
+            libc.mallopt(_M_TRIM_THRESHOLD, 2 * GLIBC_LARGE)
         return True
-    libc = _glibc()
     if libc is None:
         return False
     never_trim = libc.mallopt(_M_TRIM_THRESHOLD, ctypes.c_int(2**31 - 1))

@@ -11,7 +11,9 @@ Elsewhere the function itself is called, and the numbers are the same.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,23 +41,37 @@ class Recording:
 
     def _record(self, function: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> torch.cuda.CUDAGraph:
         self._inputs = tuple(one.clone() for one in inputs)
-        aside, pool = _aside(torch.cuda.current_device())
+        aside, pool, _ = _aside(torch.cuda.current_device())
         aside.wait_stream(torch.cuda.current_stream())
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(aside):
-            function(*self._inputs)  # what is made at the first call only must not be made while recording
-            # Not `torch.cuda.graph`, which gives back every block that training has cached.
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # other threads may go on allocating
-            try:
-                self._output = function(*self._inputs)
-            finally:
-                graph.capture_end()
-        torch.cuda.current_stream().wait_stream(aside)
+        try:
+            with torch.cuda.stream(aside):
+                function(*self._inputs)  # what is made at the first call only must not be made while recording
+                with _captured(pool) as graph:
+                    self._output = function(*self._inputs)
+        finally:
+            torch.cuda.current_stream().wait_stream(aside)
         return graph
 
 
+@contextmanager
+def _captured(pool: Any) -> Iterator[torch.cuda.CUDAGraph]:
+    """Of what runs inside. Not `torch.cuda.graph`, which gives back every block that training has cached."""
+    graph = torch.cuda.CUDAGraph()
+    graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # other threads may go on allocating
+    try:
+        yield graph
+    finally:
+        graph.capture_end()
+
+
 @functools.cache
-def _aside(device: int) -> tuple[torch.cuda.Stream, Any]:
-    """A stream to record on, for cuBLAS keeps a workspace for each for ever; and memory that recordings share, of which
-    only one is replayed at a time."""
-    return torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+def _aside(device: int) -> tuple[torch.cuda.Stream, Any, torch.cuda.CUDAGraph]:
+    """A stream to record on, for cuBLAS keeps a workspace for each for ever; memory that recordings share, of which
+    only one is replayed at a time; and a graph of nothing that keeps this memory, for without any it may not be used
+    again."""
+    stream, pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+    with torch.cuda.stream(stream), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the graph is empty
+        with _captured(pool) as keeper:
+            pass
+    return stream, pool, keeper

@@ -6,6 +6,7 @@ micro-batches, packed, or spread over processes cannot change the loss.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -17,6 +18,9 @@ Terms = dict[str, torch.Tensor]
 
 Metrics = dict[str, tuple[torch.Tensor, float | torch.Tensor]]
 """Sum and count by metric name; tensors stay on the device until they are logged."""
+
+GIVEN = "logged/"
+"""Before the names of metrics that rewards log themselves, until it is known which names the run has."""
 
 
 class Objective(Protocol):
@@ -37,3 +41,11 @@ class Objective(Protocol):
         ...
 
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Terms, Metrics]: ...
+
+
+def by_given_names(logs: Mapping[str, float]) -> tuple[dict[str, float], list[str]]:
+    """What rewards have logged under the names that they gave; and which of these the run has a number of its own for,
+    so that they stay `logged/...`."""
+    plain = {name: name.removeprefix(GIVEN) for name in logs if name.startswith(GIVEN)}
+    taken = [given for name, given in plain.items() if given in logs]
+    return {name if plain.get(name) in taken else plain.get(name, name): value for name, value in logs.items()}, taken

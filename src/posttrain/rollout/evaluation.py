@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from posttrain.models.forward import Policy
-from posttrain.objectives.base import Metrics, Objective
+from posttrain.objectives.base import Metrics, Objective, by_given_names
 from posttrain.rollout.source import RolloutSource
 
 
@@ -36,4 +36,5 @@ def evaluate_rollouts(
             loss += sum(float(term) / max(1, counts[unit]) for unit, term in terms.items())
             add(metrics)
         batch_done()
-    return {"loss": loss / len(rounds), **{name: total / count for name, (total, count) in sums.items() if count}}
+    made = {"loss": loss / len(rounds), **{name: total / count for name, (total, count) in sums.items() if count}}
+    return by_given_names(made)[0]

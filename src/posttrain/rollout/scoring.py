@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from posttrain.data.prompts import Prompt
+from posttrain.objectives.base import GIVEN
 from posttrain.rewards.functions import Completions, Rewards
 from posttrain.rollout.advantages import Advantages
 from posttrain.rollout.generation import Rollout
@@ -22,14 +23,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("posttrain")
 RESERVED = ("completion", "completion_ids")
 """Columns of the data that rewards do not get: their own arguments are called so."""
-OWN = frozenset({
-    "loss", "grad_norm", "learning_rate", "epoch", "step", "reward", "reward_std", "frac_reward_zero_std", "kl",
-    "entropy", "entropy_coef", "tokens_per_second", "supervised_tokens_per_second", "num_tokens", "peak_memory_gib",
-    "hardware_share", "oom_backoffs", "total_flos", "train_loss", "train_runtime", "eval_loss",
-})  # fmt: skip
-OF_THE_RUN = ("rewards/", "completions/", "sampling/", "clip_ratio/", "dynamic_sampling/", "objective/", "policy/",
-              "val/", "loss/")  # fmt: skip
-"""Names that log lines of a run have already, and beginnings of such."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +69,8 @@ class Verdict:
             made["reward_std"] = (_deviation(total_N), 1)
         if worth.without_signal is not None:
             made["frac_reward_zero_std"] = (worth.without_signal, 1)
-        return made | worth.metrics | {name: (float(sum(values)), len(values)) for name, values in self.noted.items()}
+        noted = {GIVEN + name: (float(sum(values)), len(values)) for name, values in self.noted.items()}
+        return made | worth.metrics | noted
 
 
 def _deviation(values: np.ndarray) -> float:
@@ -85,15 +79,17 @@ def _deviation(values: np.ndarray) -> float:
 
 @dataclass
 class Judge:
-    """`prompts` are those of the data; `state` is what rewards get as `trainer_state`."""
+    """`prompts` are those of the data; `state` is what rewards get as `trainer_state`; where nothing `learns` from what
+    they say, it does not matter that they say nothing."""
 
     prompts: Sequence[Prompt]
     tokenizer: PreTrainedTokenizerBase
     rewards: Rewards
     state: Callable[[], Any] = lambda: None
+    learns: bool = True
     _extra: dict[str, list[Any]] = field(default_factory=dict)
     _noted: dict[str, list[float]] = field(default_factory=dict)
-    _warned: set[str] = field(default_factory=set)
+    _infinite: set[str] = field(default_factory=set)
     _is_silent: bool = False
 
     def __call__(self, rollouts: Sequence[Rollout]) -> Verdict:
@@ -110,7 +106,7 @@ class Judge:
         )
         rewards_NF = self.rewards(asked)
         counting_F = np.array(self.rewards.weights) != 0
-        if len(rollouts) and not self._is_silent and np.isnan(rewards_NF[:, counting_F]).all():
+        if self.learns and len(rollouts) and not self._is_silent and np.isnan(rewards_NF[:, counting_F]).all():
             self._is_silent = True
             logger.warning("reward   no function says anything of any of %d completions: nothing is learned from them",
                            len(rollouts))  # fmt: skip
@@ -137,16 +133,8 @@ class Judge:
     def _log_metric(self, name: str, value: float) -> None:
         """What is not finite is left out, and an infinity named once: no checkpoint could hold it."""
         number = float(value)
-        if name in OWN or name.startswith(OF_THE_RUN):
-            self._warn(name, f"log_metric({name!r}) is logged as 'logged/{name}': the run has a number of that name")
-            name = f"logged/{name}"
         if math.isfinite(number):
             self._noted.setdefault(name, []).append(number)
-        elif math.isinf(number):
-            self._warn(f"{name} inf", f"log_metric({name!r}, {number}): an infinite value is not logged")
-
-    def _warn(self, about: str, text: str) -> None:
-        """Once."""
-        if about not in self._warned:
-            self._warned.add(about)
-            logger.warning("reward   %s", text)
+        elif math.isinf(number) and name not in self._infinite:
+            self._infinite.add(name)
+            logger.warning("log_metric(%r, %s): an infinite value is not logged", name, number)

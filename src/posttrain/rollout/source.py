@@ -297,7 +297,7 @@ class RolloutSource:
         return [
             i
             for part in groups
-            if trains_N[part].any() and (_differ(worth.reward_N[part]) or (differs_N & trains_N)[part].any())
+            if (differs_N & trains_N)[part].any() or (trains_N[part].all() and _differ(worth.reward_N[part]))
             for i in range(part.start, part.stop)
         ]
 

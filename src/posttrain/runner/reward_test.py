@@ -17,7 +17,7 @@ from typing import Any
 
 from posttrain.data.columns import parse_names, read_columns
 from posttrain.data.conversation import clean_messages
-from posttrain.data.prompts import Prompt, PromptSettings, read_prompts
+from posttrain.data.prompts import Prompt, PromptSettings, check_last_turn, read_prompts
 from posttrain.data.sources import read_rows
 from posttrain.errors import ConfigError, DataError
 from posttrain.models.load import load_tokenizer
@@ -25,6 +25,7 @@ from posttrain.rewards import LIBRARY
 from posttrain.rewards.check import Material, Report, TryOut, encoder, try_reward
 from posttrain.rewards.functions import Rewards, name_of
 from posttrain.trainers.rewards import named_reward
+from posttrain.types import Content
 
 
 @dataclass(frozen=True)
@@ -119,14 +120,21 @@ def _imported(path: Path) -> Any:
 
 def _material(data: str, names: dict[str, str], most: int, gold: str | None) -> Material:
     """The first rows. Raises DataError, ConfigError."""
-    rows, prompts = [], []
+    rows: list[dict[str, Any]] = []
+    prompts: list[Content] = []
     for origin, row in islice(read_rows(data, "data"), most):
         row = read_columns(row, names, origin)
         prompt = row.get("prompt")
         if not isinstance(prompt, str | list):
             raise DataError(f"{origin} has no `prompt` (columns {', '.join(row)})", code="E-DATA-0010",
                             hint="--map question=prompt reads another column as the prompt")  # fmt: skip
-        prompts.append(clean_messages(prompt, "prompt", row, origin) if isinstance(prompt, list) else prompt)
+        if isinstance(prompt, list):
+            prompt = clean_messages(prompt, "prompt", row, origin)
+            check_last_turn(prompt, row, origin)
+        if prompts and isinstance(prompt, list) is not isinstance(prompts[0], list):
+            raise DataError(f"{origin}: `prompt` is text in some rows and messages in others", code="E-DATA-0016",
+                            hint="write all of them one way")  # fmt: skip
+        prompts.append(prompt)
         rows.append({name: value for name, value in row.items() if name != "prompt"})
     if not rows:
         raise DataError(f"{data} has no rows", code="E-DATA-0031")

@@ -72,7 +72,7 @@ def _training_arguments(config: RunConfig, root: Path, source: Path, quiet: bool
     if isinstance(given["output_dir"], str) and given["output_dir"]:
         given["output_dir"] = str(_path(given["output_dir"], root))
     given.setdefault("report_to", "none")
-    if config.dataset.val_path:
+    if config.dataset.val_path and "evaluation_strategy" not in given:
         given.setdefault("eval_strategy", "epoch")
     if quiet or not sys.stderr.isatty():  # a bar is for people; files and pipes get the log lines
         given["disable_tqdm"] = True

@@ -155,9 +155,6 @@ class PPOConfig(OnlineConfig):
         if self.stop_token not in (None, "eos"):
             raise ConfigError(f"stop_token={self.stop_token!r} is not honoured: a completion ends with the "
                               "end-of-sequence token", hint="set generation_kwargs={'stop': [...]}")  # fmt: skip
-        for name in ("target", "horizon"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
         if self.kl_coef < 0:
             raise ConfigError(f"kl_coef={self.kl_coef} must be at least 0")
         if not self.kl_coef and not (self.no_kl_reason or "").strip():

@@ -152,6 +152,7 @@ class TrainerRollouts:
         count = args.num_generations_eval or args.num_generations or 1
         a_round = max(1, args.per_device_eval_batch_size // count)
         source = self._source(prompts, Rounds(len(prompts), min(a_round, len(prompts)), 1, 1, 1, None), count)
+        source.judge.learns = False
         source.sample = self._sampler(prompts, self._ends(session))
         source.ask_policy, source.ask_reference = self.source.ask_policy, self.source.ask_reference
         source.packing, source.stopped = self.source.packing, stopped

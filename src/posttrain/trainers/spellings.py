@@ -99,6 +99,7 @@ def modern_config(given: dict[str, Any], own: Mapping[str, Rewrite]) -> dict[str
     if given.get("warmup_ratio") is not None and "warmup_steps" in given:
         given = {k: v for k, v in given.items() if k != ("warmup_ratio" if given["warmup_steps"] else "warmup_steps")}
     known, modern = {**CONFIG_SPELLINGS, **own}, dict[str, Any]()
+    given = _without_unsaid(given, known)
     for name, value in given.items():
         if name in known:
             rewritten = known[name](value)
@@ -114,6 +115,22 @@ def modern_config(given: dict[str, Any], own: Mapping[str, Rewrite]) -> dict[str
         else:
             modern[name] = value
     return modern
+
+
+def _without_unsaid(given: dict[str, Any], known: Mapping[str, Rewrite]) -> dict[str, Any]:
+    """Both spellings of a setting stand in what older versions have written out, one of them at its default, which
+    says nothing: the old at None (`no_cuda`: False), or the new at None where that has no meaning of its own."""
+    rest = dict(given)
+    for old in known.keys() & given.keys():
+        value = given[old]
+        if value is None or (old, value) == ("no_cuda", False):
+            if old != "max_seq_length" or "max_length" in given:
+                rest.pop(old)
+            continue
+        for new in known[old](value):
+            if new != "max_length" and new in rest and rest[new] is None:
+                rest.pop(new)
+    return rest
 
 
 def say_read_as(old: str, rewritten: dict[str, Any]) -> None:

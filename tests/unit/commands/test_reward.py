@@ -114,7 +114,7 @@ def test_what_cannot_be_tried(
     assert out == ""
 
 
-@pytest.mark.parametrize("prompt", [[], ["hi"], [{"role": "user"}]], ids=str)
+@pytest.mark.parametrize("prompt", [[], ["hi"], [{"role": "user"}], [{"role": "assistant", "content": "a"}]], ids=str)
 def test_prompts_that_are_no_messages(prompt: Any, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "odd.jsonl").write_text(json.dumps({"prompt": prompt, "answer": "1"}) + "\n")
     code, out, err = ran(capsys, "numeric_answer", "--data", "odd.jsonl")

@@ -172,6 +172,7 @@ def test_the_planner_counts_them_or_leaves_them_out(
     monkeypatch.setattr("posttrain.planner.memory_in_use", lambda _: 1000)
     monkeypatch.setattr("posttrain.planner.most_resident", lambda lasting, passing: lasting + int(1.5 * passing))
     monkeypatch.setattr("posttrain.planner.total_memory", lambda _: 10**9)
+    monkeypatch.setattr("posttrain.planner.probe", lambda *_: 1.0)
     session, work = opened(tmp_path), Workload(usual=3000, largest=4000, longest=100)
     options: dict[str, Any] = {"optimizer": "adamw", "token_budget": None, "recompute": "auto"}
     bytes_ = session.laid_out_bytes

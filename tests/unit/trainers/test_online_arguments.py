@@ -113,7 +113,7 @@ def test_ppo_is_not_paid_for_leaving(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="horizon=20 is too short for rounds of 128 completions"):
         posttrain.PPOConfig(str(tmp_path), adap_kl_ctrl=True, horizon=20.0, **sizes, **GIVEN)
     with pytest.raises(ConfigError, match=r"horizon=-3\.0 must"):
-        posttrain.PPOConfig(str(tmp_path), horizon=-3.0, **GIVEN)
+        posttrain.PPOConfig(str(tmp_path), adap_kl_ctrl=True, horizon=-3.0, **GIVEN)
 
 
 def test_two_spellings_that_contradict_each_other(tmp_path: Path) -> None:
@@ -126,6 +126,27 @@ def test_two_spellings_that_contradict_each_other(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("given", "name", "meant"),
+    [
+        ({"evaluation_strategy": None, "eval_strategy": "no"}, "eval_strategy", "no"),
+        ({"evaluation_strategy": "no", "eval_strategy": None}, "eval_strategy", "no"),
+        ({"per_gpu_train_batch_size": None, "per_device_train_batch_size": 16}, "per_device_train_batch_size", 16),
+        ({"no_cuda": False, "use_cpu": True}, "use_cpu", True),
+    ],
+    ids=str,
+)
+def test_a_spelling_at_its_default_says_nothing(given: dict[str, Any], name: str, meant: Any, tmp_path: Path) -> None:
+    """As configs are written out by versions that know both."""
+    assert getattr(posttrain.GRPOConfig(str(tmp_path), **{**GIVEN, **given}), name) == meant
+
+
+def test_the_length_of_old_trl_at_its_default(tmp_path: Path) -> None:
+    assert posttrain.SFTConfig(str(tmp_path), max_seq_length=None, max_length=512, use_cpu=True).max_length == 512
+    with pytest.raises(ConfigError, match="max_seq_length=256 means max_length=256, and max_length=None contradicts"):
+        posttrain.SFTConfig(str(tmp_path), max_seq_length=256, max_length=None, use_cpu=True)
+
+
 def test_a_stream_of_prompts_has_no_end(tmp_path: Path) -> None:
     from datasets import IterableDataset
 
@@ -133,8 +154,10 @@ def test_a_stream_of_prompts_has_no_end(tmp_path: Path) -> None:
         while True:
             yield {"prompt": "Say 1"}
 
-    with pytest.raises(ConfigError, match="the train prompts are a stream, which is not honoured"):
+    with pytest.raises(ConfigError, match="the train prompts have no length, so they may have no end"):
         make(tmp_path, rows=IterableDataset.from_generator(rows))
+    with pytest.raises(ConfigError, match="have no length"):
+        make(tmp_path, rows=rows())
 
 
 TOOL = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {}}}
