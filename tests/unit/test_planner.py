@@ -114,6 +114,16 @@ NEEDS = Footprint(
 )
 
 
+def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine: resident memory of a test is no tiny model's."""
+    monkeypatch.setattr("posttrain.planner.footprint", lambda *_: NEEDS)
+    monkeypatch.setattr("posttrain.planner.memory_in_use", lambda _: 1000)
+    monkeypatch.setattr("posttrain.planner.total_memory", lambda _: 10**9)
+    monkeypatch.setattr("posttrain.planner.return_freed_pages", lambda: None)
+    monkeypatch.setattr("posttrain.planner.keep_freed_pages", lambda: None)
+    monkeypatch.setattr("posttrain.planner.most_resident", lambda lasting, passing: lasting + int(1.5 * passing))
+
+
 def test_a_step_counts_what_is_there_at_its_worst_moment() -> None:
     once = NEEDS.step("none", 8, 4, 1)
     assert once == int((8 * 1004 + 500) * 1.1)
@@ -128,12 +138,7 @@ def test_a_step_counts_what_is_there_at_its_worst_moment() -> None:
 def test_less_memory_more_recomputation_smaller_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Resident memory of a test is no tiny model's; what the planner sees of the machine is made up."""
-    monkeypatch.setattr("posttrain.planner.footprint", lambda *_: NEEDS)
-    monkeypatch.setattr("posttrain.planner.memory_in_use", lambda _: 1000)
-    monkeypatch.setattr("posttrain.planner.total_memory", lambda _: 10**9)
-    monkeypatch.setattr("posttrain.planner.return_freed_pages", lambda: None)
-    monkeypatch.setattr("posttrain.planner.most_resident", lambda lasting, passing: lasting + int(1.5 * passing))
+    made_up(monkeypatch)
     monkeypatch.setattr("posttrain.planner.probe", lambda *_: 1.0)
     opened, work = session(tmp_path), Workload(usual=3000, largest=4000, longest=100)
     seen = []
@@ -176,11 +181,7 @@ def test_layers_are_made_again_only_where_a_value_model_has_such_too(
 def test_a_model_that_keeps_more_is_planned_with_what_the_probe_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("posttrain.planner.footprint", lambda *_: NEEDS)
-    monkeypatch.setattr("posttrain.planner.memory_in_use", lambda _: 1000)
-    monkeypatch.setattr("posttrain.planner.total_memory", lambda _: 10**9)
-    monkeypatch.setattr("posttrain.planner.return_freed_pages", lambda: None)
-    monkeypatch.setattr("posttrain.planner.most_resident", lambda lasting, passing: lasting + int(1.5 * passing))
+    made_up(monkeypatch)
     monkeypatch.setattr("posttrain.planner.probe", lambda *_: 2.0)
     opened = session(tmp_path)
     work = Workload(usual=3000, largest=4000, longest=100)
@@ -194,12 +195,7 @@ def test_a_model_that_keeps_more_is_planned_with_what_the_probe_found(
 def test_unless_there_is_plenty_the_formula_is_confirmed_even_where_it_fits(
     limit: int, probes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("posttrain.planner.footprint", lambda *_: NEEDS)
-    monkeypatch.setattr("posttrain.planner.memory_in_use", lambda _: 1000)
-    monkeypatch.setattr("posttrain.planner.total_memory", lambda _: 10**9)
-    monkeypatch.setattr("posttrain.planner.return_freed_pages", lambda: None)
-    monkeypatch.setattr("posttrain.planner.most_resident", lambda lasting, passing: lasting + int(1.5 * passing))
-    monkeypatch.setattr("posttrain.planner.keep_freed_pages", lambda: None)
+    made_up(monkeypatch)
     monkeypatch.setattr("posttrain.planner.probe", lambda *_: 1.6)
     planned_with: list[Footprint] = []
 
@@ -253,11 +249,7 @@ def test_norms_are_made_again_where_that_costs_nothing(adapter: bool, bf16: bool
 
 
 def test_what_sampling_takes_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("posttrain.planner.footprint", lambda *_: NEEDS)
-    monkeypatch.setattr("posttrain.planner.memory_in_use", lambda _: 1000)
-    monkeypatch.setattr("posttrain.planner.total_memory", lambda _: 10**9)
-    monkeypatch.setattr("posttrain.planner.return_freed_pages", lambda: None)
-    monkeypatch.setattr("posttrain.planner.most_resident", lambda lasting, passing: lasting + int(1.5 * passing))
+    made_up(monkeypatch)
     monkeypatch.setattr("posttrain.planner.probe", lambda *_: 1.0)
     opened = session(tmp_path)
     options: dict[str, Any] = {"optimizer": "adamw", "token_budget": None, "recompute": "auto"}
