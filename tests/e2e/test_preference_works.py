@@ -23,8 +23,8 @@ def lora() -> LoraConfig:
 
 
 def test_dpo_raises_accuracy_and_margin_on_held_out_pairs(tmp_path: Path) -> None:
-    args = DPOConfig(str(tmp_path), max_steps=16, learning_rate=1e-4, **SETTINGS)
-    trainer = DPOTrainer(MODEL, args=args, train_dataset=pairs(128, 1), eval_dataset=pairs(48, 2), peft_config=lora())
+    args = DPOConfig(str(tmp_path), max_steps=12, learning_rate=1.5e-4, **SETTINGS)
+    trainer = DPOTrainer(MODEL, args=args, train_dataset=pairs(96, 1), eval_dataset=pairs(32, 2), peft_config=lora())
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()
