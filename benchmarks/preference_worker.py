@@ -14,10 +14,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from worker import fast_bf16
+from worker import TUNED, fast_bf16
 
 STARTED = time.perf_counter()
-TUNED: dict[str, Any] = {"use_cpu": True, "gradient_checkpointing": False}
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "trl": {"documented": {"use_cpu": True}, "tuned": TUNED, "tuned, few at a time": TUNED},
     "posttrain": {"default": {}},

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from posttrain.rewards.answers import COLUMNS, as_text, gold_column, marked_answer
-from posttrain.rewards.functions import LATE, Completions, RewardError, Rewards
+from posttrain.rewards.functions import LATE, Completions, RewardError, Rewards, weighted_sum
 from posttrain.types import Content
 
 FORMS = {
@@ -168,10 +168,8 @@ class TryOut:
             self.late += error.code == LATE
             return Trial(name, time.monotonic() - started, error=error.message)
         seconds = time.monotonic() - started
-        weights_F = np.array(self.rewards.weights)
-        total_N = np.nansum(values_NF * weights_F, axis=1)
-        silent_N = np.isnan(values_NF[:, weights_F != 0]).all(axis=1)
-        rewards = [None if silent else float(total) for total, silent in zip(total_N, silent_N, strict=True)]
+        total_N = weighted_sum(values_NF, np.array(self.rewards.weights))
+        rewards = [None if np.isnan(total) else float(total) for total in total_N]
         return Trial(name, seconds, tuple(rewards))
 
     def _completions(self, texts: Sequence[str], rows: Sequence[int], ids: Sequence[list[int]] | None) -> Completions:

@@ -37,6 +37,14 @@ class RewardError(UserError):
     code = "E-REWARD-0001"
 
 
+def weighted_sum(rewards_NF: np.ndarray, weights_F: np.ndarray) -> np.ndarray:
+    """`(N,)`: functions that say nothing of a completion add nothing; NaN where none that counts says anything: one of
+    weight 0 is only watched."""
+    total_N = np.nansum(rewards_NF * weights_F, axis=1)
+    total_N[np.isnan(rewards_NF[:, weights_F != 0]).all(axis=1)] = np.nan
+    return total_N
+
+
 @dataclass(frozen=True)
 class Completions:
     """What rewards are asked about: `contents[i]` is the completion (text, or messages) of `prompts[i]`; `columns` has

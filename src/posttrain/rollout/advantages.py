@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from posttrain.errors import ConfigError
+from posttrain.rewards.functions import weighted_sum
 
 TINY = 1e-4
 """Added to standard deviations, so that groups that agree divide by something."""
@@ -36,14 +37,6 @@ class Advantages:
     metrics: dict[str, tuple[float, int]] = field(default_factory=dict)
     tokens: list[tuple[np.ndarray, np.ndarray]] | None = None
     divergence: float = 0.0
-
-
-def weighted_sum(rewards_NF: np.ndarray, weights_F: np.ndarray) -> np.ndarray:
-    """`(N,)`: functions that say nothing of a completion add nothing; NaN where none that counts says anything: one of
-    weight 0 is only watched."""
-    total_N = np.nansum(rewards_NF * weights_F, axis=1)
-    total_N[np.isnan(rewards_NF[:, weights_F != 0]).all(axis=1)] = np.nan
-    return total_N
 
 
 def group_relative(

@@ -12,7 +12,7 @@ import numpy as np
 
 from posttrain.data.prompts import Prompt
 from posttrain.objectives.base import GIVEN
-from posttrain.rewards.functions import Completions, Rewards
+from posttrain.rewards.functions import Completions, Rewards, weighted_sum
 from posttrain.rollout.advantages import Advantages
 from posttrain.rollout.generation import Rollout
 from posttrain.types import Content
@@ -105,8 +105,8 @@ class Judge:
             self._columns(rollouts),
         )
         rewards_NF = self.rewards(asked)
-        counting_F = np.array(self.rewards.weights) != 0
-        if self.learns and len(rollouts) and not self._is_silent and np.isnan(rewards_NF[:, counting_F]).all():
+        total_N = weighted_sum(rewards_NF, np.array(self.rewards.weights))
+        if self.learns and len(rollouts) and not self._is_silent and np.isnan(total_N).all():
             self._is_silent = True
             logger.warning("reward   no function says anything of any of %d completions: nothing is learned from them",
                            len(rollouts))  # fmt: skip

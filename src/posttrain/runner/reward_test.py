@@ -20,7 +20,6 @@ from posttrain.data.conversation import clean_messages
 from posttrain.data.prompts import Prompt, PromptSettings, check_last_turn, read_prompts
 from posttrain.data.sources import read_rows
 from posttrain.errors import ConfigError, DataError
-from posttrain.models.load import load_tokenizer
 from posttrain.rewards import LIBRARY
 from posttrain.rewards.check import Material, Report, TryOut, encoder, try_reward
 from posttrain.rewards.functions import Rewards, name_of
@@ -56,9 +55,12 @@ def try_on_data(
     material = _material(data, parse_names(renamed), rows, None if gold == "none" else gold)
     if gold == "none":
         material = material.without_gold()
-    tokenizer = None if samples is None else load_tokenizer(samples.model, {})
-    encode = material.encode if tokenizer is None else encoder(tokenizer)
-    material = replace(material, form=form, encode=encode)
+    material, tokenizer = replace(material, form=form), None
+    if samples is not None:
+        from posttrain.models.load import load_tokenizer
+
+        tokenizer = load_tokenizer(samples.model, {})
+        material = replace(material, encode=encoder(tokenizer))
     extra = {"trainer_state": None, "log_extra": _ignore, "log_metric": _ignore}
     rewards = Rewards({name: found}, [1.0], deadline=timeout, extra=extra)
     printed = _Counter()

@@ -22,9 +22,9 @@ from posttrain.models.load import load_model
 from posttrain.models.scoring import as_classifier, is_classifier
 from posttrain.objectives.ppo import PPOLoss
 from posttrain.reference import ReferenceModel
-from posttrain.rewards.functions import RewardError
+from posttrain.rewards.functions import RewardError, weighted_sum
 from posttrain.rewards.models import RewardModel
-from posttrain.rollout.advantages import Advantages, weighted_sum
+from posttrain.rollout.advantages import Advantages
 from posttrain.rollout.credit import credit
 from posttrain.rollout.generation import Rollout
 from posttrain.rollout.source import Learning

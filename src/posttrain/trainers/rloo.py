@@ -10,7 +10,8 @@ import numpy as np
 
 from posttrain.errors import ConfigError
 from posttrain.objectives.rloo import LeaveOneOutLoss
-from posttrain.rollout.advantages import Advantages, leave_one_out, weighted_sum
+from posttrain.rewards.functions import weighted_sum
+from posttrain.rollout.advantages import Advantages, leave_one_out
 from posttrain.rollout.generation import Rollout
 from posttrain.rollout.source import Learning
 from posttrain.trainers.config import accepts_old_spellings

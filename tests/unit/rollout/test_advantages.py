@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from posttrain import ConfigError
-from posttrain.rollout.advantages import generalised, group_relative, leave_one_out, weighted_sum
+from posttrain.rewards.functions import weighted_sum
+from posttrain.rollout.advantages import generalised, group_relative, leave_one_out
 
 NAN = math.nan
 SIZE = 4
