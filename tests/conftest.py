@@ -25,6 +25,16 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture(params=["bf16", "fp32"])
+def each_native_dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tests/native_reference.py makes and expects: the kernels are compiled for both."""
+    from posttrain.native import DTYPES
+    from tests import native_reference
+
+    dtypes = {name: dtype for dtype, name in DTYPES.items()}
+    monkeypatch.setattr(native_reference, "_dtype", dtypes[request.param])
+
+
 @pytest.fixture(autouse=True)
 def _logging_as_libraries_have_it() -> Iterator[None]:
     """The command line sets our logger up for a process of its own; a test that runs it must not do so for the next."""

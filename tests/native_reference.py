@@ -10,11 +10,19 @@ from posttrain.native.kernels import Kernels
 from posttrain.types import Layout
 
 TOLERANCE = 4e-3
-"""Of norms: a rounding to bf16 moves a number by up to 1/256 of itself, and on average by a third of that."""
+"""Of norms in bf16: a rounding moves a number by up to 1/256 of itself, and on average by a third of that."""
+OF_FP32 = 2e-6
+
+_dtype = torch.bfloat16
+
+
+def native_dtype() -> torch.dtype:
+    """What is being tested; the fixture `each_native_dtype` goes through all there are."""
+    return _dtype
 
 
 def kernels_or_skip() -> Kernels:
-    kernels = native.kernels()
+    kernels = native.kernels(_dtype)
     if kernels is None:
         pytest.skip("no native kernels here: another processor, no C++ compiler, or POSTTRAIN_NATIVE=0")
     return kernels
@@ -22,10 +30,13 @@ def kernels_or_skip() -> Kernels:
 
 def random(*shape: int, seed: int = 0, spread: float = 1.0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(*shape, generator=generator) * spread).to(torch.bfloat16)
+    return (torch.randn(*shape, generator=generator) * spread).to(_dtype)
 
 
 def assert_near(seen: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE) -> None:
+    """`tolerance` is that of bf16; of fp32 it is as many times its own usual one, or that."""
+    if _dtype == torch.float32:
+        tolerance = max(1.0, tolerance / TOLERANCE) * OF_FP32
     assert seen.shape == expected.shape
     error = (seen.double() - expected).norm() / expected.norm()
     assert error <= tolerance, f"{error:.2e} apart"

@@ -172,8 +172,8 @@ def _levels(session: Session, recompute: str) -> tuple[str, ...]:
     if recompute != "auto" or session.recomputation == "full":
         return (session.recomputation,)
     levels = LEVELS if session.can_recompute_layers else LEVELS[:2]
-    on_cpu = session.policy.device.type == "cpu"
-    return levels[1:] if on_cpu and session.precision.has_copies and native.kernels() is not None else levels
+    has_kernels = session.policy.device.type == "cpu" and native.kernels(session.precision.compute_dtype) is not None
+    return levels[1:] if has_kernels and session.precision.has_copies else levels
 
 
 def _roomy(

@@ -124,12 +124,13 @@ class ReferenceModel:
         model = session.policy.model if self.model is None else self.model
         base, active = self._weights(session)
         configs = getattr(model, "peft_config", {})
+        has_kernels = native.kernels(session.precision.compute_dtype) is not None
         self._about = {
             "weights": weights_hash(base, active),
             "model": [type(base).__name__, _settings(base.config)],
             "adapters": {name: _settings(configs[name]) for name in active if name in configs},
             "dtype": str(session.precision.compute_dtype),
-            "code": [*versions(), session.policy.device.type, native.kernels() is not None],
+            "code": [*versions(), session.policy.device.type, has_kernels],
         }
         return self._about
 

@@ -232,7 +232,7 @@ def test_the_probe_asks_of_the_policy_what_is_the_policy_s(tmp_path: Path, monke
     assert asked == [NEEDS]
 
 
-@pytest.mark.skipif(native.kernels() is None, reason="no native kernels on this machine")
+@pytest.mark.skipif(native.kernels(torch.bfloat16) is None, reason="no native kernels for bf16 on this machine")
 @pytest.mark.parametrize(("adapter", "bf16", "level"), [(False, True, "selective"), (False, False, "none"),
                                                         (True, True, "none")])  # fmt: skip
 def test_norms_are_made_again_where_that_costs_nothing(adapter: bool, bf16: bool, level: str, tmp_path: Path) -> None:

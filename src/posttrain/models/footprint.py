@@ -70,11 +70,11 @@ def footprint(base: Any, trained: Mapping[str, nn.Parameter], lean: set[nn.Modul
     adapters = sum(p.numel() for p in base.parameters() if p.requires_grad and p.dtype == torch.float32)
     low = head.element_size() if head.element_size() < 4 else 0
     per_parameter = next((size for word, size in STATE_BYTES.items() if word in optimizer.lower()), 8)
-    layers = [_Layer(layer, lean, base.config.get_text_config(), head.element_size()) for layer in _layers(base)]
+    layers = [_Layer(layer, lean, base.config.get_text_config(), head) for layer in _layers(base)]
     widest = max((layer.working for layer in layers), default=0.0)
     inputs = len(layers) * base.config.get_text_config().hidden_size * head.element_size()
     largest = max((layer.kept for layer in layers), default=0.0)
-    keeps_weights = low == 2 and head.device.type == "cpu" and native.kernels() is None
+    keeps_weights = low == 2 and head.device.type == "cpu" and not _has_kernels(head)
     weights = sum(layer.weights for layer in layers) if keeps_weights else 0.0
     return Footprint(
         gradients=4 * count,
@@ -90,6 +90,10 @@ def footprint(base: Any, trained: Mapping[str, nn.Parameter], lean: set[nn.Modul
         layer=widest,
         head=0 if output is None else _head_bytes(head),
     )
+
+
+def _has_kernels(weight: torch.Tensor) -> bool:
+    return weight.device.type == "cpu" and native.kernels(weight.dtype) is not None
 
 
 def _head_bytes(weight: torch.Tensor) -> int:
@@ -118,9 +122,10 @@ class _Layer:
     """`kept` bytes a token, of which `cheap` are made again at the level `selective`; `weights` of attention, by token
     and token of its sequence; `working` while it is computed."""
 
-    def __init__(self, layer: nn.Module, lean: set[nn.Module], config: Any, size: int):
+    def __init__(self, layer: nn.Module, lean: set[nn.Module], config: Any, head: torch.Tensor):
         self.kept = self.cheap = self.weights = self.working = 0.0
-        self._size, self._config = size, config
+        self._size, self._config = head.element_size(), config
+        self._has_kernels = _has_kernels(head)
         learns = any(parameter.requires_grad for parameter in layer.parameters())
         for name, module in layer.named_modules():
             last = name.rpartition(".")[2]
@@ -154,15 +159,15 @@ class _Layer:
         if is_convolution:
             self.kept += 8 * width * self._size
             return
-        copies = 2 if self._size == 2 else 3  # a loop of SDPA over segments has its output twice
+        copies = 2 if self._size == 2 or self._has_kernels else 3  # a loop of SDPA over segments has its output twice
         self.kept += width * self._size * (copies + 2 * self._key_heads / self._heads)
         self.weights += self._heads * self._size
         self.working = max(self.working, 6 * width * self._size)
 
     def _feed_forward(self, width: int, is_lean: bool, learns: bool) -> None:
         self.kept += width * self._size * (2 if is_lean else 3 + learns)
-        fused = self._size == 2 and native.kernels() is not None  # three tensors in one pass, without a fourth
-        self.working = max(self.working, (4 if fused else 5) * width * self._size)
+        tensors = 4 if self._has_kernels else 5  # kernels make three in one pass, without a fourth
+        self.working = max(self.working, tensors * width * self._size)
 
     def _adapters(self, layer: Any) -> None:
         """LoRA's inner product, and with dropout the dropped input and its mask."""

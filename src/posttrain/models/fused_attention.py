@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from posttrain import native
 from posttrain.models.decoding import Memory, Reading
 from posttrain.models.lean_layers import is_close
-from posttrain.native.kernels import LANES
+from posttrain.native.kernels import LANES, per_word
 from posttrain.types import Layout
 
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -35,12 +35,11 @@ def can_fuse(query_HTE: torch.Tensor, value_KTE: torch.Tensor, layout: Layout, w
     """Whether the kernels know these shapes; a window counts where something is longer."""
     size = query_HTE.shape[-1]
     return (
-        native.fits(query_HTE, value_KTE)
-        and size % LANES == 0
+        size % LANES == 0
         and value_KTE.shape[-1] == size
         and (window is None or layout.max_length <= window)
         and min(layout.lengths, default=0) > 0
-        and native.kernels() is not None
+        and native.kernels_for(query_HTE, value_KTE) is not None
     )
 
 
@@ -65,7 +64,7 @@ class _FusedAttention(torch.autograd.Function):
         layout: Layout,
         scale: float,
     ) -> torch.Tensor:
-        kernels = _kernels()
+        kernels = _kernels(query_THE, key_TKE, value_TKE, *(turns or ()))
         query_THE, key_TKE, value_TKE = (_readable(one) for one in (query_THE, key_TKE, value_TKE))
         if turns is not None:
             query_THE, key_TKE = (kernels.rotate(one, *turns) for one in (query_THE, key_TKE))
@@ -87,16 +86,17 @@ class _FusedAttention(torch.autograd.Function):
         return grad_query, grad_key, grad_value, None, None, None
 
 
-def _kernels() -> Any:
-    kernels = native.kernels()
+def _kernels(*tensors: torch.Tensor) -> Any:
+    kernels = native.kernels_for(*tensors)
     assert kernels is not None
     return kernels
 
 
 def _readable(one_THE: torch.Tensor) -> torch.Tensor:
-    """As it is if heads lie whole in memory, pairs of numbers aligned; a copy if not."""
+    """As it is if heads lie whole in memory, words of numbers aligned; a copy if not."""
     tokens, heads, last = one_THE.stride()
-    usable = last == 1 and tokens % 2 == 0 and heads % 2 == 0 and one_THE.data_ptr() % 4 == 0
+    words = per_word(one_THE.dtype)
+    usable = last == 1 and tokens % words == 0 and heads % words == 0 and one_THE.data_ptr() % 4 == 0
     return one_THE if usable else one_THE.clone(memory_format=torch.contiguous_format)
 
 
@@ -106,8 +106,6 @@ def _readable(one_THE: torch.Tensor) -> torch.Tensor:
 def specialise_attention(base: nn.Module) -> list[nn.Module]:
     """Give attention modules of the usual kind the fused forward; those that got it. For a model whose attention is
     ours already."""
-    if native.kernels() is None:
-        return []
     changed = [module for module in base.modules() if _is_usual(module) and _gives_the_same(module)]
     for module in changed:
         module.forward = partial(_attention, module)
@@ -141,11 +139,11 @@ def has_caps(attention: Any) -> bool:
 
 def _gives_the_same(module: Any) -> bool:
     """On a few random tokens, a shared prompt among them."""
-    if not native.fits(next(module.q_proj.parameters())):
+    if (kernels := native.kernels_for(next(module.q_proj.parameters()))) is None:
         return False
     tokens, width, size = TRIAL.num_tokens, int(module.q_proj.in_features), int(module.head_dim)
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, tokens, width, generator=generator).to(torch.bfloat16)
+    hidden = torch.randn(1, tokens, width, generator=generator).to(kernels.dtype)
     angle = torch.randn(1, tokens, size, generator=generator)
     turns: Any = (angle.cos().to(hidden), angle.sin().to(hidden))
     options: dict[str, Any] = {"attention_mask": torch.empty(1, 1, 0, 0), "layout": TRIAL}
@@ -188,7 +186,7 @@ def _attention(
         query_THE, key_TKE = module.q_norm(query_THE), module.k_norm(key_TKE)
     turns: Any = tuple(one[0].contiguous() for one in position_embeddings or ())
     if isinstance(layout, Reading) and layout.memory is not None:
-        query_THE, key_TKE = (_kernels().rotate(_readable(one), *turns) for one in (query_THE, key_TKE))
+        query_THE, key_TKE = (_kernels(one, *turns).rotate(_readable(one), *turns) for one in (query_THE, key_TKE))
         layout.memory.remember(module.layer_idx, key_TKE.transpose(0, 1)[None], value_TKE.transpose(0, 1)[None], layout)
         turns = None
     out_THE = _FusedAttention.apply(query_THE, key_TKE, value_TKE, turns, layout, module.scaling)
@@ -196,11 +194,14 @@ def _attention(
 
 
 def _is_ours(module: Any, hidden_1TD: torch.Tensor, turns: Any, layout: Any) -> bool:
-    """Heads that are turned in part (GLM 4) have cosines for that part only, and are not."""
+    """Heads that are turned in part (GLM 4) have cosines for that part only, and are not. Under autocast what comes out
+    of projections has another dtype than what goes in."""
+    if torch.is_autocast_enabled("cpu"):
+        return False
     if not isinstance(layout, Layout) or turns is None or (module.training and _drops(module)):
         return False
     head, shape = hidden_1TD.new_empty(0, module.head_dim), (1, hidden_1TD.shape[1], module.head_dim)
-    are_whole = native.fits(*turns) and all(one.shape == shape for one in turns)
+    are_whole = all(one.shape == shape and one.dtype == head.dtype for one in turns)
     return are_whole and can_fuse(head, head, layout, window_of(module))
 
 

@@ -153,7 +153,7 @@ class _TokenLogps(torch.autograd.Function):
             target_C = target_R[part]
             low_CV = work.products(hidden_RD[part], weight_VD)
             if kernels is not None and isinstance(times := shape.slope(low_CV), float):
-                factor_C = torch.full((len(target_C),), -times) if early else None
+                factor_C = torch.full((len(target_C),), -times, dtype=torch.float32) if early else None
                 logp_R[part], top1_R[part], entropy_R[part], mean_R[part], collision_R[part] = kernels.head(
                     low_CV, target_C.contiguous(), times, factor_C
                 )

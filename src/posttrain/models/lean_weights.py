@@ -18,6 +18,7 @@ from posttrain.models.adapters import LeanLora
 from posttrain.models.available import total_memory
 from posttrain.models.forward import Policy
 from posttrain.models.fused_attention import has_caps, window_of
+from posttrain.native.kernels import per_word
 from posttrain.native.strips import Strips
 
 PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -48,10 +49,10 @@ class Product:
             self.bias = None
             if getattr(bases[0], "bias", None) is not None:  # PEFT's wrapper of a tied head has none
                 self.bias = torch.cat([base.bias.detach() for base in bases])
-            if packs and native.fits(joined) and joined.shape[1] % 2 == 0 and native.kernels() is not None:
+            if packs and _has_strips(joined):
                 self.strips = Strips.of(joined, self.bias)
             else:
-                self.is_packed = packs and joined.dtype == torch.bfloat16
+                self.is_packed = packs and joined.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
                 self.weight = self._laid_out(joined, rows)
         self._take_adapters(bases[0].weight.dtype, rows)
 
@@ -109,7 +110,7 @@ class Product:
     def _by_strips(
         self, strips: Strips, x_BD: torch.Tensor, plus: torch.Tensor | None, adapted: bool = True
     ) -> torch.Tensor:
-        kernels = native.kernels()
+        kernels = native.kernels_for(x_BD)
         assert kernels is not None
         a, b, rank = (strips.a, strips.b, strips.rank) if adapted else (None, None, 0)
         more = None if plus is None else plus.contiguous()
@@ -124,6 +125,10 @@ class Product:
             return y if plus is None else plus + y
         own = torch.ops.mkldnn._linear_pointwise
         return own(x, weight, bias, "none", [], "") if plus is None else own.binary(x, plus, weight, bias, "add")
+
+
+def _has_strips(weight: torch.Tensor) -> bool:
+    return weight.shape[1] % per_word(weight.dtype) == 0 and native.kernels_for(weight) is not None
 
 
 def _base(layer: nn.Module) -> Any:
@@ -183,8 +188,11 @@ class LeanWeights:
     @property
     def _packs(self) -> bool:
         size = sum(p.numel() * p.element_size() for p in self.policy.base.parameters())
-        on_cpu = self.policy.device.type == "cpu"
-        return on_cpu and torch.backends.mkldnn.is_available() and total_memory(self.policy.device) > 4 * size
+        dtype, device = self.policy.base.get_input_embeddings().weight.dtype, self.policy.device
+        if device.type != "cpu" or total_memory(device) <= 4 * size:
+            return False
+        by_library = dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
+        return by_library or native.kernels(dtype) is not None
 
     @property
     def num_bytes(self) -> int:

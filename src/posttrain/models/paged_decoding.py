@@ -18,7 +18,7 @@ import torch
 from posttrain import native
 from posttrain.models.decoding import Memory
 from posttrain.models.lean_weights import LeanLayer, LeanWeights
-from posttrain.native.kernels import LANES
+from posttrain.native.kernels import LANES, per_word
 from posttrain.native.strips import StripLayer, as_table
 
 PAGE = 64
@@ -32,7 +32,7 @@ def can_page(weights: LeanWeights) -> bool:
     body = weights.policy.base.base_model
     x_D = weights.policy.base.get_input_embeddings().weight[:1]
     turns = body.rotary_emb(x_D[None], torch.zeros(1, 1, dtype=torch.long))
-    are_whole = all(native.fits(one) and one.shape[-1] == weights.head_size for one in turns)
+    are_whole = all(one.shape[-1] == weights.head_size for one in turns) and native.kernels_for(x_D, *turns) is not None
     have_strips = all(product.strips is not None for product in weights.products())
     return are_whole and have_strips and weights.head_size % LANES == 0
 
@@ -59,6 +59,7 @@ class PagedRows:
 
     def __init__(self, weights: LeanWeights, memory: Memory):
         self.weights, self.memory = weights, memory
+        self._dtype = weights.policy.base.get_input_embeddings().weight.dtype
         self._layers = as_table([_strip_layer(layer) for layer in weights.layers])
         self.places: list[_Place] = []
         self._prompts: dict[int, list[_Page]] = {}
@@ -95,23 +96,24 @@ class PagedRows:
         if self._free:
             return self._free.pop()
         weights = self.weights
-        return torch.zeros(len(weights.layers), weights.key_heads, 2, PAGE // 2 * weights.head_size, dtype=torch.int32)
+        words = PAGE // per_word(self._dtype) * weights.head_size
+        return torch.zeros(len(weights.layers), weights.key_heads, 2, words, dtype=torch.int32)
 
     def _pages_of(self, number: int) -> list[_Page]:
         """What the model has kept of a prompt."""
-        length, size = self.memory.lengths[number], self.weights.head_size
+        length, size, per = self.memory.lengths[number], self.weights.head_size, per_word(self._dtype)
         pages = [_Page(self._page(), min(PAGE, length - start)) for start in range(0, length, PAGE)]
         for index, layer in enumerate(self.weights.layers):
             keys_KEP, values_KPE = self.memory.prompt(layer.index, number)
             heads = len(keys_KEP)
-            keys = keys_KEP.view(heads, size // 2, 2, length).transpose(2, 3)
-            values = torch.nn.functional.pad(values_KPE, (0, 0, 0, length % 2)).view(heads, -1, 2, size).mT
+            keys = keys_KEP.view(heads, size // per, per, length).transpose(2, 3)
+            values = torch.nn.functional.pad(values_KPE, (0, 0, 0, -length % per)).view(heads, -1, per, size).mT
             for at, page in enumerate(pages):
                 start, stop = at * PAGE, at * PAGE + page.used
-                both = page.words[index].view(torch.bfloat16)
-                both[:, 0].view(heads, size // 2, PAGE, 2)[:, :, : page.used] = keys[:, :, start:stop]
-                down = both[:, 1].view(heads, PAGE // 2, size, 2)
-                down[:, : (page.used + 1) // 2] = values[:, start // 2 : (stop + 1) // 2]
+                both = page.words[index].view(self._dtype)
+                both[:, 0].view(heads, size // per, PAGE, per)[:, :, : page.used] = keys[:, :, start:stop]
+                down = both[:, 1].view(heads, PAGE // per, size, per)
+                down[:, : -(-page.used // per)] = values[:, start // per : -(-stop // per)]
         return pages
 
     # --- a step -------------------------------------------------------------------------------------------------------
@@ -123,7 +125,7 @@ class PagedRows:
         position_B = torch.tensor([place.length for place in self.places])
         x_BD = body.embed_tokens(torch.tensor(ids))
         turns: Any = tuple(one[0].contiguous() for one in body.rotary_emb(x_BD[None], position_B[None]))
-        kernels = native.kernels()
+        kernels = native.kernels_for(x_BD, *turns)
         assert kernels is not None
         sizes = weights.heads, weights.key_heads, weights.head_size
         kernels.decode(x_BD, self._layers, turns, self._pages_BN, self._counts_BN, sizes, weights.scale)

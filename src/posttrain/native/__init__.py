@@ -1,5 +1,6 @@
 """What torch takes a dozen passes over memory for on a CPU, in one: kernels in C++ for norms, SwiGLU, rotary
-embeddings, attention and decoding, in bf16; and an allocator that keeps a CPU's large tensors together (arena.py).
+embeddings, attention and decoding, in bf16 and fp32; and an allocator that keeps a CPU's large tensors together
+(arena.py).
 
 They are a faster way to the same numbers and nothing needs them: without a compiler, on another processor, in another
 dtype, torch's own operations do the same, and the twins are compared in tests. `POSTTRAIN_NATIVE=0` leaves them out.
@@ -22,12 +23,13 @@ from posttrain.native.kernels import Kernels
 
 logger = logging.getLogger("posttrain")
 PLAIN = (torch.Tensor, torch.nn.Parameter)
+DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 _is_off = False
 
 
-def kernels() -> Kernels | None:
-    """The kernels, compiled on first use; None where there are none. Why not is said once."""
-    return None if _is_off else _loaded()
+def kernels(dtype: torch.dtype) -> Kernels | None:
+    """The kernels for tensors of `dtype`, compiled on first use; None where there are none. Why not is said once."""
+    return None if _is_off or dtype not in DTYPES else _loaded(dtype)
 
 
 @contextmanager
@@ -41,14 +43,14 @@ def without_kernels() -> Iterator[None]:
         _is_off = before
 
 
-@lru_cache(maxsize=1)
-def _loaded() -> Kernels | None:
+@lru_cache(maxsize=len(DTYPES))
+def _loaded(dtype: torch.dtype) -> Kernels | None:
     if os.environ.get("POSTTRAIN_NATIVE") == "0":
         return None
     try:
-        return Kernels(load(cache()))
+        return Kernels(load(cache(), dtype), dtype)
     except NotBuilt as reason:
-        logger.info("kernels  none, torch's own operations instead: %s", reason)
+        logger.info("kernels  none for %s, torch's own operations instead: %s", DTYPES[dtype], reason)
         return None
 
 
@@ -60,12 +62,9 @@ def cache() -> Path:
         raise NotBuilt(f"{error}; name a folder for them in POSTTRAIN_CACHE") from None
 
 
-def fits(*tensors: torch.Tensor) -> bool:
-    """Whether the kernels take these: bf16 on a CPU, numbers that lie in memory (a quantised or traced tensor says that
-    it is bf16 too)."""
-    return all(type(x) in PLAIN and x.device.type == "cpu" and x.dtype == torch.bfloat16 for x in tensors)
-
-
 def kernels_for(*tensors: torch.Tensor) -> Kernels | None:
-    """The kernels, if there are any and they take these."""
-    return kernels() if fits(*tensors) else None
+    """The kernels, if there are any that take all of these: of one dtype on a CPU, numbers that lie in memory (a
+    quantised or traced tensor says that it is bf16 too)."""
+    dtype = tensors[0].dtype
+    fit = all(type(x) in PLAIN and x.device.type == "cpu" and x.dtype == dtype for x in tensors)
+    return kernels(dtype) if fit else None

@@ -22,11 +22,13 @@ import torch
 SOURCE = Path(__file__).parent / "source"
 FLAGS = (
     "-std=c++17", "-O3", "-fPIC", "-shared", "-fno-strict-aliasing", "-fno-math-errno",
-    "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma", "-mbmi2",
+    "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mbmi2",
 )  # fmt: skip
+FLAGS_OF = {torch.bfloat16: ("-mavx512bf16",), torch.float32: ("-DPOSTTRAIN_FP32",)}
+"""What tensors hold; one library for each."""
 ARENA_FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared")  # torch's headers are C++20
-NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "fma", "bmi2"}
-"""What the processor must be able to do, as Linux spells it."""
+NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "bmi2"}
+"""What the processor must be able to do, as Linux spells it; for bf16 `avx512_bf16` as well."""
 DEADLINE = 300.0
 
 
@@ -34,11 +36,13 @@ class NotBuilt(Exception):
     """Why there is no such library here."""
 
 
-def load(cache: Path) -> ctypes.CDLL:
-    """The kernels, compiled if they are not in `cache` yet. Raises NotBuilt."""
-    _check_processor()
+def load(cache: Path, dtype: torch.dtype) -> ctypes.CDLL:
+    """The kernels for tensors of `dtype`, compiled if they are not in `cache` yet. Raises NotBuilt."""
+    if dtype not in FLAGS_OF:
+        raise NotBuilt(f"they are for bf16 and fp32, not for {dtype}")
+    _check_processor(dtype)
     openmp = _openmp()
-    return _loaded(_built(cache, "kernels", SOURCE, FLAGS), openmp)
+    return _loaded(_built(cache, "kernels", SOURCE, (*FLAGS, *FLAGS_OF[dtype])), openmp)
 
 
 def load_arena(cache: Path) -> ctypes.CDLL:
@@ -63,11 +67,12 @@ def _loaded(target: Path, needed: str) -> ctypes.CDLL:
         raise NotBuilt(f"{target} cannot be loaded, delete it to compile it anew: {error}") from None
 
 
-def _check_processor() -> None:
+def _check_processor(dtype: torch.dtype) -> None:
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         raise NotBuilt(f"they are for Linux on x86-64, this is {platform.system()} on {platform.machine()}")
     flags = next((set(line.split()) for line in _system("/proc/cpuinfo") if line.startswith("flags")), set[str]())
-    if missing := sorted(NEEDED - flags):
+    needed = NEEDED | {"avx512_bf16"} if dtype == torch.bfloat16 else NEEDED
+    if missing := sorted(needed - flags):
         raise NotBuilt(f"the processor has no {', '.join(missing)}")
 
 

@@ -1,5 +1,5 @@
-"""The compiled functions as functions of tensors. Everything is bf16 on a CPU but what a docstring calls fp32; callers
-see to that.
+"""The compiled functions as functions of tensors. Everything is on a CPU and has the library's dtype, bf16 or fp32, but
+what a docstring calls fp32; callers see to that.
 
 Shape suffixes: `T` tokens, `D` hidden, `H` query heads, `K` key heads, `E` head size.
 """
@@ -17,6 +17,12 @@ from posttrain.types import Layout
 LANES = 16
 """Heads have a multiple of so many numbers."""
 
+
+def per_word(dtype: torch.dtype) -> int:
+    """Numbers in the 32-bit words that products are made of (source/products.h)."""
+    return 4 // dtype.itemsize
+
+
 _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 _SIGNATURES = {
     "norm": (_POINTER,) * 4 + (_LONG, _LONG, _FLOAT),
@@ -24,9 +30,6 @@ _SIGNATURES = {
     "gated": (_POINTER,) * 3 + (_LONG,) * 3,
     "gated_backward": (_POINTER,) * 5 + (_LONG,),
     "rotate": (_POINTER,) * 4 + (_LONG,) * 4 + (_FLOAT,),
-    "low_rank": (_POINTER,) * 5 + (_LONG,) * 4,
-    "low_rank_backward": (_POINTER,) * 5 + (_LONG,) * 4,
-    "low_rank_sums": (_POINTER,) * 3 + (_LONG,) * 3,
     "head": (_POINTER,) * 8 + (_LONG, _LONG, _FLOAT),
     "linear": (_POINTER,) * 7 + (_LONG,) * 4,
     "decode": (_POINTER, _POINTER, _LONG) + (_POINTER,) * 4 + (_LONG,) * 6 + (_FLOAT,),
@@ -34,12 +37,18 @@ _SIGNATURES = {
     "attention": (_POINTER,) * 7 + (_LONG,) * 5 + (_FLOAT,),
     "attention_backward": (_POINTER,) * 10 + (_LONG,) * 5 + (_FLOAT,),
 }
+_IN_BF16_ONLY = {
+    "low_rank": (_POINTER,) * 5 + (_LONG,) * 4,
+    "low_rank_backward": (_POINTER,) * 5 + (_LONG,) * 4,
+    "low_rank_sums": (_POINTER,) * 3 + (_LONG,) * 3,
+}
 
 
 class Kernels:
-    def __init__(self, library: ctypes.CDLL):
+    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype):
+        self.dtype = dtype
         self._call: dict[str, Callable[..., None]] = {}
-        for name, types in _SIGNATURES.items():
+        for name, types in (_SIGNATURES | (_IN_BF16_ONLY if dtype == torch.bfloat16 else {})).items():
             function = getattr(library, f"posttrain_{name}")
             function.argtypes, function.restype = types, None
             self._call[name] = function
@@ -148,7 +157,7 @@ class Kernels:
         )  # fmt: skip
         return grads  # type: ignore[return-value]
 
-    # --- LoRA ---------------------------------------------------------------------------------------------------------
+    # --- LoRA, in bf16 ------------------------------------------------------------------------------------------------
 
     def low_rank(self, x_TI: torch.Tensor, a: torch.Tensor, b: torch.Tensor, out_TO: torch.Tensor) -> torch.Tensor:
         """`out += (x A') B'`, for A `(r, I)` and B `(O, r)`, all three multiples of 16; returns `x A'`."""

@@ -1,6 +1,6 @@
-"""Linear layers as the kernels of decoding read them (source/decoding.cpp): 16 outputs at a time, pairs of inputs in
-one word, one strip after the other, so that a step reads every weight once and in order. Adapters are laid out alike
-and are part of the same product.
+"""Linear layers as the kernels of decoding read them (source/decoding.cpp): 16 outputs at a time, inputs in words (of
+two in bf16, of one in fp32), one strip after the other, so that a step reads every weight once and in order. Adapters
+are laid out alike and are part of the same product.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
-from posttrain.native.kernels import LANES
+from posttrain.native.kernels import LANES, per_word
 
 
 class CProduct(ctypes.Structure):
@@ -43,7 +43,7 @@ class Strips:
 
     @classmethod
     def of(cls, weight: torch.Tensor, bias: torch.Tensor | None) -> Strips:
-        """`weight` is `(out, width)` in bf16 with an even width."""
+        """`weight` is `(out, width)`, the width made of whole words."""
         return cls(in_strips(weight), bias, weight.shape[1], weight.shape[0])
 
     def adapt(self, a: torch.Tensor | None, b: torch.Tensor | None) -> None:
@@ -89,9 +89,10 @@ def as_table(layers: Sequence[StripLayer]) -> ctypes.Array[CLayer]:
 
 
 def in_strips(weight: torch.Tensor) -> torch.Tensor:
-    """`(out, in)` in bf16 to `(out / 16, in / 2, 16)` words, the last strip filled up with zeros."""
+    """`(out, in)` to `(out / 16, words of in, 16)`, the last strip filled up with zeros."""
     padded = pad(weight, (0, 0, 0, -len(weight) % LANES)).contiguous()
-    return padded.view(torch.int32).view(-1, LANES, weight.shape[1] // 2).transpose(1, 2).contiguous()
+    words = weight.shape[1] // per_word(weight.dtype)
+    return padded.view(torch.int32).view(-1, LANES, words).transpose(1, 2).contiguous()
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:

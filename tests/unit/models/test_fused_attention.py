@@ -16,31 +16,41 @@ from torch import nn
 from posttrain import SFTConfig, native
 from posttrain.models import fused_attention as fused
 from posttrain.models.attention import PACKED_ATTENTION, register
+from posttrain.models.forward import open_policy
 from posttrain.models.fused_attention import can_fuse, fused_attention, specialise_attention
 from posttrain.models.lean_layers import give_back
 from posttrain.native.kernels import Kernels
 from posttrain.session import Session
 from posttrain.types import Layout, Needs
-from tests.native_reference import assert_near, attended, kernels_or_skip, laid_end_to_end, random, rotated
+from tests.native_reference import (
+    assert_near,
+    attended,
+    kernels_or_skip,
+    laid_end_to_end,
+    native_dtype,
+    random,
+    rotated,
+)
 from tests.tiny_batches import random_batch
 from tests.tiny_models import FAMILIES, SIZES, VOCABULARY
 
+pytestmark = pytest.mark.usefixtures("each_native_dtype")
 LAYOUT = laid_end_to_end((12, 5, 30, 1), (-1, 0, -1, -1))
 WIDE = {"hidden_size": 64, "head_dim": 16}
 """Heads of 16, which the kernels know."""
 
 
 @pytest.fixture
-def kernels() -> Kernels:
+def kernels(each_native_dtype: None) -> Kernels:
     return kernels_or_skip()
 
 
 def model(name: str, **options: Any) -> Any:
-    """A random model in bf16 of transformers' family `name`."""
+    """A random model of transformers' family `name`."""
     torch.manual_seed(0)
     config_class = "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config"
     config = getattr(transformers, config_class)(vocab_size=VOCABULARY, **{**SIZES, **WIDE, **options})
-    return getattr(transformers, f"{name}ForCausalLM")(config).bfloat16()
+    return getattr(transformers, f"{name}ForCausalLM")(config).to(native_dtype())
 
 
 def packed(name: str, **options: Any) -> Any:
@@ -104,6 +114,8 @@ OWN: dict[str, tuple[str, dict[str, Any]]] = {
 def test_what_a_family_does_otherwise_it_goes_on_doing(
     name: str, options: dict[str, Any], fused_calls: list[bool]
 ) -> None:
+    if name == "Olmo" and not options and native_dtype() == torch.float32:
+        pytest.skip("turning in fp32 is nothing special in fp32")
     one = packed(name, **options)
     changed = specialise_attention(one)
     fused_calls.clear()
@@ -174,7 +186,7 @@ def test_training_gives_the_same_numbers_without_kernels(
 
 
 def loss_and_gradients(one: Any, batch: Any, level: str, folder: Path) -> dict[str, torch.Tensor]:
-    session = Session.open(one, SFTConfig(str(folder), bf16=True))
+    session = Session.open(one, SFTConfig(str(folder), bf16=native_dtype() == torch.bfloat16))
     session.recompute(level)
     loss = -session.policy(batch, Needs()).logp_R.mean()
     loss.backward()
@@ -186,16 +198,13 @@ def loss_and_gradients(one: Any, batch: Any, level: str, folder: Path) -> dict[s
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_fp32_never_touches_them(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float64_never_touches_them(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor would CUDA: both are asked in one place."""
-    monkeypatch.setattr(Kernels, "__init__", lambda *_: None)
-    untouchable: Any = Kernels(None)  # type: ignore[arg-type]  # whatever is called fails
-    monkeypatch.setattr(native, "_loaded", lambda: untouchable)
-    session = Session.open(FAMILIES[family](VOCABULARY), SFTConfig(str(tmp_path), bf16=False))
-    (-session.policy(random_batch([9, 4]), Needs()).logp_R.mean()).backward()
-    session.close()
+    monkeypatch.setattr(native, "_loaded", lambda dtype: pytest.fail(f"asked for {dtype}"))
+    policy = open_policy(FAMILIES[family](VOCABULARY).double())
+    (-policy(random_batch([9, 4]), Needs()).logp_R.mean()).backward()
     if torch.cuda.is_available():
-        assert not native.fits(torch.empty(1, dtype=torch.bfloat16, device="cuda"))
+        assert native.kernels_for(torch.empty(1, device="cuda")) is None
 
 
 # --- as autograd sees it ---------------------------------------------------------------------------------------------
@@ -239,7 +248,7 @@ def test_gradients_of_any_strides(loss: Callable[[torch.Tensor], torch.Tensor]) 
 def test_turned_first() -> None:
     query, key, value = (by_token(one.detach()).contiguous().requires_grad_() for one in heads())
     angle = random(LAYOUT.num_tokens, 16, seed=5).float()
-    turns = angle.cos().bfloat16(), angle.sin().bfloat16()
+    turns = angle.cos().to(query), angle.sin().to(query)
     grad = random(*query.shape, seed=6)
     out = fused._FusedAttention.apply(query, key, value, turns, LAYOUT, 0.25)
     seen = torch.autograd.grad(out, (query, key, value), grad)
@@ -257,9 +266,9 @@ def test_numbers_at_odd_places_are_copied() -> None:
     expected = fused_attention(*given, LAYOUT, 0.25)
     odd = []
     for one in given:
-        room = torch.empty(one.numel() + 1, dtype=torch.bfloat16)[1:]
+        room = torch.empty(one.numel() + 1, dtype=native_dtype())[1:]
         odd.append(room.view(by_token(one).shape).copy_(by_token(one.detach())).transpose(0, 1)[None])
-    assert odd[0].data_ptr() % 4 == 2
+    assert odd[0].data_ptr() % 4 == native_dtype().itemsize % 4
     assert torch.equal(fused_attention(*odd, LAYOUT, 0.25), expected)
     assert fused._readable(by_token(odd[0])).data_ptr() % 4 == 0
 
@@ -270,7 +279,7 @@ def test_a_second_derivative_is_refused(which: str) -> None:
     x = random(LAYOUT.num_tokens, 64).requires_grad_()
     if which in ("attention", "turned"):
         q = (x * 1).view(-1, 4, 16)
-        turns = (torch.ones(len(x), 16).bfloat16(),) * 2 if which == "turned" else None
+        turns = (torch.ones(len(x), 16).to(x),) * 2 if which == "turned" else None
         out = fused._FusedAttention.apply(q, q, q, turns, LAYOUT, 0.25)
     else:
         from posttrain.models.lean_layers import specialise_layers
@@ -287,7 +296,7 @@ def test_a_second_derivative_is_refused(which: str) -> None:
 @pytest.mark.parametrize("which", range(5), ids=("query", "key", "value", "cosines", "sines"))
 def test_inputs_changed_before_the_backward_pass_are_noticed(which: int) -> None:
     query, key, value = (by_token(one.detach()).contiguous() for one in heads())
-    turns = (torch.ones(LAYOUT.num_tokens, 16).bfloat16(), torch.zeros(LAYOUT.num_tokens, 16).bfloat16())
+    turns = (torch.ones(LAYOUT.num_tokens, 16).to(query), torch.zeros(LAYOUT.num_tokens, 16).to(query))
     used = query.clone().requires_grad_()
     given = [query, key, value, *turns]
     plain = None if which < 3 else turns
@@ -337,7 +346,7 @@ def test_backward_passes_of_other_threads() -> None:
 
 @pytest.fixture
 def there_are_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(native, "kernels", lambda: object())
+    monkeypatch.setattr(native, "_loaded", lambda _: object())
     return
 
 
@@ -349,7 +358,8 @@ def there_are_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (16, torch.bfloat16, 4, (3, 4), True),
         (16, torch.bfloat16, 3, (3, 4), False),
         (24, torch.bfloat16, None, (3, 4), False),
-        (16, torch.float32, None, (3, 4), False),
+        (16, torch.float32, None, (3, 4), True),
+        (16, torch.float64, None, (3, 4), False),
         (16, torch.float16, None, (3, 4), False),
         (16, torch.bfloat16, None, (3, 0, 4), False),
         (16, torch.bfloat16, None, (), False),

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from posttrain import native
 from posttrain.models import adapters
 from posttrain.models.decoding import Memory
 from posttrain.models.forward import Policy, open_policy
@@ -125,9 +126,11 @@ class Traced:
 
 
 @torch.no_grad()
+@native.without_kernels()
 @pytest.mark.parametrize("family", sorted(TAKEN))
 def test_a_step_can_be_recorded_and_replayed(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing in it depends on anything but its inputs and buffers that stay: rows that go, come and grow included."""
+    """Nothing in it depends on anything but its inputs and buffers that stay, rows that go, come and grow included.
+    What is recorded are torch's operations, on CUDA; a trace would not see the kernels."""
     monkeypatch.setattr("posttrain.models.lean_decoding.BLOCK", 16)
     policy = opened(family, adapter=True)
     weights, before = lean_weights(policy), Traced.made

@@ -15,7 +15,7 @@ def close(seen: torch.Tensor, expected: torch.Tensor) -> bool:
     return bool((seen.double() - expected).norm() <= 6e-3 * expected.norm())
 
 
-@pytest.mark.skipif(native.kernels() is None, reason="no native kernels on this machine")
+@pytest.mark.skipif(native.kernels(torch.bfloat16) is None, reason="no native kernels for bf16 on this machine")
 @pytest.mark.parametrize(("tokens", "width", "out", "rank"), SHAPES)
 def test_products_of_an_update(tokens: int, width: int, out: int, rank: int) -> None:
     generator = torch.Generator().manual_seed(tokens)

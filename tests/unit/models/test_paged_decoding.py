@@ -19,18 +19,19 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from posttrain import native
 from posttrain.models import adapters
 from posttrain.models.decoding import Memory
 from posttrain.models.forward import Policy, open_policy
 from posttrain.models.lean_decoding import SharedRows, forward, lean_weights, sampling_bytes
 from posttrain.models.paged_decoding import PAGE, PagedRows, can_page
+from posttrain.native.kernels import Kernels
 from posttrain.native.strips import Strips
 from posttrain.rollout.engines import Request
 from posttrain.rollout.engines.local import LocalEngine
 from posttrain.rollout.sampling import Sampling
+from tests.native_reference import assert_near, kernels_or_skip, native_dtype
 
-pytestmark = pytest.mark.skipif(native.kernels() is None, reason="no native kernels on this machine")
+pytestmark = pytest.mark.usefixtures("kernels")
 SIZES = {"vocab_size": 211, "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512,
          "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
@@ -43,9 +44,14 @@ FAMILIES: dict[str, Any] = {
 }
 
 
+@pytest.fixture
+def kernels(each_native_dtype: None) -> Kernels:
+    return kernels_or_skip()
+
+
 def opened(family: str, adapter: bool) -> Policy:
     torch.manual_seed(0)
-    model = FAMILIES[family]().to(torch.bfloat16).eval()
+    model = FAMILIES[family]().to(native_dtype()).eval()
     for name, parameter in model.named_parameters():
         if "norm" in name or "bias" in name:
             torch.nn.init.normal_(parameter, mean=0.5, std=0.3)
@@ -96,18 +102,21 @@ def test_equals_the_models_own_forward(family: str, adapter: bool) -> None:
     prompts = [torch.randint(3, 211, (n,), generator=generator).tolist() for n in (PAGE - 1, 1, 7, PAGE, PAGE + 1, 160)]
     steps = torch.randint(3, 211, (PAGE + 6, len(prompts) + 1), generator=generator).tolist()
     for ours, theirs in zip(*(hidden_states(policy, prompts, steps, paged) for paged in (True, False)), strict=True):
-        assert (ours - theirs).norm() <= 3e-2 * theirs.norm()
+        assert_near(ours, theirs.double(), 3e-2)
 
 
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
-    """Bit for bit: the same row among three and among twenty others."""
+    """Bit for bit: the same row among three and among twenty others. In fp32 it does by a rounding or two, for there a
+    prompt's numbers depend on how many are read at once."""
     policy = opened("llama", adapter=True)
     steps = [[5 + n] * 4 for n in range(4)]
     few = hidden_states(policy, [[9, 8, 7], [4, 5, 6], [7, 9]], steps, paged=True)
     crowd = [[9, 8, 7], *([n, n + 1, n + 2] for n in range(20))]
     many = hidden_states(policy, crowd, [[*ids[:2], *ids[:1] * 20] for ids in steps], paged=True)
     for one, other in zip(few, many, strict=True):
-        assert torch.equal(one[0], other[0])
+        if native_dtype() == torch.bfloat16:
+            assert torch.equal(one[0], other[0])
+        assert_near(one[0], other[0].double())
 
 
 def test_pages_of_rows_that_leave_are_taken_over() -> None:
@@ -148,22 +157,20 @@ def test_what_was_sampled_is_as_likely_as_the_engine_says() -> None:
 
 @pytest.mark.parametrize("rows", [1, 3, 16, 17, 40])
 @pytest.mark.parametrize(("width", "out", "rank"), [(64, 48, 0), (34, 211, 3), (96, 5, 16), (2, 17, 40)])
-def test_products_in_strips(rows: int, width: int, out: int, rank: int) -> None:
+def test_products_in_strips(kernels: Kernels, rows: int, width: int, out: int, rank: int) -> None:
     generator = torch.Generator().manual_seed(rows * out)
 
     def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(torch.bfloat16)
+        return torch.randn(*shape, generator=generator).to(native_dtype())
 
     x, weight, bias, plus = random(rows, width), random(out, width), random(out), random(rows, out)
     a, b = random(rank, width), random(out, rank)
-    kernels = native.kernels()
-    assert kernels is not None
     strips = Strips.of(weight, bias)
     strips.adapt(a, b) if rank else strips.adapt(None, None)
     seen = kernels.linear(x, (strips.weight, bias, strips.a, strips.b), (out, strips.rank), plus).double()
-    inner = (x.double() @ a.double().T).to(torch.bfloat16).double()
+    inner = (x.double() @ a.double().T).to(native_dtype()).double()
     expected = x.double() @ weight.double().T + bias.double() + inner @ b.double().T + plus.double()
-    assert (seen - expected).norm() <= 4e-3 * expected.norm()
+    assert_near(seen, expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -187,4 +194,4 @@ def test_what_is_reckoned_is_what_is_taken(family: str) -> None:
 def test_a_model_of_another_kind_needs_its_keys_and_values_alone() -> None:
     policy = opened("llama", adapter=False)
     policy.base.base_model.layers[0].mlp.more = torch.nn.Linear(2, 2)
-    assert sampling_bytes(policy, 3, 7) == 3 * 7 * 2 * 2 * 2 * 16 * 2
+    assert sampling_bytes(policy, 3, 7) == 3 * PAGE * 2 * 2 * 2 * 16 * native_dtype().itemsize

@@ -29,7 +29,7 @@ def anew() -> Iterator[None]:
 @pytest.fixture
 def processor(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that would do."""
-    monkeypatch.setattr(build, "_check_processor", lambda: None)
+    monkeypatch.setattr(build, "_check_processor", lambda _: None)
 
 
 def compiler(folder: Path, script: str) -> str:
@@ -44,13 +44,13 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(NotBuilt, match=r"there is no C\+\+ compiler \(c\+\+, g\+\+, clang\+\+\)"):
-        load(tmp_path / "cache")
+        load(tmp_path / "cache", torch.bfloat16)
     monkeypatch.setenv("CXX", "no-such-compiler -O2")
     with pytest.raises(NotBuilt, match="there is no C\\+\\+ compiler \\(no-such-compiler -O2\\)"):
-        load(tmp_path / "cache")
+        load(tmp_path / "cache", torch.bfloat16)
     monkeypatch.setenv("CXX", "c++ 'unbalanced")
     with pytest.raises(NotBuilt, match=r"CXX=c\+\+ 'unbalanced: No closing quotation"):
-        load(tmp_path / "cache")
+        load(tmp_path / "cache", torch.bfloat16)
 
 
 FAILS = """#!/bin/sh
@@ -65,7 +65,7 @@ exit 3
 def test_a_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CXX", compiler(tmp_path, FAILS))
     with pytest.raises(NotBuilt, match=r"compiler ended with 3: error: \S+ it does not know -mavx512bf16"):
-        load(tmp_path / "cache")
+        load(tmp_path / "cache", torch.bfloat16)
     assert not list((tmp_path / "cache").iterdir())
 
 
@@ -73,11 +73,11 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_pa
 def test_a_compiler_that_says_nothing_and_one_that_hangs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CXX", compiler(tmp_path, "#!/bin/sh\nexit 1\n"))
     with pytest.raises(NotBuilt, match="ended with 1: nothing"):
-        load(tmp_path)
+        load(tmp_path, torch.bfloat16)
     monkeypatch.setenv("CXX", compiler(tmp_path, "#!/bin/sh\nexec sleep 60\n"))
     monkeypatch.setattr(build, "DEADLINE", 0.2)
     with pytest.raises(NotBuilt, match="timed out"):
-        load(tmp_path)
+        load(tmp_path, torch.bfloat16)
 
 
 @pytest.mark.usefixtures("processor")
@@ -85,7 +85,7 @@ def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setenv("CXX", compiler(tmp_path, "#!/bin/sh\nexit 0\n"))
     (tmp_path / "file").touch()
     with pytest.raises(NotBuilt, match=r"file/kernels cannot be written: .*Not a directory"):
-        load(tmp_path / "file" / "kernels")
+        load(tmp_path / "file" / "kernels", torch.bfloat16)
 
 
 @pytest.mark.usefixtures("processor")
@@ -93,7 +93,7 @@ def test_a_library_that_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     writes = '#!/bin/sh\nwhile [ $# -gt 0 ]; do [ "$1" = -o ] && echo no library > "$2"; shift; done\n'
     monkeypatch.setenv("CXX", compiler(tmp_path, writes))
     with pytest.raises(NotBuilt, match=r"kernels-\w+\.so cannot be loaded, delete it to compile it anew: "):
-        load(tmp_path / "cache")
+        load(tmp_path / "cache", torch.bfloat16)
 
 
 @pytest.mark.usefixtures("processor")
@@ -101,18 +101,19 @@ def test_a_package_without_its_sources(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(build, "SOURCE", tmp_path)
     monkeypatch.setenv("CXX", compiler(tmp_path, "#!/bin/sh\nexit 0\n"))
     with pytest.raises(NotBuilt, match="has no sources: the package is not whole"):
-        load(tmp_path / "cache")
+        load(tmp_path / "cache", torch.bfloat16)
 
 
 def test_another_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(build.platform, "machine", lambda: "aarch64")
     with pytest.raises(NotBuilt, match=r"they are for Linux on x86-64, this is .* on aarch64"):
-        load(tmp_path)
+        load(tmp_path, torch.bfloat16)
     monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(build.platform, "system", lambda: "Linux")
     monkeypatch.setattr(build, "_system", lambda _: ["flags : fma bmi2 avx512f avx512bw avx512vl"])
-    with pytest.raises(NotBuilt, match="the processor has no avx512_bf16, avx512dq"):
-        load(tmp_path)
+    for dtype, missing in ((torch.bfloat16, "avx512_bf16, avx512dq"), (torch.float32, "avx512dq")):
+        with pytest.raises(NotBuilt, match=f"the processor has no {missing}$"):
+            load(tmp_path, dtype)
 
 
 def test_a_system_that_tells_nothing() -> None:
@@ -128,10 +129,10 @@ def test_without_them_everything_goes_on_and_the_reason_is_said_once(
     monkeypatch.setenv("CXX", compiler(tmp_path, FAILS))
     monkeypatch.delenv("POSTTRAIN_NATIVE", raising=False)
     with caplog.at_level(logging.INFO, "posttrain"):
-        assert native.kernels() is None
-        assert native.kernels() is None
+        assert native.kernels(torch.bfloat16) is None
+        assert native.kernels(torch.bfloat16) is None
     assert len(caplog.messages) == 1
-    assert "kernels  none, torch's own operations instead: " in caplog.text
+    assert "kernels  none for bf16, torch's own operations instead: " in caplog.text
     assert "it does not know -mavx512bf16" in caplog.text
 
 
@@ -144,27 +145,27 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch, caplog: pytest.L
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(Path, "expanduser", homeless)
     with caplog.at_level(logging.INFO, "posttrain"):
-        assert native.kernels() is None
+        assert native.kernels(torch.bfloat16) is None
     assert "name a folder for them in POSTTRAIN_CACHE" in caplog.text
 
 
 @pytest.mark.usefixtures("anew")
 def test_switched_off(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("POSTTRAIN_NATIVE", "0")
-    monkeypatch.setattr(native, "load", lambda _: pytest.fail("compiled"))
+    monkeypatch.setattr(native, "load", lambda *_: pytest.fail("compiled"))
     with caplog.at_level(logging.INFO, "posttrain"):
-        assert native.kernels() is None
+        assert native.kernels(torch.bfloat16) is None
     assert not caplog.messages
 
 
 def test_switched_off_for_a_while() -> None:
     kernels = kernels_or_skip()
     with native.without_kernels():
-        assert native.kernels() is None
+        assert native.kernels(torch.bfloat16) is None
         with native.without_kernels():
             pass
-        assert native.kernels() is None
-    assert native.kernels() is kernels
+        assert native.kernels(torch.bfloat16) is None
+    assert native.kernels(torch.bfloat16) is kernels
 
 
 class Quantised(torch.Tensor):
@@ -173,10 +174,13 @@ class Quantised(torch.Tensor):
 
 def test_what_fits() -> None:
     one = random(2, 3)
-    assert native.fits(one, torch.nn.Parameter(one))
-    assert not native.fits(one, one.float())
-    assert not native.fits(one, torch.empty(2, device="meta", dtype=torch.bfloat16))
-    assert not native.fits(one.as_subclass(Quantised))
+    assert native.kernels_for(one, torch.nn.Parameter(one)) is kernels_or_skip()
+    assert native.kernels_for(one, one.float()) is None
+    assert native.kernels_for(one.double()) is None
+    assert native.kernels_for(one, torch.empty(2, device="meta", dtype=torch.bfloat16)) is None
+    assert native.kernels_for(one.as_subclass(Quantised)) is None
+    with pytest.raises(NotBuilt, match=r"for bf16 and fp32, not for torch\.float64"):
+        load(native.cache(), torch.float64)
 
 
 LOADS = """
@@ -184,8 +188,8 @@ import sys, torch
 from pathlib import Path
 from posttrain.native.build import load
 from posttrain.native.kernels import Kernels
-x = torch.ones(3, 5, dtype=torch.bfloat16)
-print(float(Kernels(load(Path(sys.argv[1]))).norm(x, x[0], 0.0)[0].sum()))
+x = torch.ones(3, 5)
+print(float(Kernels(load(Path(sys.argv[1]), x.dtype), x.dtype).norm(x, x[0], 0.0)[0].sum()))
 """
 
 

@@ -8,8 +8,9 @@ import torch
 
 from posttrain import native
 from posttrain.rollout.sampling import Sampling, choose
-from tests.native_reference import kernels_or_skip, random
+from tests.native_reference import kernels_or_skip, native_dtype, random
 
+pytestmark = pytest.mark.usefixtures("each_native_dtype")
 SHAPES = ((1, 1), (3, 7), (2, 16), (5, 255), (4, 256), (3, 257), (16, 1000), (8, 49152))
 
 
@@ -80,7 +81,7 @@ def test_what_is_no_finite_number_shows_in_its_row(bad: float, place: int) -> No
 
 
 def test_tokens_without_probability_are_never_drawn() -> None:
-    logits = torch.full((4, 700), -torch.inf, dtype=torch.bfloat16)
+    logits = torch.full((4, 700), -torch.inf, dtype=native_dtype())
     for row, place in enumerate((0, 255, 256, 699)):
         logits[row, place] = 2.0
         logits[row, 300] = 1.0
@@ -92,6 +93,6 @@ def test_tokens_without_probability_are_never_drawn() -> None:
 
 def test_how_often() -> None:
     p = torch.tensor([[0.5, 0.2, 0.0, 0.3]])
-    logits = p.log().bfloat16().expand(1000, 4)
+    logits = p.log().to(native_dtype()).expand(1000, 4)
     token, _ = kernels_or_skip().draw(logits, torch.arange(1000, dtype=torch.float64) / 1000, 1.0)
     assert np.bincount(token.numpy(), minlength=4) == pytest.approx([500, 200, 0, 300], abs=3)

@@ -17,10 +17,12 @@ from tests.native_reference import (
     attended,
     kernels_or_skip,
     laid_end_to_end,
+    native_dtype,
     random,
     rotated,
 )
 
+pytestmark = pytest.mark.usefixtures("each_native_dtype")
 ROWS = (1, 2, 5, 300)
 WIDTHS = (1, 7, 16, 31, 64, 97, 1000)
 LAYOUTS = {
@@ -35,7 +37,7 @@ HEADS = ((4, 2, 16), (2, 2, 64), (6, 2, 80), (3, 1, 128), (1, 1, 256))
 
 
 @pytest.fixture
-def kernels() -> Kernels:
+def kernels(each_native_dtype: None) -> Kernels:
     return kernels_or_skip()
 
 
@@ -129,7 +131,8 @@ def test_swiglu(kernels: Kernels, rows: int, width: int) -> None:
 
 def test_every_gate_there_is(kernels: Kernels) -> None:
     """All numbers of bf16, infinities and NaN among them."""
-    gates = torch.arange(-(2**15), 2**15).short().view(torch.bfloat16)[None]
+    gates = torch.arange(-(2**15), 2**15).short().view(torch.bfloat16).to(native_dtype())[None]
+    relative, absolute = (2**-8, 1e-4) if native_dtype() == torch.bfloat16 else (1e-6, 1e-7)
     ones, exact = torch.ones_like(gates), gates.double()
     opened = exact.sigmoid()
     slope, product, again = kernels.gated_backward(gates, ones, ones.clone(), True)
@@ -140,14 +143,14 @@ def test_every_gate_there_is(kernels: Kernels) -> None:
         (again, exact * opened),
         (slope, opened * (1 + exact * (1 - opened))),
     ):
-        torch.testing.assert_close(seen.double(), expected, rtol=2**-8, atol=1e-4, equal_nan=True)
+        torch.testing.assert_close(seen.double(), expected, rtol=relative, atol=absolute, equal_nan=True)
 
 
 @pytest.mark.parametrize(("heads", "size"), [(1, 2), (3, 6), (2, 16), (5, 64), (1, 80), (2, 256)])
 @pytest.mark.parametrize("tokens", ROWS)
 def test_rotary_embeddings(kernels: Kernels, tokens: int, heads: int, size: int) -> None:
     x, grad, angle = random(tokens, heads, size), random(tokens, heads, size, seed=1), random(tokens, size, seed=2)
-    cos, sin = angle.float().cos().bfloat16(), angle.float().sin().bfloat16()  # its halves need not be alike
+    cos, sin = angle.float().cos().to(x), angle.float().sin().to(x)  # its halves need not be alike
     exact = x.double().requires_grad_()
     expected = rotated(exact, cos.double(), sin.double())
     expected.backward(grad.double())
@@ -159,7 +162,7 @@ def test_rotary_embeddings(kernels: Kernels, tokens: int, heads: int, size: int)
 
 def test_heads_that_lie_apart_are_turned_too(kernels: Kernels) -> None:
     x, angle = random(3, 40, 16).transpose(0, 1)[:, :, :], random(40, 16, seed=1)
-    cos, sin = angle.float().cos().bfloat16(), angle.float().sin().bfloat16()
+    cos, sin = angle.float().cos().to(x), angle.float().sin().to(x)
     assert torch.equal(kernels.rotate(x, cos, sin), kernels.rotate(x.contiguous(), cos, sin))
 
 

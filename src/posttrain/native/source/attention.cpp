@@ -18,9 +18,9 @@ namespace {
 constexpr long BLOCK = 48;  // queries at a time
 
 struct View {
-    bf16* data;
+    Number* data;
     long token, head;
-    bf16* at(long t, long h) const { return data + t * token + h * head; }
+    Number* at(long t, long h) const { return data + t * token + h * head; }
 };
 
 struct Segment {
@@ -40,19 +40,19 @@ void gather_across(const View& x, const Segment& s, long head, long size, uint32
     const long seen = s.parent_length + s.length;
     pack_across(x.at(s.parent_start, head), x.token, s.parent_length, size, out, room);
     pack_across(x.at(s.start, head), x.token, s.length, size, out + s.parent_length, room);
-    for (long pair = 0; pair < size / 2; ++pair)
-        std::memset(out + pair * room + seen, 0, (room - seen) * sizeof(uint32_t));
+    for (long word = 0; word < words(size); ++word)
+        std::memset(out + word * room + seen, 0, (room - seen) * sizeof(uint32_t));
 }
 
 void gather_down(const View& x, const Segment& s, long head, long size, uint32_t* out, long room) {
     const long seen = s.parent_length + s.length;
     pack_down(x.at(s.parent_start, head), x.token, s.parent_length, size, out, size, 0);
     pack_down(x.at(s.start, head), x.token, s.length, size, out, size, s.parent_length);
-    std::memset(out + up(seen, 2) / 2 * size, 0, (room / 2 - up(seen, 2) / 2) * size * sizeof(uint32_t));
+    std::memset(out + words(seen) * size, 0, (words(room) - words(seen)) * size * sizeof(uint32_t));
 }
 
-// The soft-max of a row's first `seen` scores as bf16, zeros up to `room`; returns the log of the sum of exponentials.
-float softmax(const float* score, long seen, long room, float scale, bf16* out) {
+// The soft-max of a row's first `seen` scores, zeros up to `room`; returns the log of the sum of exponentials.
+float softmax(const float* score, long seen, long room, float scale, Number* out) {
     __m512 most = _mm512_set1_ps(-INFINITY);
     for (long i = 0; i < seen; i += LANES) {
         const __mmask16 some = first(seen - i);
@@ -80,38 +80,39 @@ float softmax(const float* score, long seen, long room, float scale, bf16* out) 
 void forward_item(const Segment& s, long group, const Shape& shape, const View& q, const View& k, const View& v,
                   const View& out, float* lse, long tokens) {
     const long size = shape.size, seen = s.parent_length + s.length, room = up(seen, LANES);
-    scratch.begin(Scratch::bytes<uint32_t>(size / 2 * room) * 2 + Scratch::bytes<float>(BLOCK * room) +
-                  Scratch::bytes<bf16>(BLOCK * room) + Scratch::bytes<float>(BLOCK * size));
-    uint32_t* keys = scratch.take<uint32_t>(size / 2 * room);
-    uint32_t* values = scratch.take<uint32_t>(size / 2 * room);
+    scratch.begin(Scratch::bytes<uint32_t>(words(size) * room) * 2 + Scratch::bytes<float>(BLOCK * room) +
+                  Scratch::bytes<Number>(BLOCK * room) + Scratch::bytes<float>(BLOCK * size));
+    uint32_t* keys = scratch.take<uint32_t>(words(size) * room);
+    uint32_t* values = scratch.take<uint32_t>(words(size) * room);
     float* score = scratch.take<float>(BLOCK * room);
-    bf16* weight = scratch.take<bf16>(BLOCK * room);
+    Number* weight = scratch.take<Number>(BLOCK * room);
     float* sum = scratch.take<float>(BLOCK * size);
     gather_across(k, s, group, size, keys, room);
     gather_down(v, s, group, size, values, room);
     for (long h = group * shape.per_group(); h < (group + 1) * shape.per_group(); ++h)
         for (long begin = 0; begin < s.length; begin += BLOCK) {
             const long rows = std::min(BLOCK, s.length - begin), reach = up(s.parent_length + begin + rows, LANES);
-            product<false>(pairs_of(q.at(s.start + begin, h)), q.token / 2, 1, keys, room, score, reach, rows, reach,
-                           size / 2);
+            product<false>(words_of(q.at(s.start + begin, h)), q.token / PER_WORD, 1, keys, room, score, reach, rows, reach,
+                           words(size));
             for (long r = 0; r < rows; ++r)
                 lse[h * tokens + s.start + begin + r] =
                     softmax(score + r * reach, s.parent_length + begin + r + 1, reach, shape.scale, weight + r * reach);
-            product<false>(pairs_of(weight), reach / 2, 1, values, size, sum, size, rows, size, reach / 2);
+            product<false>(words_of(weight), words(reach), 1, values, size, sum, size, rows, size, words(reach));
             for (long r = 0; r < rows; ++r)
                 for (long i = 0; i < size; i += LANES)
                     store(out.at(s.start + begin + r, h) + i, _mm512_loadu_ps(sum + r * size + i));
         }
 }
 
-// Weights and the gradient of scores, of two queries at once: in pairs for the products that sum over queries, and the
-// scores' gradient by rows as well. A second query that is not there gives zeros.
+// Weights and the gradient of scores, of the queries of one word: as words for the products that sum over queries, and
+// the scores' gradient by rows as well. A query that is not there gives zeros.
 void softmax_backward(const float* score, const float* weight_grad, long reach, long seen, int queries, float scale,
-                      const float* lse, uint32_t* weight_pairs, uint32_t* score_pairs, bf16* score_grad) {
-    __m512 along[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+                      const float* lse, uint32_t* weight_words, uint32_t* score_words, Number* score_grad) {
+    __m512 along[PER_WORD];
     float* weight = const_cast<float*>(score);
     for (int q = 0; q < queries; ++q) {
         const __m512 scales = _mm512_set1_ps(scale), logs = _mm512_set1_ps(lse[q]);
+        along[q] = _mm512_setzero_ps();
         for (long i = 0; i < reach; i += LANES) {
             float* at = weight + q * reach + i;
             const __mmask16 some = seen + q - i <= 0 ? 0 : first(seen + q - i);
@@ -123,16 +124,16 @@ void softmax_backward(const float* score, const float* weight_grad, long reach, 
         along[q] = _mm512_set1_ps(_mm512_reduce_add_ps(along[q]));
     }
     for (long i = 0; i < reach; i += LANES) {
-        __m256i w[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()}, g[2] = {w[0], w[0]};
+        __m512 weights[PER_WORD], grads[PER_WORD];
+        for (int q = 0; q < PER_WORD; ++q) weights[q] = grads[q] = _mm512_setzero_ps();
         for (int q = 0; q < queries; ++q) {
-            const __m512 weights = _mm512_loadu_ps(weight + q * reach + i);
             const __m512 slope = _mm512_sub_ps(_mm512_loadu_ps(weight_grad + q * reach + i), along[q]);
-            w[q] = narrow(weights);
-            g[q] = narrow(_mm512_mul_ps(weights, slope));
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(score_grad + q * reach + i), g[q]);
+            weights[q] = _mm512_loadu_ps(weight + q * reach + i);
+            grads[q] = _mm512_mul_ps(weights[q], slope);
+            store(score_grad + q * reach + i, grads[q]);
         }
-        _mm512_storeu_si512(weight_pairs + i, interleaved(w[0], w[1]));
-        _mm512_storeu_si512(score_pairs + i, interleaved(g[0], g[1]));
+        _mm512_storeu_si512(weight_words + i, joined(weights));
+        _mm512_storeu_si512(score_words + i, joined(grads));
     }
 }
 
@@ -145,16 +146,16 @@ void backward_segment(const Segment& s, long group, const Shape& shape, const Vi
                       const View& grad, const float* lse, long tokens, const Gradients& grads, float* key_grad,
                       float* value_grad) {
     const long size = shape.size, seen = s.parent_length + s.length, room = up(seen, LANES);
-    uint32_t* keys = scratch.take<uint32_t>(size / 2 * room);
-    uint32_t* values = scratch.take<uint32_t>(size / 2 * room);
-    uint32_t* keys_down = scratch.take<uint32_t>(size / 2 * room);
+    uint32_t* keys = scratch.take<uint32_t>(words(size) * room);
+    uint32_t* values = scratch.take<uint32_t>(words(size) * room);
+    uint32_t* keys_down = scratch.take<uint32_t>(words(size) * room);
     float* score = scratch.take<float>(BLOCK * room);
     float* weight_grad = scratch.take<float>(BLOCK * room);
-    bf16* score_grad = scratch.take<bf16>(BLOCK * room);
-    uint32_t* weight_pairs = scratch.take<uint32_t>(BLOCK / 2 * room);
-    uint32_t* score_pairs = scratch.take<uint32_t>(BLOCK / 2 * room);
-    uint32_t* queries_down = scratch.take<uint32_t>(BLOCK / 2 * size);
-    uint32_t* grads_down = scratch.take<uint32_t>(BLOCK / 2 * size);
+    Number* score_grad = scratch.take<Number>(BLOCK * room);
+    uint32_t* weight_words = scratch.take<uint32_t>(words(BLOCK) * room);
+    uint32_t* score_words = scratch.take<uint32_t>(words(BLOCK) * room);
+    uint32_t* queries_down = scratch.take<uint32_t>(words(BLOCK) * size);
+    uint32_t* grads_down = scratch.take<uint32_t>(words(BLOCK) * size);
     float* query_grad = scratch.take<float>(BLOCK * size);
     gather_across(k, s, group, size, keys, room);
     gather_across(v, s, group, size, values, room);
@@ -163,22 +164,25 @@ void backward_segment(const Segment& s, long group, const Shape& shape, const Vi
     for (long h = group * shape.per_group(); h < (group + 1) * shape.per_group(); ++h)
         for (long begin = 0; begin < s.length; begin += BLOCK) {
             const long rows = std::min(BLOCK, s.length - begin), visible = s.parent_length + begin + rows;
-            const long reach = up(visible, LANES), at = s.start + begin, pairs = (rows + 1) / 2;
-            product<false>(pairs_of(q.at(at, h)), q.token / 2, 1, keys, room, score, reach, rows, reach, size / 2);
-            product<false>(pairs_of(grad.at(at, h)), grad.token / 2, 1, values, room, weight_grad, reach, rows, reach,
-                           size / 2);
-            for (long r = 0; r < rows; r += 2)
+            const long reach = up(visible, LANES), at = s.start + begin;
+            product<false>(words_of(q.at(at, h)), q.token / PER_WORD, 1, keys, room, score, reach, rows, reach,
+                           words(size));
+            product<false>(words_of(grad.at(at, h)), grad.token / PER_WORD, 1, values, room, weight_grad, reach, rows,
+                           reach, words(size));
+            for (long r = 0; r < rows; r += PER_WORD)
                 softmax_backward(score + r * reach, weight_grad + r * reach, reach, s.parent_length + begin + r + 1,
-                                 r + 1 < rows ? 2 : 1, shape.scale, lse + h * tokens + at + r,
-                                 weight_pairs + r / 2 * reach, score_pairs + r / 2 * reach, score_grad + r * reach);
-            product<false>(pairs_of(score_grad), reach / 2, 1, keys_down, size, query_grad, size, rows, size, reach / 2);
+                                 static_cast<int>(std::min(PER_WORD, rows - r)), shape.scale,
+                                 lse + h * tokens + at + r, weight_words + words(r) * reach,
+                                 score_words + words(r) * reach, score_grad + r * reach);
+            product<false>(words_of(score_grad), words(reach), 1, keys_down, size, query_grad, size, rows, size,
+                           words(reach));
             for (long r = 0; r < rows; ++r)
                 for (long i = 0; i < size; i += LANES)
                     store(grads.q.at(at + r, h) + i, _mm512_mul_ps(_mm512_loadu_ps(query_grad + r * size + i), scales));
             pack_down(q.at(at, h), q.token, rows, size, queries_down, size, 0);
             pack_down(grad.at(at, h), grad.token, rows, size, grads_down, size, 0);
-            product<true>(weight_pairs, 1, reach, grads_down, size, value_grad, size, visible, size, pairs);
-            product<true>(score_pairs, 1, reach, queries_down, size, key_grad, size, visible, size, pairs);
+            product<true>(weight_words, 1, reach, grads_down, size, value_grad, size, visible, size, words(rows));
+            product<true>(score_words, 1, reach, queries_down, size, key_grad, size, visible, size, words(rows));
         }
 }
 
@@ -196,9 +200,9 @@ void backward_item(const std::vector<Segment>& family, long group, const Shape& 
     long longest = 0;
     for (const Segment& s : family) longest = std::max<long>(longest, s.parent_length + s.length);
     const long room = up(longest, LANES);
-    scratch.begin(Scratch::bytes<float>(room * size) * 2 + Scratch::bytes<uint32_t>(size / 2 * room) * 3 +
-                  Scratch::bytes<float>(BLOCK * room) * 2 + Scratch::bytes<bf16>(BLOCK * room) +
-                  Scratch::bytes<uint32_t>(BLOCK / 2 * room) * 2 + Scratch::bytes<uint32_t>(BLOCK / 2 * size) * 2 +
+    scratch.begin(Scratch::bytes<float>(room * size) * 2 + Scratch::bytes<uint32_t>(words(size) * room) * 3 +
+                  Scratch::bytes<float>(BLOCK * room) * 2 + Scratch::bytes<Number>(BLOCK * room) +
+                  Scratch::bytes<uint32_t>(words(BLOCK) * room) * 2 + Scratch::bytes<uint32_t>(words(BLOCK) * size) * 2 +
                   Scratch::bytes<float>(BLOCK * size) + 4096);
     float* key_grad = scratch.take<float>(room * size);
     float* value_grad = scratch.take<float>(room * size);
@@ -227,7 +231,7 @@ extern "C" {
 
 // `strides` are those of token and head of q, k, v and out in turn; `segments` (count, 4): start, length, and the
 // parent's, whose length is 0 where there is none. `lse` (heads, tokens).
-void posttrain_attention(bf16* q, bf16* k, bf16* v, bf16* out, float* lse, const long* strides, const int32_t* segments,
+void posttrain_attention(Number* q, Number* k, Number* v, Number* out, float* lse, const long* strides, const int32_t* segments,
                          long count, long tokens, long heads, long groups, long size, float scale) {
     const View qs{q, strides[0], strides[1]}, ks{k, strides[2], strides[3]}, vs{v, strides[4], strides[5]};
     const View outs{out, strides[6], strides[7]};
@@ -242,8 +246,8 @@ void posttrain_attention(bf16* q, bf16* k, bf16* v, bf16* out, float* lse, const
 }
 
 // `strides` of q, k, v, grad, and of the gradients of q, k and v.
-void posttrain_attention_backward(bf16* q, bf16* k, bf16* v, bf16* grad, const float* lse, bf16* grad_q, bf16* grad_k,
-                                  bf16* grad_v, const long* strides, const int32_t* segments, long count, long tokens,
+void posttrain_attention_backward(Number* q, Number* k, Number* v, Number* grad, const float* lse, Number* grad_q, Number* grad_k,
+                                  Number* grad_v, const long* strides, const int32_t* segments, long count, long tokens,
                                   long heads, long groups, long size, float scale) {
     const View qs{q, strides[0], strides[1]}, ks{k, strides[2], strides[3]}, vs{v, strides[4], strides[5]};
     const View gs{grad, strides[6], strides[7]};

@@ -1,7 +1,11 @@
-// What all kernels share: bf16 in and out of fp32 vectors, exp, threads, scratch memory.
+// What all kernels share: numbers in and out of fp32 vectors, exp, threads, scratch memory.
+//
+// One source for two libraries: tensors hold bf16, or fp32 with -DPOSTTRAIN_FP32. Sums are fp32 in both. What differs
+// stands in the next section and in products.h, where a 32-bit word holds PER_WORD numbers: two neighbours, or one.
 //
 // Plain C functions over pointers, without a header of torch's, so that they compile in seconds and load into any torch.
-// They need AVX-512 with bf16 products (AMD from Zen 4, Intel from Cooper Lake); build.py asks the processor first.
+// They need AVX-512, for bf16 with its products of pairs (AMD from Zen 4, Intel from Cooper Lake); build.py asks the
+// processor first.
 // Threads are those of the OpenMP library that torch has loaded, by its C interface, so that both share one pool.
 
 #pragma once
@@ -16,8 +20,6 @@
 #include <cstdlib>
 #include <cstring>
 
-using bf16 = uint16_t;
-
 extern "C" void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned);
 extern "C" int omp_get_thread_num();
 extern "C" int omp_get_num_threads();
@@ -31,24 +33,53 @@ inline long up(long n, long to) { return (n + to - 1) / to * to; }
 
 inline __mmask16 first(long n) { return n >= LANES ? 0xffff : static_cast<__mmask16>((1u << n) - 1); }
 
+#ifdef POSTTRAIN_FP32
+
+using Number = float;
+
+inline __m512 load(const float* p) { return _mm512_loadu_ps(p); }
+
+inline __m512 load(const float* p, __mmask16 some) { return _mm512_maskz_loadu_ps(some, p); }
+
+inline void store(float* p, __m512 x) { _mm512_storeu_ps(p, x); }
+
+inline void store(float* p, __m512 x, __mmask16 some) { _mm512_mask_storeu_ps(p, some, x); }
+
+inline __m512 rounded(__m512 x) { return x; }
+
+inline float scalar(float x) { return x; }
+
+#else
+
+using Number = uint16_t;  // the upper half of an fp32 number
+
 inline __m512 wide(__m256i half) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)); }
-
-inline __m512 load(const bf16* p) { return wide(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-
-inline __m512 load(const bf16* p, __mmask16 some) { return wide(_mm256_maskz_loadu_epi16(some, p)); }
 
 inline __m256i narrow(__m512 x) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)); }
 
-inline void store(bf16* p, __m512 x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(x)); }
+inline __m512 load(const Number* p) { return wide(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 
-inline void store(bf16* p, __m512 x, __mmask16 some) { _mm256_mask_storeu_epi16(p, some, narrow(x)); }
+inline __m512 load(const Number* p, __mmask16 some) { return wide(_mm256_maskz_loadu_epi16(some, p)); }
 
-inline float scalar(bf16 x) {
+inline void store(Number* p, __m512 x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(x)); }
+
+inline void store(Number* p, __m512 x, __mmask16 some) { _mm256_mask_storeu_epi16(p, some, narrow(x)); }
+
+inline __m512 rounded(__m512 x) { return wide(narrow(x)); }
+
+inline float scalar(Number x) {
     uint32_t bits = static_cast<uint32_t>(x) << 16;
     float y;
     std::memcpy(&y, &bits, sizeof y);
     return y;
 }
+
+#endif
+
+constexpr long PER_WORD = 4 / static_cast<long>(sizeof(Number));
+
+// Words for so many numbers.
+inline long words(long n) { return (n + PER_WORD - 1) / PER_WORD; }
 
 // e^x to two units in the last place; NaN stays NaN. Above 1e9 or so the reduction has no digits left and infinity may
 // come out with either sign, which a sigmoid turns into the same 0 (a test goes through all numbers of bf16).

@@ -1,15 +1,15 @@
 // RMS norms (arXiv 1910.07467), SwiGLU (arXiv 2002.05202) and rotary embeddings (arXiv 2104.09864), forward and backward,
-// each in one pass over memory: bf16 in and out, fp32 between.
+// each in one pass over memory; fp32 between.
 
 #include "common.h"
 
 extern "C" {
 
 // y = x / rms(x) * w; `scale` (rows) takes one over the root mean square.
-void posttrain_norm(const bf16* x, const bf16* w, bf16* y, float* scale, long rows, long width, float epsilon) {
+void posttrain_norm(const Number* x, const Number* w, Number* y, float* scale, long rows, long width, float epsilon) {
     in_shares(rows, [=](long begin, long end, long) {
         for (long row = begin; row < end; ++row) {
-            const bf16* in = x + row * width;
+            const Number* in = x + row * width;
             __m512 sum = _mm512_setzero_ps();
             for (long i = 0; i < width; i += LANES) {
                 const __m512 v = load(in + i, first(width - i));
@@ -27,12 +27,12 @@ void posttrain_norm(const bf16* x, const bf16* w, bf16* y, float* scale, long ro
 }
 
 // `weight_grads` (threads, width), zeroed by the caller, takes each thread's share of the weight's gradient; or null.
-void posttrain_norm_backward(const bf16* grad, const bf16* x, const bf16* w, const float* scale, bf16* grad_x,
+void posttrain_norm_backward(const Number* grad, const Number* x, const Number* w, const float* scale, Number* grad_x,
                              float* weight_grads, long rows, long width, long threads) {
     const auto share = [=](long begin, long end, long thread) {
         float* own = weight_grads == nullptr ? nullptr : weight_grads + thread * width;
         for (long row = begin; row < end; ++row) {
-            const bf16 *g = grad + row * width, *in = x + row * width;
+            const Number *g = grad + row * width, *in = x + row * width;
             const __m512 s = _mm512_set1_ps(scale[row]);
             __m512 sum = _mm512_setzero_ps();
             for (long i = 0; i < width; i += LANES) {
@@ -57,7 +57,7 @@ void posttrain_norm_backward(const bf16* grad, const bf16* x, const bf16* w, con
 }
 
 // y (rows, width) = silu(gate) * up, the rows of gate and up `stride` apart.
-void posttrain_gated(const bf16* gate, const bf16* up_, bf16* y, long rows, long width, long stride) {
+void posttrain_gated(const Number* gate, const Number* up_, Number* y, long rows, long width, long stride) {
     in_shares(rows, [=](long begin, long end, long) {
         for (long row = begin; row < end; ++row)
             for (long i = 0; i < width; i += LANES) {
@@ -69,7 +69,7 @@ void posttrain_gated(const bf16* gate, const bf16* up_, bf16* y, long rows, long
 }
 
 // From the product's gradient those of gate and up, the latter written over it; and the product again, unless null.
-void posttrain_gated_backward(const bf16* gate, const bf16* up_, bf16* grad, bf16* grad_gate, bf16* product, long count) {
+void posttrain_gated_backward(const Number* gate, const Number* up_, Number* grad, Number* grad_gate, Number* product, long count) {
     const long blocks = (count + LANES - 1) / LANES;
     in_shares(blocks, [=](long begin, long end, long) {
         const __m512 one = _mm512_set1_ps(1.0f);
@@ -88,18 +88,18 @@ void posttrain_gated_backward(const bf16* gate, const bf16* up_, bf16* grad, bf1
 }
 
 // y (rows, heads, size) = x turned by (cos, sin) (rows, size), x's rows `stride` apart; backwards with sign -1.
-void posttrain_rotate(const bf16* x, const bf16* cos, const bf16* sin, bf16* y, long rows, long heads, long size,
+void posttrain_rotate(const Number* x, const Number* cos, const Number* sin, Number* y, long rows, long heads, long size,
                       long stride, float sign) {
     const long half = size / 2;
     in_shares(rows, [=](long begin, long end, long) {
         const __m512 signs = _mm512_set1_ps(sign);
         for (long row = begin; row < end; ++row)
             for (long head = 0; head < heads; ++head) {
-                const bf16* in = x + row * stride + head * size;
-                bf16* out = y + (row * heads + head) * size;
+                const Number* in = x + row * stride + head * size;
+                Number* out = y + (row * heads + head) * size;
                 for (long i = 0; i < half; i += LANES) {
                     const __mmask16 some = first(half - i);
-                    const bf16 *c = cos + row * size + i, *s = sin + row * size + i;
+                    const Number *c = cos + row * size + i, *s = sin + row * size + i;
                     const __m512 a = load(in + i, some), b = load(in + half + i, some);
                     // The slope of y by x, turned round: the second half's sine stands with the first half's input.
                     const __m512 down = _mm512_mul_ps(load(sign > 0 ? s : s + half, some), signs);

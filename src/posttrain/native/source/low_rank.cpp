@@ -1,5 +1,9 @@
 // LoRA's products (arXiv 2106.09685), which are too slim for a library of matrix products: their time is that of reading
 // the activations, so each is read once for two products, by blocks of rows that stay in the processor's cache.
+//
+// In bf16 only: in fp32 the libraries of matrix products are quicker.
+
+#ifndef POSTTRAIN_FP32
 
 #include <algorithm>
 
@@ -13,7 +17,7 @@ thread_local Scratch scratch;  // of a thread's block
 thread_local Scratch whole;    // of a call
 
 // inner = x left, rounded; y += inner right. `left` (in / 2, rank) and `right` (rank / 2, out) are packed.
-void both(const bf16* x, const uint32_t* left, const uint32_t* right, bf16* inner, bf16* y, long rows, long in, long rank,
+void both(const Number* x, const uint32_t* left, const uint32_t* right, Number* inner, Number* y, long rows, long in, long rank,
           long out) {
     in_shares((rows + ROWS - 1) / ROWS, [=](long first_block, long last_block, long) {
         const long widest = std::max(rank, COLUMNS);
@@ -21,15 +25,15 @@ void both(const bf16* x, const uint32_t* left, const uint32_t* right, bf16* inne
         float* sum = scratch.take<float>(ROWS * widest);
         for (long begin = first_block * ROWS; begin < std::min(rows, last_block * ROWS); begin += ROWS) {
             const long count = std::min(ROWS, rows - begin);
-            bf16* middle = inner + begin * rank;
-            product<false>(pairs_of(x + begin * in), in / 2, 1, left, rank, sum, rank, count, rank, in / 2);
+            Number* middle = inner + begin * rank;
+            product<false>(words_of(x + begin * in), in / 2, 1, left, rank, sum, rank, count, rank, in / 2);
             for (long i = 0; i < count * rank; i += LANES) store(middle + i, _mm512_loadu_ps(sum + i));
             for (long column = 0; column < out; column += COLUMNS) {
                 const long width = std::min(COLUMNS, out - column);
-                product<false>(pairs_of(middle), rank / 2, 1, right + column, out, sum, width, count, width, rank / 2);
+                product<false>(words_of(middle), rank / 2, 1, right + column, out, sum, width, count, width, rank / 2);
                 for (long r = 0; r < count; ++r)
                     for (long i = 0; i < width; i += LANES) {
-                        bf16* at = y + (begin + r) * out + column + i;
+                        Number* at = y + (begin + r) * out + column + i;
                         store(at, _mm512_add_ps(load(at), _mm512_loadu_ps(sum + r * width + i)));
                     }
             }
@@ -43,7 +47,7 @@ extern "C" {
 
 // y (rows, out) += (x A') B', for A (rank, in) and B (out, rank); `inner` (rows, rank) takes x A'. All widths are
 // multiples of 16.
-void posttrain_low_rank(const bf16* x, const bf16* a, const bf16* b, bf16* inner, bf16* y, long rows, long in, long rank,
+void posttrain_low_rank(const Number* x, const Number* a, const Number* b, Number* inner, Number* y, long rows, long in, long rank,
                         long out) {
     whole.begin(Scratch::bytes<uint32_t>(in / 2 * rank) + Scratch::bytes<uint32_t>(rank / 2 * out));
     uint32_t* left = whole.take<uint32_t>(in / 2 * rank);
@@ -54,7 +58,7 @@ void posttrain_low_rank(const bf16* x, const bf16* a, const bf16* b, bf16* inner
 }
 
 // The way back: grad_x (rows, in) += (grad B) A, and `inner` (rows, rank) takes grad B.
-void posttrain_low_rank_backward(const bf16* grad, const bf16* a, const bf16* b, bf16* inner, bf16* grad_x, long rows,
+void posttrain_low_rank_backward(const Number* grad, const Number* a, const Number* b, Number* inner, Number* grad_x, long rows,
                                  long in, long rank, long out) {
     whole.begin(Scratch::bytes<uint32_t>(out / 2 * rank) + Scratch::bytes<uint32_t>(rank / 2 * in));
     uint32_t* left = whole.take<uint32_t>(out / 2 * rank);
@@ -65,7 +69,7 @@ void posttrain_low_rank_backward(const bf16* grad, const bf16* a, const bf16* b,
 }
 
 // sums (rank, width) in fp32 = inner' x, over all rows in their order.
-void posttrain_low_rank_sums(const bf16* inner, const bf16* x, float* sums, long rows, long rank, long width) {
+void posttrain_low_rank_sums(const Number* inner, const Number* x, float* sums, long rows, long rank, long width) {
     whole.begin(Scratch::bytes<uint32_t>(up(rows, 2) / 2 * rank));
     uint32_t* left = whole.take<uint32_t>(up(rows, 2) / 2 * rank);
     pack_down(inner, rank, rows, rank, left, rank, 0);
@@ -85,3 +89,5 @@ void posttrain_low_rank_sums(const bf16* inner, const bf16* x, float* sums, long
     });
 }
 }
+
+#endif

@@ -9,7 +9,7 @@ namespace {
 constexpr long BLOCK = 256;  // tokens whose probabilities are summed first
 
 struct Row {
-    const bf16* logits;
+    const Number* logits;
     long count;
     __m512 temperature, top;
 
@@ -45,7 +45,7 @@ long place(const double* upto, long count, double target) {
 extern "C" {
 
 // `token` and its log-probability `logp` for each row of logits (rows, count); a row that is not finite has NaN there.
-void posttrain_draw(const bf16* logits, const double* number, int64_t* token, float* logp, long rows, long count,
+void posttrain_draw(const Number* logits, const double* number, int64_t* token, float* logp, long rows, long count,
                     float temperature) {
     const long blocks = (count + BLOCK - 1) / BLOCK;
     one_by_one(rows, [=](long i) {
