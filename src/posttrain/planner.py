@@ -124,8 +124,11 @@ def make_plan(
         plan = _tight(needs, work, token_budget, levels, device, bounds)
         session.recompute(plan.recomputation)
         if (found := _excess(session, own, work)) != excess:
-            plan = _tight(_scaled(formula, found), work, token_budget, levels, device, bounds)
+            excess = found
+            plan = _tight(_scaled(formula, excess), work, token_budget, levels, device, bounds)
     session.recompute(plan.recomputation)
+    if excess > 1:
+        logger.warning("memory   this model keeps %.1f times what was expected; planned with that", excess)
     log = logger.info if plan.fits else logger.warning
     log("memory   %s%s", plan, "" if plan.fits else ": it may not fit; lower max_length or train an adapter")
     return plan
@@ -140,10 +143,7 @@ def _excess(session: Session, own: Footprint, work: Workload) -> float:
     ratio = probe(session, own, [longest] * (PROBE_TOKENS // longest))
     if roomy:
         keep_freed_pages()
-    if ratio <= TOLERANCE:
-        return 1.0
-    logger.warning("memory   this model keeps %.1f times what was expected; planning with that", ratio)
-    return ratio
+    return ratio if ratio > TOLERANCE else 1.0
 
 
 def probe(session: Session, needs: Footprint, lengths: Sequence[int]) -> float:

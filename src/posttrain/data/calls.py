@@ -99,16 +99,29 @@ def parse_tools(row: Row, origin: Origin) -> list[Any] | None:
 
 def _check_tool(tool: Any, field: str, row: Row, origin: Origin) -> None:
     """An object with a name, bare or in OpenAI's wrapping; or a Python function, which transformers describes."""
-    if inspect.isroutine(tool):
-        return
     function = tool.get("function", tool) if isinstance(tool, Mapping) else tool
-    if not isinstance(function, Mapping):
+    if inspect.isroutine(tool):
+        if (reason := _why_unknown(tool)) is None:
+            return
+        what = f"is a function that cannot be described: {reason}"
+    elif not isinstance(function, Mapping):
         what = f"is {kind(tool)}, not a tool"
     elif not isinstance(function.get("name"), str) or not function["name"].strip():
         what = "has no `name`, so that nobody could call it"
     else:
         return
     raise bad_row("E-DATA-0011", origin, what, field=field, seen=tool, row=row, hint=TOOL)
+
+
+def _why_unknown(function: Any) -> str | None:
+    """Why there is no schema of a function: no docstring, or an argument without a type."""
+    from transformers.utils import chat_template_utils
+
+    try:
+        chat_template_utils.get_json_schema(function)
+    except (chat_template_utils.TypeHintParsingException, chat_template_utils.DocstringParsingException) as error:
+        return str(error)
+    return None
 
 
 def parse_json(text: str, field: str, row: Row, origin: Origin) -> Any:

@@ -12,7 +12,7 @@ incoming gradient for its own weight; there the chunk's logits are computed agai
 product and no memory.
 
 A chunk is as many rows as the matrix products want; soft-max and what follows it run over blocks of a few rows, which
-stay in the processor's cache, in two fp32 buffers that are used again and again. On a CPU in bf16 a native kernel does
+stay in the processor's cache, in two fp32 buffers that are used again and again. On a CPU a native kernel does
 all of that in three passes, where nothing out of the ordinary is asked for (`_fused`).
 """
 

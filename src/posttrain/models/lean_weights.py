@@ -1,5 +1,6 @@
 """A policy's weights as lean decoding wants them (models/lean_decoding.py): projections with the same input joined, and
-on a CPU in bf16 packed as oneDNN wants them; what is frozen once and for all, what is trained after each update.
+on a CPU laid out for the native kernels or, in bf16, for oneDNN; what is frozen once and for all, what is trained after
+each update.
 
 Shape suffixes: `B` rows, `D` hidden.
 """

@@ -108,6 +108,33 @@ def test_template_arguments_and_tools() -> None:
     assert '"chat_template_kwargs" is text' in error({**row, "chat_template_kwargs": "a"}).message
 
 
+def weather(city: str) -> str:
+    """The weather.
+
+    Args:
+        city: Where.
+    """
+    return city
+
+
+def untyped(city):  # type: ignore[no-untyped-def]
+    """The weather."""
+
+
+def undescribed(city: str) -> None: ...
+
+
+def test_tools_that_are_functions() -> None:
+    row = {"messages": [USER, ASSISTANT]}
+    assert parse({**row, "tools": [weather]}).tools == [weather]
+    for tool, reason in ((untyped, "Argument city is missing a type hint"), (undescribed, "it has no docstring"),
+                         (len, "missing a type hint")):  # fmt: skip
+        found = error({**row, "tools": [weather, tool]})
+        assert found.code == "E-DATA-0011"
+        assert '"tools[1]" is a function that cannot be described: ' in found.message
+        assert reason in found.message
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

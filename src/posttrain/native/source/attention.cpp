@@ -231,8 +231,9 @@ extern "C" {
 
 // `strides` are those of token and head of q, k, v and out in turn; `segments` (count, 4): start, length, and the
 // parent's, whose length is 0 where there is none. `lse` (heads, tokens).
-void posttrain_attention(Number* q, Number* k, Number* v, Number* out, float* lse, const long* strides, const int32_t* segments,
-                         long count, long tokens, long heads, long groups, long size, float scale) {
+void posttrain_attention(Number* q, Number* k, Number* v, Number* out, float* lse, const long* strides,
+                         const int32_t* segments, long count, long tokens, long heads, long groups, long size,
+                         float scale) {
     const View qs{q, strides[0], strides[1]}, ks{k, strides[2], strides[3]}, vs{v, strides[4], strides[5]};
     const View outs{out, strides[6], strides[7]};
     const Shape shape{heads, groups, size, scale};
@@ -246,9 +247,9 @@ void posttrain_attention(Number* q, Number* k, Number* v, Number* out, float* ls
 }
 
 // `strides` of q, k, v, grad, and of the gradients of q, k and v.
-void posttrain_attention_backward(Number* q, Number* k, Number* v, Number* grad, const float* lse, Number* grad_q, Number* grad_k,
-                                  Number* grad_v, const long* strides, const int32_t* segments, long count, long tokens,
-                                  long heads, long groups, long size, float scale) {
+void posttrain_attention_backward(Number* q, Number* k, Number* v, Number* grad, const float* lse, Number* grad_q,
+                                  Number* grad_k, Number* grad_v, const long* strides, const int32_t* segments,
+                                  long count, long tokens, long heads, long groups, long size, float scale) {
     const View qs{q, strides[0], strides[1]}, ks{k, strides[2], strides[3]}, vs{v, strides[4], strides[5]};
     const View gs{grad, strides[6], strides[7]};
     const Gradients grads{{grad_q, strides[8], strides[9]}, {grad_k, strides[10], strides[11]},

@@ -142,8 +142,8 @@ float largest(const float* score, long count) {
     return _mm512_reduce_max_ps(most);
 }
 
-void attend(const Number* row, const Number* cos, const Number* sin, uint32_t* const* pages, const int32_t* counts, long most,
-            long layer, long group, const Heads& h, Number* out) {
+void attend(const Number* row, const Number* cos, const Number* sin, uint32_t* const* pages, const int32_t* counts,
+            long most, long layer, long group, const Heads& h, Number* out) {
     const long size = h.size, members = h.per_group(), all_keys = words(PAGE) * size;
     long used = 0;
     while (used < most && counts[used] > 0) ++used;
@@ -194,9 +194,9 @@ void posttrain_linear(const Number* x, const uint32_t* weight, const Number* bia
 
 // x (rows, width) through all layers, in place. `cos` and `sin` (rows, size); `pages` and `counts` (rows, most), unused
 // places with a count of 0.
-void posttrain_decode(Number* x, const Layer* layers, long count, const Number* cos, const Number* sin, uint32_t* const* pages,
-                      const int32_t* counts, long rows, long width, long most, long heads, long groups, long size,
-                      float scale) {
+void posttrain_decode(Number* x, const Layer* layers, long count, const Number* cos, const Number* sin,
+                      uint32_t* const* pages, const int32_t* counts, long rows, long width, long most, long heads,
+                      long groups, long size, float scale) {
     long widest = 0, rank = 0, inner_width = 0;
     for (long i = 0; i < count; ++i) {
         widest = std::max({widest, layers[i].qkv.out, layers[i].gate_up.out});

@@ -69,7 +69,8 @@ void posttrain_gated(const Number* gate, const Number* up_, Number* y, long rows
 }
 
 // From the product's gradient those of gate and up, the latter written over it; and the product again, unless null.
-void posttrain_gated_backward(const Number* gate, const Number* up_, Number* grad, Number* grad_gate, Number* product, long count) {
+void posttrain_gated_backward(const Number* gate, const Number* up_, Number* grad, Number* grad_gate, Number* product,
+                              long count) {
     const long blocks = (count + LANES - 1) / LANES;
     in_shares(blocks, [=](long begin, long end, long) {
         const __m512 one = _mm512_set1_ps(1.0f);

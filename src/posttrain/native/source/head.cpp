@@ -7,8 +7,8 @@ extern "C" {
 // Per row of `logits` (rows, size), taken `times`: log p of the target, whether it is the likeliest, the entropy, the
 // mean logit and the log of the sum of squared probabilities; each but the first two may be null. Unless `factor` (rows)
 // is null, `factor (p - onehot of the target)` is written over the logits.
-void posttrain_head(Number* logits, const int64_t* target, const float* factor, float* logp, uint8_t* is_top, float* entropy,
-                    float* mean, float* collision, long rows, long size, float times) {
+void posttrain_head(Number* logits, const int64_t* target, const float* factor, float* logp, uint8_t* is_top,
+                    float* entropy, float* mean, float* collision, long rows, long size, float times) {
     in_shares(rows, [=](long begin, long end, long) {
         const __m512 scale = _mm512_set1_ps(times);
         for (long row = begin; row < end; ++row) {

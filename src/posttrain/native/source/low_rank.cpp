@@ -17,8 +17,8 @@ thread_local Scratch scratch;  // of a thread's block
 thread_local Scratch whole;    // of a call
 
 // inner = x left, rounded; y += inner right. `left` (in / 2, rank) and `right` (rank / 2, out) are packed.
-void both(const Number* x, const uint32_t* left, const uint32_t* right, Number* inner, Number* y, long rows, long in, long rank,
-          long out) {
+void both(const Number* x, const uint32_t* left, const uint32_t* right, Number* inner, Number* y, long rows, long in,
+          long rank, long out) {
     in_shares((rows + ROWS - 1) / ROWS, [=](long first_block, long last_block, long) {
         const long widest = std::max(rank, COLUMNS);
         scratch.begin(Scratch::bytes<float>(ROWS * widest));
@@ -47,8 +47,8 @@ extern "C" {
 
 // y (rows, out) += (x A') B', for A (rank, in) and B (out, rank); `inner` (rows, rank) takes x A'. All widths are
 // multiples of 16.
-void posttrain_low_rank(const Number* x, const Number* a, const Number* b, Number* inner, Number* y, long rows, long in, long rank,
-                        long out) {
+void posttrain_low_rank(const Number* x, const Number* a, const Number* b, Number* inner, Number* y, long rows, long in,
+                        long rank, long out) {
     whole.begin(Scratch::bytes<uint32_t>(in / 2 * rank) + Scratch::bytes<uint32_t>(rank / 2 * out));
     uint32_t* left = whole.take<uint32_t>(in / 2 * rank);
     uint32_t* right = whole.take<uint32_t>(rank / 2 * out);
@@ -58,8 +58,8 @@ void posttrain_low_rank(const Number* x, const Number* a, const Number* b, Numbe
 }
 
 // The way back: grad_x (rows, in) += (grad B) A, and `inner` (rows, rank) takes grad B.
-void posttrain_low_rank_backward(const Number* grad, const Number* a, const Number* b, Number* inner, Number* grad_x, long rows,
-                                 long in, long rank, long out) {
+void posttrain_low_rank_backward(const Number* grad, const Number* a, const Number* b, Number* inner, Number* grad_x,
+                                 long rows, long in, long rank, long out) {
     whole.begin(Scratch::bytes<uint32_t>(out / 2 * rank) + Scratch::bytes<uint32_t>(rank / 2 * in));
     uint32_t* left = whole.take<uint32_t>(out / 2 * rank);
     uint32_t* right = whole.take<uint32_t>(rank / 2 * in);
