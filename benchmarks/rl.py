@@ -33,12 +33,13 @@ def main() -> None:
         sys.exit(f"{options.data} is not there; give GSM8K's train.jsonl with --data")
     if options.warmup < 1 or options.steps <= options.warmup:
         sys.exit(f"--warmup {options.warmup} leaves none of --steps {options.steps} to measure")
+    entries = [entry for entry in ENTRIES if entry[0] == "posttrain" or entry[1] in options.beside]
     model = resolve("smollm2-135m-instruct")
     results = {}
     for part in PARTS if options.part is None else (options.part,):
         runs: dict[str, list[Any]] = {}
         for repeat in range(options.repeats):
-            for library, variant, extra in ENTRIES:
+            for library, variant, extra in entries:
                 name = f"{library} {variant}"
                 print(f"{part}: run {repeat + 1}/{options.repeats} of {name}", file=sys.stderr, flush=True)
                 command = [python_of(library), str(HERE / "rl_worker.py"), "--model", model, "--data", options.data]
@@ -79,6 +80,8 @@ def _median(made: list[Any], name: str) -> float:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", choices=PARTS)
+    others = [variant for library, variant, _ in ENTRIES if library == "trl"]
+    parser.add_argument("--beside", nargs="*", choices=others, default=others, help="of TRL, these variants only")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=2, help="steps not counted, first")

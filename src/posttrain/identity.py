@@ -46,7 +46,7 @@ def of_reference(reference: ReferenceModel | None, session: Session, args: Train
 def of_arithmetic(session: Session) -> dict[str, Any]:
     """What the last bits of a step depend on."""
     device = session.policy.device.type
-    has_kernels = native.kernels(session.precision.compute_dtype) is not None
+    has_kernels = native.runs(session.policy.device, session.precision.compute_dtype)
     where = {"processor": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
              "native kernels": has_kernels}  # fmt: skip
     if device == "cuda":

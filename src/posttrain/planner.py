@@ -172,7 +172,7 @@ def _levels(session: Session, recompute: str) -> tuple[str, ...]:
     if recompute != "auto" or session.recomputation == "full":
         return (session.recomputation,)
     levels = LEVELS if session.can_recompute_layers else LEVELS[:2]
-    has_kernels = session.policy.device.type == "cpu" and native.kernels(session.precision.compute_dtype) is not None
+    has_kernels = native.runs(session.policy.device, session.precision.compute_dtype)
     return levels[1:] if has_kernels and session.precision.has_copies else levels
 
 

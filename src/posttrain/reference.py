@@ -124,7 +124,7 @@ class ReferenceModel:
         model = session.policy.model if self.model is None else self.model
         base, active = self._weights(session)
         configs = getattr(model, "peft_config", {})
-        has_kernels = native.kernels(session.precision.compute_dtype) is not None
+        has_kernels = native.runs(session.policy.device, session.precision.compute_dtype)
         self._about = {
             "weights": weights_hash(base, active),
             "model": [type(base).__name__, _settings(base.config)],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from posttrain.data.codes import WRITE_JSON, Row, bad_row, kind
@@ -113,14 +114,15 @@ def _check_tool(tool: Any, field: str, row: Row, origin: Origin) -> None:
     raise bad_row("E-DATA-0011", origin, what, field=field, seen=tool, row=row, hint=TOOL)
 
 
+@lru_cache(maxsize=256)
 def _why_unknown(function: Any) -> str | None:
-    """Why there is no schema of a function: no docstring, or an argument without a type."""
-    from transformers.utils import chat_template_utils
+    """Why there is no schema of a function: no docstring, an argument without a type, one of Python's own."""
+    from transformers.utils import get_json_schema
 
     try:
-        chat_template_utils.get_json_schema(function)
-    except (chat_template_utils.TypeHintParsingException, chat_template_utils.DocstringParsingException) as error:
-        return str(error)
+        get_json_schema(function)
+    except Exception as error:  # whatever stands in somebody's signature and docstring
+        return f"{type(error).__name__}: {error}"
     return None
 
 

@@ -18,9 +18,11 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from posttrain import native
+from posttrain.models.fused_attention import has_caps, window_of
 from posttrain.models.head import BLOCK_SIZE, CHUNK_ROWS, SLICE_ROWS
 from posttrain.models.precision import has_fast_bf16
 from posttrain.models.segment_attention import MAX_LENGTH
+from posttrain.native.kernels import LANES
 
 STATE_BYTES = {"8bit": 2, "4bit": 1, "adafactor": 0, "sgd": 0, "adagrad": 4, "rmsprop": 4, "lion": 4}
 """An optimiser's state for each parameter, by a word of its name; Adam and its kin have two fp32 moments."""
@@ -74,7 +76,7 @@ def footprint(base: Any, trained: Mapping[str, nn.Parameter], lean: set[nn.Modul
     widest = max((layer.working for layer in layers), default=0.0)
     inputs = len(layers) * base.config.get_text_config().hidden_size * head.element_size()
     largest = max((layer.kept for layer in layers), default=0.0)
-    keeps_weights = low == 2 and head.device.type == "cpu" and not _has_kernels(head)
+    keeps_weights = low == 2 and head.device.type == "cpu" and not native.runs(head.device, head.dtype)
     weights = sum(layer.weights for layer in layers) if keeps_weights else 0.0
     return Footprint(
         gradients=4 * count,
@@ -90,10 +92,6 @@ def footprint(base: Any, trained: Mapping[str, nn.Parameter], lean: set[nn.Modul
         layer=widest,
         head=0 if output is None else _head_bytes(head),
     )
-
-
-def _has_kernels(weight: torch.Tensor) -> bool:
-    return weight.device.type == "cpu" and native.kernels(weight.dtype) is not None
 
 
 def _head_bytes(weight: torch.Tensor) -> int:
@@ -125,14 +123,14 @@ class _Layer:
     def __init__(self, layer: nn.Module, lean: set[nn.Module], config: Any, head: torch.Tensor):
         self.kept = self.cheap = self.weights = self.working = 0.0
         self._size, self._config = head.element_size(), config
-        self._has_kernels = _has_kernels(head)
+        self._has_kernels = native.runs(head.device, head.dtype)
         learns = any(parameter.requires_grad for parameter in layer.parameters())
         for name, module in layer.named_modules():
             last = name.rpartition(".")[2]
             if _is_norm(module):
                 self._norm(last, module, module in lean)
             elif last in ("o_proj", "c_proj", "out_proj") and "mlp" not in name:
-                self._attention(_width(module, 1), _is_convolution(layer))
+                self._attention(_width(module, 1), _parent(layer, name), _is_convolution(layer))
             elif last in ("down_proj", "w2") or (last == "c_proj" and "mlp" in name):
                 self._feed_forward(_width(module, 1), _parent(layer, name) in lean, learns)
         self._adapters(layer)
@@ -154,19 +152,22 @@ class _Layer:
     def _key_heads(self) -> int:
         return getattr(self._config, "num_key_value_heads", None) or self._heads
 
-    def _attention(self, width: int, is_convolution: bool) -> None:
+    def _attention(self, width: int, module: Any, is_convolution: bool) -> None:
         """Queries, keys, values and what comes out; a short convolution keeps its three signals and their products."""
         if is_convolution:
             self.kept += 8 * width * self._size
             return
-        copies = 2 if self._size == 2 or self._has_kernels else 3  # a loop of SDPA over segments has its output twice
+        window = window_of(module) if hasattr(module, "config") else None
+        is_known = width // self._heads % LANES == 0 and window is None and not has_caps(module, self._config)
+        in_one = self._size == 2 or (self._has_kernels and is_known)
+        copies = 2 if in_one else 3  # a loop of SDPA over segments has its output twice
         self.kept += width * self._size * (copies + 2 * self._key_heads / self._heads)
         self.weights += self._heads * self._size
         self.working = max(self.working, 6 * width * self._size)
 
     def _feed_forward(self, width: int, is_lean: bool, learns: bool) -> None:
         self.kept += width * self._size * (2 if is_lean else 3 + learns)
-        tensors = 4 if self._has_kernels else 5  # kernels make three in one pass, without a fourth
+        tensors = 4 if self._has_kernels and is_lean else 5  # kernels make three in one pass, without a fourth
         self.working = max(self.working, tensors * width * self._size)
 
     def _adapters(self, layer: Any) -> None:

@@ -32,10 +32,14 @@ CAPS = ("attn_logit_softcapping", "clip_qkv")
 
 
 def can_fuse(query_HTE: torch.Tensor, value_KTE: torch.Tensor, layout: Layout, window: int | None) -> bool:
-    """Whether the kernels know these shapes; a window counts where something is longer."""
+    """Whether the kernels know these shapes; a window counts where something is longer. A thread does a whole family of
+    segments for one key head. Where that keeps threads idle, torch is quicker: it deals out blocks of queries."""
     size = query_HTE.shape[-1]
+    pieces = value_KTE.shape[-3] * (layout.parents.count(-1) or len(layout.lengths))
+    gain = 3 if query_HTE.dtype == torch.bfloat16 else 1  # on one thread, where SDPA is slow
     return (
         size % LANES == 0
+        and gain * pieces >= torch.get_num_threads()
         and value_KTE.shape[-1] == size
         and (window is None or layout.max_length <= window)
         and min(layout.lengths, default=0) > 0
@@ -128,18 +132,19 @@ def _is_usual(module: Any) -> bool:
         and all(hasattr(module, name) for name in ("head_dim", "scaling", "layer_idx", "config"))
         and "forward" not in module.__dict__
         and module.head_dim % LANES == 0
-        and not has_caps(module)
+        and not has_caps(module, module.config)
     )
 
 
-def has_caps(attention: Any) -> bool:
+def has_caps(attention: Any, config: Any) -> bool:
     """Whether something is cut off that is too large for a trial of a few tokens to show it."""
-    return any(getattr(holder, cap, None) for cap in CAPS for holder in (attention, attention.config))
+    return any(getattr(holder, cap, None) for cap in CAPS for holder in (attention, config))
 
 
 def _gives_the_same(module: Any) -> bool:
     """On a few random tokens, a shared prompt among them."""
-    if (kernels := native.kernels_for(next(module.q_proj.parameters()))) is None:
+    weight = next(module.q_proj.parameters(), None)  # GPTQ has buffers instead
+    if weight is None or (kernels := native.kernels_for(weight)) is None:
         return False
     tokens, width, size = TRIAL.num_tokens, int(module.q_proj.in_features), int(module.head_dim)
     generator = torch.Generator().manual_seed(0)
@@ -200,7 +205,8 @@ def _is_ours(module: Any, hidden_1TD: torch.Tensor, turns: Any, layout: Any) -> 
         return False
     if not isinstance(layout, Layout) or turns is None or (module.training and _drops(module)):
         return False
-    head, shape = hidden_1TD.new_empty(0, module.head_dim), (1, hidden_1TD.shape[1], module.head_dim)
+    groups = int(module.k_proj.out_features) // int(module.head_dim)
+    head, shape = hidden_1TD.new_empty(groups, 0, module.head_dim), (1, hidden_1TD.shape[1], module.head_dim)
     are_whole = all(one.shape == shape and one.dtype == head.dtype for one in turns)
     return are_whole and can_fuse(head, head, layout, window_of(module))
 

@@ -72,7 +72,9 @@ def _is_norm(module: nn.Module) -> bool:
 
 def _gives_the_same(module: nn.Module, lean: Any) -> bool:
     """On a few random vectors, in the module's own dtype."""
-    weight = next(module.parameters())
+    weight = next(module.parameters(), None)
+    if weight is None:  # GPTQ has buffers instead
+        return False
     width = int(getattr(getattr(module, "gate_proj", None), "in_features", weight.shape[0]))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 5, width, generator=generator).to(weight)

@@ -25,6 +25,8 @@ from posttrain.native.strips import Strips
 PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 GATED = ("gate_proj", "up_proj", "down_proj")
+OF_TRAINED = 16
+"""Bytes of a parameter that learns: master, gradient and Adam's two moments in fp32."""
 
 
 class Product:
@@ -111,6 +113,8 @@ class Product:
     def _by_strips(
         self, strips: Strips, x_BD: torch.Tensor, plus: torch.Tensor | None, adapted: bool = True
     ) -> torch.Tensor:
+        if x_BD.dtype != strips.dtype:
+            raise ValueError(f"{x_BD.dtype} times weights in {strips.dtype}")
         kernels = native.kernels_for(x_BD)
         assert kernels is not None
         a, b, rank = (strips.a, strips.b, strips.rank) if adapted else (None, None, 0)
@@ -188,9 +192,11 @@ class LeanWeights:
 
     @property
     def _packs(self) -> bool:
-        size = sum(p.numel() * p.element_size() for p in self.policy.base.parameters())
+        """Where there is room for a second copy beside masters, gradients and moments of what is trained."""
+        parameters = list(self.policy.base.parameters())
+        size, trained = sum(p.nbytes for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
         dtype, device = self.policy.base.get_input_embeddings().weight.dtype, self.policy.device
-        if device.type != "cpu" or total_memory(device) <= 4 * size:
+        if device.type != "cpu" or total_memory(device) <= 4 * size + OF_TRAINED * trained:
             return False
         by_library = dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
         return by_library or native.kernels(dtype) is not None
@@ -225,7 +231,7 @@ def _layer(layer: Any) -> LeanLayer | None:
         and {name for name, _ in mlp.named_children()} <= {*GATED, "act_fn"}
         and type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
         and all(hasattr(norm, "variance_epsilon") for norm in norms)
-        and not has_caps(attention)
+        and not has_caps(attention, attention.config)
         and ((head_norms[0] is None) == (head_norms[1] is None))
         and len({_base(one).bias is None for one in linear[:3]}) == 1
     )

@@ -32,9 +32,10 @@ def can_page(weights: LeanWeights) -> bool:
     body = weights.policy.base.base_model
     x_D = weights.policy.base.get_input_embeddings().weight[:1]
     turns = body.rotary_emb(x_D[None], torch.zeros(1, 1, dtype=torch.long))
-    are_whole = all(one.shape[-1] == weights.head_size for one in turns) and native.kernels_for(x_D, *turns) is not None
-    have_strips = all(product.strips is not None for product in weights.products())
-    return are_whole and have_strips and weights.head_size % LANES == 0
+    are_whole = all(one.shape[-1] == weights.head_size for one in turns) and weights.head_size % LANES == 0
+    norms = [norm.weight for layer in weights.layers for norm in (*layer.norms, *(layer.head_norms or ()))]
+    have_strips = all(one.strips is not None and one.strips.dtype == x_D.dtype for one in weights.products())
+    return are_whole and have_strips and native.kernels_for(x_D, *turns, *norms, body.norm.weight) is not None
 
 
 @dataclass

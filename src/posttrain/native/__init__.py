@@ -62,6 +62,11 @@ def cache() -> Path:
         raise NotBuilt(f"{error}; name a folder for them in POSTTRAIN_CACHE") from None
 
 
+def runs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether there are kernels for what is computed there."""
+    return device.type == "cpu" and kernels(dtype) is not None
+
+
 def kernels_for(*tensors: torch.Tensor) -> Kernels | None:
     """The kernels, if there are any that take all of these: of one dtype on a CPU, numbers that lie in memory (a
     quantised or traced tensor says that it is bf16 too)."""

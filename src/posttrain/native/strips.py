@@ -32,19 +32,20 @@ class CLayer(ctypes.Structure):
 
 @dataclass
 class Strips:
-    """`x W' + bias`, with `+ (x A') B'` where there are adapters. `width` and `out` are those of W."""
+    """`x W' + bias`, with `+ (x A') B'` where there are adapters. `width`, `out` and `dtype` are those of W."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     width: int
     out: int
+    dtype: torch.dtype
     a: torch.Tensor | None = None
     b: torch.Tensor | None = None
 
     @classmethod
     def of(cls, weight: torch.Tensor, bias: torch.Tensor | None) -> Strips:
         """`weight` is `(out, width)`, the width made of whole words."""
-        return cls(in_strips(weight), bias, weight.shape[1], weight.shape[0])
+        return cls(in_strips(weight), bias, weight.shape[1], weight.shape[0], weight.dtype)
 
     def adapt(self, a: torch.Tensor | None, b: torch.Tensor | None) -> None:
         """`a` is `(rank, width)`, `b` `(out, rank)` with the scale in it; or neither. Ranks are filled with zeros."""

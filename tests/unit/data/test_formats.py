@@ -124,11 +124,20 @@ def untyped(city):  # type: ignore[no-untyped-def]
 def undescribed(city: str) -> None: ...
 
 
+def elsewhere(city: Nowhere) -> str:  # type: ignore[name-defined]  # noqa: F821
+    """The weather.
+
+    Args:
+        city: Where.
+    """
+    return ""
+
+
 def test_tools_that_are_functions() -> None:
     row = {"messages": [USER, ASSISTANT]}
     assert parse({**row, "tools": [weather]}).tools == [weather]
     for tool, reason in ((untyped, "Argument city is missing a type hint"), (undescribed, "it has no docstring"),
-                         (len, "missing a type hint")):  # fmt: skip
+                         (min, "no signature found"), (elsewhere, "name 'Nowhere' is not defined")):  # fmt: skip
         found = error({**row, "tools": [weather, tool]})
         assert found.code == "E-DATA-0011"
         assert '"tools[1]" is a function that cannot be described: ' in found.message

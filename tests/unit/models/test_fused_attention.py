@@ -368,9 +368,38 @@ def there_are_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_what_can_be_fused(
     size: int, dtype: torch.dtype, window: int | None, lengths: tuple[int, ...], fuses: bool
 ) -> None:
-    one = torch.empty(0, size, dtype=dtype)
+    one = torch.empty(2, 0, size, dtype=dtype)
     assert can_fuse(one, one, laid_end_to_end(lengths), window) is fuses
-    assert not can_fuse(one, torch.empty(0, size + 16, dtype=dtype), laid_end_to_end(lengths), window)
+    assert not can_fuse(one, torch.empty(2, 0, size + 16, dtype=dtype), laid_end_to_end(lengths), window)
+
+
+@pytest.mark.usefixtures("there_are_kernels")
+@pytest.mark.parametrize(
+    ("dtype", "groups", "layout", "threads", "fuses"),
+    [
+        (torch.float32, 2, laid_end_to_end((3, 4)), 4, True),
+        (torch.float32, 2, laid_end_to_end((3, 4)), 5, False),
+        (torch.float32, 2, laid_end_to_end((3, 4, 5), (-1, 0, 0)), 2, True),
+        (torch.float32, 2, laid_end_to_end((3, 4, 5), (-1, 0, 0)), 3, False),
+        (torch.bfloat16, 2, laid_end_to_end((3, 4)), 12, True),
+        (torch.bfloat16, 2, laid_end_to_end((3, 4)), 13, False),
+    ],
+)
+def test_threads_that_would_be_idle_count(
+    dtype: torch.dtype, groups: int, layout: Layout, threads: int, fuses: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shared prompt and its answers are one thread's, for each key head."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    one = torch.empty(groups, 0, 16, dtype=dtype)
+    assert can_fuse(one, one, layout, None) is fuses
+
+
+def test_projections_that_are_no_parameters_are_left_alone() -> None:
+    """GPTQ's, say, are buffers."""
+    one = packed("Llama", num_hidden_layers=1)
+    projection = one.model.layers[0].self_attn.q_proj
+    del projection.weight
+    assert not specialise_attention(one)
 
 
 def test_a_module_that_cannot_be_tried_keeps_its_forward(monkeypatch: pytest.MonkeyPatch) -> None:

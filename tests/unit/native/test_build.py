@@ -116,6 +116,16 @@ def test_another_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
             load(tmp_path, dtype)
 
 
+@pytest.mark.parametrize("dtype", build.FLAGS_OF, ids=str)
+def test_the_sources_compile_for_each_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    """On a processor that could not run them too, so that an error in them is not taken for a reason to do without."""
+    try:
+        build._compiler()
+    except NotBuilt as reason:
+        pytest.skip(str(reason))
+    assert build._built(tmp_path, "kernels", build.SOURCE, (*build.FLAGS, *build.FLAGS_OF[dtype])).is_file()
+
+
 def test_a_system_that_tells_nothing() -> None:
     with pytest.raises(NotBuilt, match="/proc/no-such-file cannot be read"):
         build._system("/proc/no-such-file")
