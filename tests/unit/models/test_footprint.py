@@ -21,7 +21,8 @@ LENGTHS = [200, 200]
 
 def sizes(head_dim: int) -> dict[str, Any]:
     return {"vocab_size": VOCABULARY, "hidden_size": 4 * head_dim, "intermediate_size": 12 * head_dim,
-            "head_dim": head_dim, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+            "head_dim": head_dim, "num_hidden_layers": 3, "num_attention_heads": 4,
+            "num_key_value_heads": 2}  # fmt: skip
 
 
 MODELS = {
