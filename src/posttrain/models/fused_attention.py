@@ -26,7 +26,6 @@ from posttrain.types import Layout
 
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 HEAD_NORMS = {"q_norm", "k_norm"}
-TRIAL = Layout((0, 3), (3, 2), (-1, 0))
 CAPS = ("attn_logit_softcapping", "clip_qkv")
 """What shows on large numbers only, so that no trial finds it: Gemma 2's cap of scores, OLMo's of projections."""
 
@@ -142,21 +141,24 @@ def has_caps(attention: Any, config: Any) -> bool:
 
 
 def _gives_the_same(module: Any) -> bool:
-    """On a few random tokens, a shared prompt among them."""
+    """On a few random tokens, in prompts with an answer each: as many as keep all threads busy, for `can_fuse`."""
     weight = next(module.q_proj.parameters(), None)  # GPTQ has buffers instead
     if weight is None or (kernels := native.kernels_for(weight)) is None:
         return False
-    tokens, width, size = TRIAL.num_tokens, int(module.q_proj.in_features), int(module.head_dim)
+    starts = [5 * family + start for family in range(torch.get_num_threads()) for start in (0, 3)]
+    parents = [parent for place in range(0, len(starts), 2) for parent in (-1, place)]
+    trial = Layout(tuple(starts), (3, 2) * torch.get_num_threads(), tuple(parents))
+    tokens, width, size = trial.num_tokens, int(module.q_proj.in_features), int(module.head_dim)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, tokens, width, generator=generator).to(kernels.dtype)
     angle = torch.randn(1, tokens, size, generator=generator)
     turns: Any = (angle.cos().to(hidden), angle.sin().to(hidden))
-    options: dict[str, Any] = {"attention_mask": torch.empty(1, 1, 0, 0), "layout": TRIAL}
+    options: dict[str, Any] = {"attention_mask": torch.empty(1, 1, 0, 0), "layout": trial}
     training = module.training
     module.eval()
     try:
         with torch.no_grad():
-            if not _is_ours(module, hidden, turns, TRIAL):  # or its own forward would be compared with itself
+            if not _is_ours(module, hidden, turns, trial):  # or its own forward would be compared with itself
                 return False
             expected = module(hidden, position_embeddings=turns, **options)[0]
             seen = _attention(module, hidden, position_embeddings=turns, **options)[0]

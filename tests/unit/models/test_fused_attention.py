@@ -394,6 +394,13 @@ def test_threads_that_would_be_idle_count(
     assert can_fuse(one, one, layout, None) is fuses
 
 
+@pytest.mark.usefixtures("kernels")
+def test_many_threads_do_not_keep_a_module_from_being_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether they would be idle is asked of each batch."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    assert len(specialise_attention(packed("Llama"))) == 2
+
+
 def test_projections_that_are_no_parameters_are_left_alone() -> None:
     """GPTQ's, say, are buffers."""
     one = packed("Llama", num_hidden_layers=1)
