@@ -6,8 +6,12 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from posttrain.native.kernels import Kernels
 
 # Before torch and transformers are imported, and inherited by the subprocesses that tests start. Tiny models gain
 # nothing from a second thread, and threads that wait for one another are slow on a busy machine.
@@ -33,6 +37,13 @@ def each_native_dtype(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
 
     dtypes = {name: dtype for dtype, name in DTYPES.items()}
     monkeypatch.setattr(native_reference, "_dtype", dtypes[request.param])
+
+
+@pytest.fixture
+def kernels(each_native_dtype: None) -> Kernels:
+    from tests.native_reference import kernels_or_skip
+
+    return kernels_or_skip()
 
 
 @pytest.fixture(autouse=True)

@@ -35,7 +35,7 @@ def can_fuse(query_HTE: torch.Tensor, value_KTE: torch.Tensor, layout: Layout, w
     segments for one key head. Where that keeps threads idle, torch is quicker: it deals out blocks of queries."""
     size = query_HTE.shape[-1]
     pieces = value_KTE.shape[-3] * (layout.parents.count(-1) or len(layout.lengths))
-    gain = 3 if query_HTE.dtype == torch.bfloat16 else 1  # on one thread, where SDPA is slow
+    gain = 3 if query_HTE.dtype == torch.bfloat16 else 1  # so many times as long SDPA takes (docs/design.md)
     return (
         size % LANES == 0
         and gain * pieces >= torch.get_num_threads()

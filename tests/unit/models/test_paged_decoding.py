@@ -29,7 +29,7 @@ from posttrain.native.strips import Strips
 from posttrain.rollout.engines import Request
 from posttrain.rollout.engines.local import LocalEngine
 from posttrain.rollout.sampling import Sampling
-from tests.native_reference import assert_near, kernels_or_skip, native_dtype
+from tests.native_reference import assert_near, native_dtype
 
 pytestmark = pytest.mark.usefixtures("kernels")
 SIZES = {"vocab_size": 211, "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 2,
@@ -42,11 +42,6 @@ FAMILIES: dict[str, Any] = {
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)),
     "mistral": lambda: MistralForCausalLM(MistralConfig(sliding_window=400, **SIZES)),
 }
-
-
-@pytest.fixture
-def kernels(each_native_dtype: None) -> Kernels:
-    return kernels_or_skip()
 
 
 def opened(family: str, adapter: bool) -> Policy:

@@ -15,7 +15,6 @@ from posttrain.types import Layout
 from tests.native_reference import (
     assert_near,
     attended,
-    kernels_or_skip,
     laid_end_to_end,
     native_dtype,
     random,
@@ -34,11 +33,6 @@ LAYOUTS = {
     "long answers": laid_end_to_end((530, 97, 60), (-1, 0, 0)),
 }
 HEADS = ((4, 2, 16), (2, 2, 64), (6, 2, 80), (3, 1, 128), (1, 1, 256))
-
-
-@pytest.fixture
-def kernels(each_native_dtype: None) -> Kernels:
-    return kernels_or_skip()
 
 
 @contextmanager
