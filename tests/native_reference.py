@@ -48,7 +48,12 @@ def rotated(x_THE: torch.Tensor, cos_TE: torch.Tensor, sin_TE: torch.Tensor) -> 
 
 
 def attended(
-    query_THE: torch.Tensor, key_TKE: torch.Tensor, value_TKE: torch.Tensor, layout: Layout, scale: float
+    query_THE: torch.Tensor,
+    key_TKE: torch.Tensor,
+    value_TKE: torch.Tensor,
+    layout: Layout,
+    scale: float,
+    window: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The output, and the log of the sum of each query's exponentials `(H, T)`."""
     repeats = query_THE.shape[1] // key_TKE.shape[1]
@@ -57,8 +62,10 @@ def attended(
     for own, parent in layout.segments():
         keys, values = (x[own] if parent is None else torch.cat([x[parent], x[own]]) for x in (key_THE, value_THE))
         score_HNM = torch.einsum("nhe,mhe->hnm", query_THE[own], keys) * scale
-        ahead = torch.ones(score_HNM.shape[1:], dtype=torch.bool).triu(1 + keys.shape[0] - score_HNM.shape[1])
-        score_HNM = score_HNM.masked_fill(ahead, -torch.inf)
+        asked, there = score_HNM.shape[1:]
+        distance_NM = torch.arange(there - asked, there)[:, None] - torch.arange(there)
+        hidden_NM = (distance_NM < 0) | (distance_NM >= (window or there))
+        score_HNM = score_HNM.masked_fill(hidden_NM, -torch.inf)
         outputs.append(torch.einsum("hnm,mhe->nhe", score_HNM.softmax(-1), values))
         sums.append(score_HNM.logsumexp(-1))
     return torch.cat(outputs), torch.cat(sums, 1)

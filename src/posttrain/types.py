@@ -10,7 +10,7 @@ supervised token, `target_R` those tokens, `sequence_R` the sequence each belong
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -100,11 +100,13 @@ class Layout:
 
     A segment with a parent continues it: its tokens see all of the parent's and then their own, and count positions on
     from there. So a prompt stands once in front of all its answers. A parent comes before its children and has none
-    itself; `parents` holds its index, -1 for none, and is empty where nobody has one."""
+    itself; `parents` holds its index, -1 for none, and is empty where nobody has one. `made` is what attention makes of
+    it once for all layers."""
 
     starts: tuple[int, ...]
     lengths: tuple[int, ...]
     parents: tuple[int, ...] = ()
+    made: dict[Hashable, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def num_tokens(self) -> int:

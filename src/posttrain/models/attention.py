@@ -3,8 +3,9 @@
 Every segment attends to itself only, causally, inside the model's sliding window where it has one. The layout comes as
 a keyword argument that transformers hands through to each attention layer, with plain integers in it, so that nothing
 asks the device. On CUDA in half precision the whole batch is one varlen call (`torch.nn.attention.varlen`); on a CPU
-short segments in bf16 are batched matrix products (`segment_attention`); elsewhere, and where the model caps its
-attention scores, it is a loop of SDPA over segments. A call without a layout (generation, a plain forward by the user)
+it is a kernel of our own where there is one (`fused_attention`), else short segments in bf16 are batched matrix
+products (`segment_attention`); elsewhere, and where the model caps its attention scores, it is a loop of SDPA over
+segments. A call without a layout (generation, a plain forward by the user)
 goes to transformers' own SDPA with the mask transformers builds for it.
 
 Left out: attention sinks and ALiBi. A model that has them fails the self-check and runs padded, with its own attention.
@@ -59,8 +60,8 @@ def packed_attention(
         layout.memory.remember(module.layer_idx, key, value, layout)
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and softcap is None and not dropout:
         return _varlen(query, key, value, layout, scaling, sliding_window), None
-    if softcap is None and not dropout and can_fuse(query, value, layout, sliding_window):
-        return fused_attention(query, key, value, layout, scaling or query.shape[-1] ** -0.5), None
+    if softcap is None and not dropout and can_fuse(query, value, layout):
+        return fused_attention(query, key, value, layout, scaling or query.shape[-1] ** -0.5, sliding_window), None
     if softcap is None and not dropout and _is_quicker_by_products(query, layout, sliding_window):
         scale = scaling or query.shape[-1] ** -0.5
         return segment_attention(query, key, value, layout, scale, keeps_weights), None
@@ -70,7 +71,8 @@ def packed_attention(
     attend = _capped(softcap) if softcap is not None else scaled_dot_product_attention
     options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
     outputs = [
-        attend(q, k, v, **options, **_mask(q, k, sliding_window)) for q, k, v in zip(queries, keys, values, strict=True)
+        attend(q, k, v, **options, **_mask(q, k, layout, sliding_window))
+        for q, k, v in zip(queries, keys, values, strict=True)
     ]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
@@ -89,14 +91,21 @@ def _is_quicker_by_products(query: torch.Tensor, layout: Layout, window: int | N
     return query.device.type == "cpu" and query.dtype == torch.bfloat16 and layout.max_length <= limit
 
 
-def _mask(query: torch.Tensor, key: torch.Tensor, window: int | None) -> dict[str, Any]:
-    """Causal, or a causal band where the segment is longer than the window. The last query sees the last key."""
+def _mask(query: torch.Tensor, key: torch.Tensor, layout: Layout, window: int | None) -> dict[str, Any]:
+    """Causal, or a causal band where the segment is longer than the window. The last query sees the last key. Autograd
+    keeps a band; segments of the same lengths have one, in all layers."""
     asked, there = query.shape[2], key.shape[2]
-    if asked == there and (window is None or there <= window):
+    if window is not None and window >= there:
+        window = None
+    if asked == there and window is None:
         return {"is_causal": True}
-    position = torch.arange(there, device=query.device)
-    distance = position[there - asked :, None] - position
-    return {"attn_mask": (distance >= 0) & (distance < (window or there))}
+    key_of_band = (asked, there, window, query.dtype)
+    if key_of_band not in layout.made:
+        position = torch.arange(there, device=query.device)
+        distance = position[there - asked :, None] - position
+        hidden = (distance < 0) | (distance >= (window or there))
+        layout.made[key_of_band] = torch.zeros_like(hidden, dtype=query.dtype).masked_fill_(hidden, -torch.inf)
+    return {"attn_mask": layout.made[key_of_band]}
 
 
 def _plainly_capped(
@@ -136,7 +145,8 @@ def _capped(softcap: float) -> Callable[..., torch.Tensor]:
         scores = softcap * torch.tanh(query @ key.mT * scale / softcap)
         if is_causal or attn_mask is None:
             attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)  # a padded row sees nothing at all
+        hidden = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask < 0
+        scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)  # a padded row sees nothing at all
         weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
         return torch.nn.functional.dropout(weights, dropout_p) @ value
 

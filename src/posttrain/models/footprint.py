@@ -18,7 +18,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from posttrain import native
-from posttrain.models.fused_attention import has_caps, window_of
+from posttrain.models.fused_attention import has_caps
 from posttrain.models.head import BLOCK_SIZE, CHUNK_ROWS, SLICE_ROWS
 from posttrain.models.precision import has_fast_bf16
 from posttrain.models.segment_attention import MAX_LENGTH
@@ -157,8 +157,7 @@ class _Layer:
         if is_convolution:
             self.kept += 8 * width * self._size
             return
-        window = window_of(module) if hasattr(module, "config") else None
-        is_known = width // self._heads % LANES == 0 and window is None and not has_caps(module, self._config)
+        is_known = width // self._heads % LANES == 0 and not has_caps(module, self._config)
         in_one = self._size == 2 or (self._has_kernels and is_known)
         copies = 2 if in_one else 3  # a loop of SDPA over segments has its output twice
         self.kept += width * self._size * (copies + 2 * self._key_heads / self._heads)

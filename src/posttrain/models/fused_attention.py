@@ -30,9 +30,9 @@ CAPS = ("attn_logit_softcapping", "clip_qkv")
 """What shows on large numbers only, so that no trial finds it: Gemma 2's cap of scores, OLMo's of projections."""
 
 
-def can_fuse(query_HTE: torch.Tensor, value_KTE: torch.Tensor, layout: Layout, window: int | None) -> bool:
-    """Whether the kernels know these shapes; a window counts where something is longer. A thread does a whole family of
-    segments for one key head. Where that keeps threads idle, torch is quicker: it deals out blocks of queries."""
+def can_fuse(query_HTE: torch.Tensor, value_KTE: torch.Tensor, layout: Layout) -> bool:
+    """Whether the kernels know these shapes. A thread does a whole family of segments for one key head. Where that
+    keeps threads idle, torch is quicker: it deals out blocks of queries."""
     size = query_HTE.shape[-1]
     pieces = value_KTE.shape[-3] * (layout.parents.count(-1) or len(layout.lengths))
     gain = 3 if query_HTE.dtype == torch.bfloat16 else 1  # so many times as long SDPA takes (docs/design.md)
@@ -40,18 +40,22 @@ def can_fuse(query_HTE: torch.Tensor, value_KTE: torch.Tensor, layout: Layout, w
         size % LANES == 0
         and gain * pieces >= torch.get_num_threads()
         and value_KTE.shape[-1] == size
-        and (window is None or layout.max_length <= window)
         and min(layout.lengths, default=0) > 0
         and native.kernels_for(query_HTE, value_KTE) is not None
     )
 
 
 def fused_attention(
-    query_1HTE: torch.Tensor, key_1KTE: torch.Tensor, value_1KTE: torch.Tensor, layout: Layout, scale: float
+    query_1HTE: torch.Tensor,
+    key_1KTE: torch.Tensor,
+    value_1KTE: torch.Tensor,
+    layout: Layout,
+    scale: float,
+    window: int | None = None,
 ) -> torch.Tensor:
-    """`(1, T, H, E)`: every token attends to itself and what precedes it in its own segment."""
+    """`(1, T, H, E)`: every token attends to itself and what precedes it in its own segment, inside the window."""
     by_token = (x[0].transpose(0, 1) for x in (query_1HTE, key_1KTE, value_1KTE))
-    return _FusedAttention.apply(*by_token, None, layout, scale)[None]
+    return _FusedAttention.apply(*by_token, None, layout, scale, window)[None]
 
 
 class _FusedAttention(torch.autograd.Function):
@@ -66,13 +70,14 @@ class _FusedAttention(torch.autograd.Function):
         turns: tuple[torch.Tensor, torch.Tensor] | None,
         layout: Layout,
         scale: float,
+        window: int | None,
     ) -> torch.Tensor:
         kernels = _kernels(query_THE, key_TKE, value_TKE, *(turns or ()))
         query_THE, key_TKE, value_TKE = (_readable(one) for one in (query_THE, key_TKE, value_TKE))
         if turns is not None:
             query_THE, key_TKE = (kernels.rotate(one, *turns) for one in (query_THE, key_TKE))
-        out_THE, log_sum_HT = kernels.attention(query_THE, key_TKE, value_TKE, layout, scale)
-        ctx.layout, ctx.scale, ctx.kernels = layout, scale, kernels
+        out_THE, log_sum_HT = kernels.attention(query_THE, key_TKE, value_TKE, layout, scale, window)
+        ctx.layout, ctx.scale, ctx.window, ctx.kernels = layout, scale, window, kernels
         ctx.save_for_backward(query_THE, key_TKE, value_TKE, log_sum_HT, *(turns or ()))
         return out_THE
 
@@ -82,11 +87,11 @@ class _FusedAttention(torch.autograd.Function):
         kernels = ctx.kernels  # those of the forward, whatever has been switched since
         query_THE, key_TKE, value_TKE, log_sum_HT, *turns = ctx.saved_tensors
         grad_query, grad_key, grad_value = kernels.attention_backward(
-            query_THE, key_TKE, value_TKE, _readable(grads[0]), log_sum_HT, ctx.layout, ctx.scale
+            query_THE, key_TKE, value_TKE, _readable(grads[0]), log_sum_HT, ctx.layout, ctx.scale, ctx.window
         )
         if turns:
             grad_query, grad_key = (kernels.rotate(one, *turns, backwards=True) for one in (grad_query, grad_key))
-        return grad_query, grad_key, grad_value, None, None, None
+        return grad_query, grad_key, grad_value, None, None, None, None
 
 
 def _kernels(*tensors: torch.Tensor) -> Any:
@@ -196,7 +201,7 @@ def _attention(
         query_THE, key_TKE = (_kernels(one, *turns).rotate(_readable(one), *turns) for one in (query_THE, key_TKE))
         layout.memory.remember(module.layer_idx, key_TKE.transpose(0, 1)[None], value_TKE.transpose(0, 1)[None], layout)
         turns = None
-    out_THE = _FusedAttention.apply(query_THE, key_TKE, value_TKE, turns, layout, module.scaling)
+    out_THE = _FusedAttention.apply(query_THE, key_TKE, value_TKE, turns, layout, module.scaling, window_of(module))
     return module.o_proj(out_THE.view(1, tokens, -1)), None
 
 
@@ -210,7 +215,7 @@ def _is_ours(module: Any, hidden_1TD: torch.Tensor, turns: Any, layout: Any) -> 
     groups = int(module.k_proj.out_features) // int(module.head_dim)
     head, shape = hidden_1TD.new_empty(groups, 0, module.head_dim), (1, hidden_1TD.shape[1], module.head_dim)
     are_whole = all(one.shape == shape and one.dtype == head.dtype for one in turns)
-    return are_whole and can_fuse(head, head, layout, window_of(module))
+    return are_whole and can_fuse(head, head, layout)
 
 
 def _drops(module: Any) -> bool:

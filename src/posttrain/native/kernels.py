@@ -34,8 +34,8 @@ _SIGNATURES = {
     "linear": (_POINTER,) * 7 + (_LONG,) * 4,
     "decode": (_POINTER, _POINTER, _LONG) + (_POINTER,) * 4 + (_LONG,) * 6 + (_FLOAT,),
     "draw": (_POINTER,) * 4 + (_LONG, _LONG, _FLOAT),
-    "attention": (_POINTER,) * 7 + (_LONG,) * 5 + (_FLOAT,),
-    "attention_backward": (_POINTER,) * 10 + (_LONG,) * 5 + (_FLOAT,),
+    "attention": (_POINTER,) * 7 + (_LONG,) * 6 + (_FLOAT,),
+    "attention_backward": (_POINTER,) * 10 + (_LONG,) * 6 + (_FLOAT,),
 }
 _IN_BF16_ONLY = {
     "low_rank": (_POINTER,) * 5 + (_LONG,) * 4,
@@ -117,9 +117,16 @@ class Kernels:
     # --- attention ----------------------------------------------------------------------------------------------------
 
     def attention(
-        self, query_THE: torch.Tensor, key_TKE: torch.Tensor, value_TKE: torch.Tensor, layout: Layout, scale: float
+        self,
+        query_THE: torch.Tensor,
+        key_TKE: torch.Tensor,
+        value_TKE: torch.Tensor,
+        layout: Layout,
+        scale: float,
+        window: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(T, H, E)`, and in fp32 the log of the sum of each query's exponentials `(H, T)`."""
+        """`(T, H, E)`, and in fp32 the log of the sum of each query's exponentials `(H, T)`. With a `window` a query
+        sees so many places, its own included."""
         tokens, heads, size = query_THE.shape
         out_THE = query_THE.new_empty(query_THE.shape)
         log_sum_HT = query_THE.new_empty(heads, tokens, dtype=torch.float32)
@@ -132,7 +139,7 @@ class Kernels:
         self._call["attention"](
             query_THE.data_ptr(), key_TKE.data_ptr(), value_TKE.data_ptr(), out_THE.data_ptr(), log_sum_HT.data_ptr(),
             _strides(query_THE, key_TKE, value_TKE, out_THE), segments, len(segments) // 4, tokens, heads,
-            key_TKE.shape[1], size, scale,
+            key_TKE.shape[1], size, _window(window), scale,
         )  # fmt: skip
         return out_THE, log_sum_HT
 
@@ -145,6 +152,7 @@ class Kernels:
         log_sum_HT: torch.Tensor,
         layout: Layout,
         scale: float,
+        window: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The gradients of queries, keys and values."""
         tokens, heads, size = query_THE.shape
@@ -153,7 +161,7 @@ class Kernels:
         segments = _segments(layout)
         self._call["attention_backward"](
             *(one.data_ptr() for one in (*given, grad_THE, log_sum_HT, *grads)), _strides(*given, grad_THE, *grads),
-            segments, len(segments) // 4, tokens, heads, key_TKE.shape[1], size, scale,
+            segments, len(segments) // 4, tokens, heads, key_TKE.shape[1], size, _window(window), scale,
         )  # fmt: skip
         return grads  # type: ignore[return-value]
 
@@ -270,6 +278,11 @@ def _check(is_right: bool, seen: str) -> None:
     """Before a kernel reads what is not there."""
     if not is_right:
         raise ValueError(f"a kernel was given {seen}")
+
+
+def _window(window: int | None) -> int:
+    _check(window is None or window > 0, f"a window of {window}")
+    return window or 0
 
 
 def _strides(*tensors: torch.Tensor) -> ctypes.Array[ctypes.c_long]:

@@ -60,7 +60,7 @@ def test_turned_first() -> None:
     angle = random(LAYOUT.num_tokens, 16, seed=5).float()
     turns = angle.cos().to(query), angle.sin().to(query)
     grad = random(*query.shape, seed=6)
-    out = fused._FusedAttention.apply(query, key, value, turns, LAYOUT, 0.25)
+    out = fused._FusedAttention.apply(query, key, value, turns, LAYOUT, 0.25, None)
     seen = torch.autograd.grad(out, (query, key, value), grad)
     exact = tuple(one.detach().double().requires_grad_() for one in (query, key, value))
     exact_turns = tuple(one.double() for one in turns)
@@ -88,7 +88,7 @@ def test_a_second_derivative_is_refused(which: str) -> None:
     if which in ("attention", "turned"):
         q = (x * 1).view(-1, 4, 16)
         turns = (torch.ones(len(x), 16).to(x),) * 2 if which == "turned" else None
-        out = fused._FusedAttention.apply(q, q, q, turns, LAYOUT, 0.25)
+        out = fused._FusedAttention.apply(q, q, q, turns, LAYOUT, 0.25, None)
     else:
         config = LlamaConfig(vocab_size=VOCABULARY, **{**SIZES, "hidden_size": 64, "num_hidden_layers": 1})
         layer: Any = LlamaForCausalLM(config).to(native_dtype()).model.layers[0]
@@ -106,7 +106,9 @@ def test_inputs_changed_before_the_backward_pass_are_noticed(which: int) -> None
     used = query.clone().requires_grad_()
     given = [query, key, value, *turns]
     plain = None if which < 3 else turns
-    out = fused._FusedAttention.apply(used * 1 if which else query.requires_grad_(), key, value, plain, LAYOUT, 0.25)
+    out = fused._FusedAttention.apply(
+        used * 1 if which else query.requires_grad_(), key, value, plain, LAYOUT, 0.25, None
+    )
     with torch.no_grad():
         given[which].zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -134,7 +136,7 @@ def test_inference_and_no_gradients() -> None:
 def test_backward_passes_of_other_threads() -> None:
     def gradients(seed: int) -> list[torch.Tensor]:
         query, key, value = (random(48, 2, 32, seed=seed + i).requires_grad_() for i in range(3))
-        out = fused._FusedAttention.apply(query, key, value, None, LAYOUT, 0.25)
+        out = fused._FusedAttention.apply(query, key, value, None, LAYOUT, 0.25, None)
         return list(torch.autograd.grad(out.float().square().sum(), (query, key, value)))
 
     expected = [gradients(seed) for seed in range(8)]

@@ -191,17 +191,19 @@ def heads_of(layout: Layout, heads: int, groups: int, size: int, seed: int = 0) 
     return tuple(random(tokens, n, size, seed=seed + i) for i, n in enumerate((heads, groups, groups, heads)))
 
 
-def everything(kernels: Kernels, given: tuple[torch.Tensor, ...], layout: Layout) -> tuple[torch.Tensor, ...]:
+def everything(
+    kernels: Kernels, given: tuple[torch.Tensor, ...], layout: Layout, window: int | None = None
+) -> tuple[torch.Tensor, ...]:
     """Output, log sums and the three gradients."""
     query, key, value, grad = given
     scale = query.shape[-1] ** -0.5
-    out, log_sum = kernels.attention(query, key, value, layout, scale)
-    return out, log_sum, *kernels.attention_backward(query, key, value, grad, log_sum, layout, scale)
+    out, log_sum = kernels.attention(query, key, value, layout, scale, window)
+    return out, log_sum, *kernels.attention_backward(query, key, value, grad, log_sum, layout, scale, window)
 
 
-def exactly(given: tuple[torch.Tensor, ...], layout: Layout) -> tuple[torch.Tensor, ...]:
+def exactly(given: tuple[torch.Tensor, ...], layout: Layout, window: int | None = None) -> tuple[torch.Tensor, ...]:
     query, key, value, grad = (one.double().requires_grad_() for one in given)
-    out, log_sum = attended(query, key, value, layout, query.shape[-1] ** -0.5)
+    out, log_sum = attended(query, key, value, layout, query.shape[-1] ** -0.5, window)
     grads = torch.autograd.grad(out, (query, key, value), grad.detach())
     return out.detach(), log_sum.detach(), *grads
 
@@ -219,6 +221,26 @@ def test_attention(kernels: Kernels, layout: Layout, shape: tuple[int, int, int]
         seen, expected = (one[:2] + one[4:] for one in (seen, expected))
     for one, other in zip(seen, expected, strict=True):
         assert_near(one, other)
+
+
+@pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 40, 64, 1000])
+@pytest.mark.parametrize("shape", [(4, 2, 16), (3, 1, 32)], ids=str)
+def test_attention_inside_a_window(kernels: Kernels, window: int, shape: tuple[int, int, int]) -> None:
+    """Also where a child of a shared prompt sees little of it, or nothing."""
+    layout = laid_end_to_end((47, 130, 19, 33, 1, 97), (-1, -1, 1, 1, 1, -1))
+    given = heads_of(layout, *shape)
+    with threads(2):
+        seen = everything(kernels, given, layout, window)
+    expected = exactly(given, layout, window)
+    if window == 1:  # one key: its weight is 1 whatever the query
+        assert seen[2].abs().max() < 1e-4
+        assert seen[3].abs().max() < 1e-4
+        seen, expected = (one[:2] + one[4:] for one in (seen, expected))
+    for one, other in zip(seen, expected, strict=True):
+        assert_near(one, other)
+    if window >= layout.max_length:
+        for one, other in zip(seen, everything(kernels, given, layout), strict=True):
+            assert torch.equal(one, other)
 
 
 VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -344,6 +366,8 @@ def test_shapes_that_do_not_fit_are_refused(kernels: Kernels) -> None:
         kernels.rotate(x, random(8, 8), random(8, 16))
     with pytest.raises(ValueError, match="a layout of 9 tokens for 8"):
         kernels.attention(x, x, x, laid_end_to_end((4, 5)), 1.0)
+    with pytest.raises(ValueError, match="a window of 0"):
+        kernels.attention(x, x, x, laid_end_to_end((4, 4)), 1.0, window=0)
     with pytest.raises(ValueError, match=r"queries \(8, 2, 16\), keys \(7, 2, 16\)"):
         kernels.attention(x, x[:7], x[:7], laid_end_to_end((8,)), 1.0)
     with pytest.raises(ValueError, match=r"queries \(8, 2, 16\), keys \(8, 3, 16\)"):

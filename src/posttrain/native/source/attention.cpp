@@ -1,8 +1,8 @@
 // Causal attention of packed segments, forward and backward (arXiv 2205.14135 for what the backward pass keeps).
 //
-// A segment's tokens see their parent's (a shared prompt's) and their own, up to themselves. Scores of a block of
-// queries are written down in the processor's cache, never in memory, and only as far as the block sees; of the soft-max
-// one number a query is kept. Query heads of one key head are done by the same thread one after another, and in the
+// A segment's tokens see their parent's (a shared prompt's) and their own, up to themselves, and of these no more than
+// the last `window` where there is one. Scores of a block of queries are written down in the processor's cache, never in
+// memory, and only of what the block sees; of the soft-max one number a query is kept. Query heads of one key head are done by the same thread one after another, and in the
 // backward pass so are a parent and its children, so that each gradient is summed in a fixed order.
 //
 // Heads are `size` wide, a multiple of 16. Tensors are given by strides of token and head, in elements.
@@ -30,8 +30,18 @@ struct Segment {
 struct Shape {
     long heads, groups, size;
     float scale;
+    long window;  // 0 where there is none
     long per_group() const { return heads / groups; }
+    // The first place that the query at `place` sees.
+    long low(long place) const { return window > 0 ? std::max(0L, place - window + 1) : 0; }
 };
+
+// Those of sixteen places from `i` on that are in [low, high).
+inline __mmask16 within(long low, long high, long i) {
+    if (high <= i || low >= i + LANES) return 0;
+    const __mmask16 below = low <= i ? 0 : first(low - i);
+    return first(high - i) & static_cast<__mmask16>(~below);
+}
 
 thread_local Scratch scratch;
 
@@ -51,11 +61,12 @@ void gather_down(const View& x, const Segment& s, long head, long size, uint32_t
     std::memset(out + words(seen) * size, 0, (words(room) - words(seen)) * size * sizeof(uint32_t));
 }
 
-// The soft-max of a row's first `seen` scores, zeros up to `room`; returns the log of the sum of exponentials.
-float softmax(const float* score, long seen, long room, float scale, Number* out) {
+// The soft-max of a row's scores in [low, high), zeros elsewhere up to `room`; returns the log of the sum of exponentials.
+float softmax(const float* score, long low, long high, long room, float scale, Number* out) {
+    const long begin = low / LANES * LANES;
     __m512 most = _mm512_set1_ps(-INFINITY);
-    for (long i = 0; i < seen; i += LANES) {
-        const __mmask16 some = first(seen - i);
+    for (long i = begin; i < high; i += LANES) {
+        const __mmask16 some = within(low, high, i);
         // A NaN may get lost here; its own exponential below is NaN, and so is the sum.
         const __m512 v = _mm512_mask_loadu_ps(most, some, score + i);
         most = _mm512_max_ps(most, v);
@@ -64,8 +75,8 @@ float softmax(const float* score, long seen, long room, float scale, Number* out
     const __m512 scales = _mm512_set1_ps(scale), tops = _mm512_set1_ps(top);
     float* kept = const_cast<float*>(score);
     __m512 sum = _mm512_setzero_ps();
-    for (long i = 0; i < seen; i += LANES) {
-        const __mmask16 some = first(seen - i);
+    for (long i = begin; i < high; i += LANES) {
+        const __mmask16 some = within(low, high, i);
         const __m512 e = _mm512_maskz_mov_ps(some, exponential(_mm512_fmsub_ps(_mm512_loadu_ps(score + i), scales, tops)));
         sum = _mm512_add_ps(sum, e);
         _mm512_storeu_ps(kept + i, e);
@@ -73,7 +84,7 @@ float softmax(const float* score, long seen, long room, float scale, Number* out
     const float total = _mm512_reduce_add_ps(sum);
     const __m512 inverse = _mm512_set1_ps(1.0f / total);
     for (long i = 0; i < room; i += LANES)
-        store(out + i, i < seen ? _mm512_mul_ps(_mm512_loadu_ps(kept + i), inverse) : _mm512_setzero_ps());
+        store(out + i, i >= begin && i < high ? _mm512_mul_ps(_mm512_loadu_ps(kept + i), inverse) : _mm512_setzero_ps());
     return top + std::log(total);
 }
 
@@ -91,22 +102,30 @@ void forward_item(const Segment& s, long group, const Shape& shape, const View& 
     gather_down(v, s, group, size, values, room);
     for (long h = group * shape.per_group(); h < (group + 1) * shape.per_group(); ++h)
         for (long begin = 0; begin < s.length; begin += BLOCK) {
-            const long rows = std::min(BLOCK, s.length - begin), reach = up(s.parent_length + begin + rows, LANES);
-            product<false>(words_of(q.at(s.start + begin, h)), q.token / PER_WORD, 1, keys, room, score, reach, rows, reach,
-                           words(size));
+            const long rows = std::min(BLOCK, s.length - begin), place = s.parent_length + begin;
+            const long from = shape.low(place) / LANES * LANES, width = up(place + rows, LANES) - from;
+            product<false>(words_of(q.at(s.start + begin, h)), q.token / PER_WORD, 1, keys + from, room, score, width, rows,
+                           width, words(size));
             for (long r = 0; r < rows; ++r)
                 lse[h * tokens + s.start + begin + r] =
-                    softmax(score + r * reach, s.parent_length + begin + r + 1, reach, shape.scale, weight + r * reach);
-            product<false>(words_of(weight), words(reach), 1, values, size, sum, size, rows, size, words(reach));
+                    softmax(score + r * width, shape.low(place + r) - from, place + r + 1 - from, width, shape.scale,
+                            weight + r * width);
+            product<false>(words_of(weight), words(width), 1, values + words(from) * size, size, sum, size, rows, size,
+                           words(width));
             for (long r = 0; r < rows; ++r)
                 for (long i = 0; i < size; i += LANES)
                     store(out.at(s.start + begin + r, h) + i, _mm512_loadu_ps(sum + r * size + i));
         }
 }
 
+// What a query sees of the places that its block does.
+struct Span {
+    long low, high;
+};
+
 // Weights and the gradient of scores, of the queries of one word: as words for the products that sum over queries, and
 // the scores' gradient by rows as well. A query that is not there gives zeros.
-void softmax_backward(const float* score, const float* weight_grad, long reach, long seen, int queries, float scale,
+void softmax_backward(const float* score, const float* weight_grad, long reach, const Span* seen, int queries, float scale,
                       const float* lse, uint32_t* weight_words, uint32_t* score_words, Number* score_grad) {
     __m512 along[PER_WORD];
     float* weight = const_cast<float*>(score);
@@ -115,7 +134,7 @@ void softmax_backward(const float* score, const float* weight_grad, long reach, 
         along[q] = _mm512_setzero_ps();
         for (long i = 0; i < reach; i += LANES) {
             float* at = weight + q * reach + i;
-            const __mmask16 some = seen + q - i <= 0 ? 0 : first(seen + q - i);
+            const __mmask16 some = within(seen[q].low, seen[q].high, i);
             const __m512 w =
                 _mm512_maskz_mov_ps(some, exponential(_mm512_fmsub_ps(_mm512_loadu_ps(at), scales, logs)));
             along[q] = _mm512_fmadd_ps(w, _mm512_loadu_ps(weight_grad + q * reach + i), along[q]);
@@ -163,26 +182,32 @@ void backward_segment(const Segment& s, long group, const Shape& shape, const Vi
     const __m512 scales = _mm512_set1_ps(shape.scale);
     for (long h = group * shape.per_group(); h < (group + 1) * shape.per_group(); ++h)
         for (long begin = 0; begin < s.length; begin += BLOCK) {
-            const long rows = std::min(BLOCK, s.length - begin), visible = s.parent_length + begin + rows;
-            const long reach = up(visible, LANES), at = s.start + begin;
-            product<false>(words_of(q.at(at, h)), q.token / PER_WORD, 1, keys, room, score, reach, rows, reach,
+            const long rows = std::min(BLOCK, s.length - begin), at = s.start + begin;
+            const long place = s.parent_length + begin, visible = place + rows;
+            const long from = shape.low(place) / LANES * LANES, width = up(visible, LANES) - from;
+            product<false>(words_of(q.at(at, h)), q.token / PER_WORD, 1, keys + from, room, score, width, rows, width,
                            words(size));
-            product<false>(words_of(grad.at(at, h)), grad.token / PER_WORD, 1, values, room, weight_grad, reach, rows,
-                           reach, words(size));
-            for (long r = 0; r < rows; r += PER_WORD)
-                softmax_backward(score + r * reach, weight_grad + r * reach, reach, s.parent_length + begin + r + 1,
-                                 static_cast<int>(std::min(PER_WORD, rows - r)), shape.scale,
-                                 lse + h * tokens + at + r, weight_words + words(r) * reach,
-                                 score_words + words(r) * reach, score_grad + r * reach);
-            product<false>(words_of(score_grad), words(reach), 1, keys_down, size, query_grad, size, rows, size,
-                           words(reach));
+            product<false>(words_of(grad.at(at, h)), grad.token / PER_WORD, 1, values + from, room, weight_grad, width,
+                           rows, width, words(size));
+            for (long r = 0; r < rows; r += PER_WORD) {
+                const int queries = static_cast<int>(std::min(PER_WORD, rows - r));
+                Span seen_by[PER_WORD];
+                for (int i = 0; i < queries; ++i) seen_by[i] = {shape.low(place + r + i) - from, place + r + i + 1 - from};
+                softmax_backward(score + r * width, weight_grad + r * width, width, seen_by, queries, shape.scale,
+                                 lse + h * tokens + at + r, weight_words + words(r) * width,
+                                 score_words + words(r) * width, score_grad + r * width);
+            }
+            product<false>(words_of(score_grad), words(width), 1, keys_down + words(from) * size, size, query_grad, size,
+                           rows, size, words(width));
             for (long r = 0; r < rows; ++r)
                 for (long i = 0; i < size; i += LANES)
                     store(grads.q.at(at + r, h) + i, _mm512_mul_ps(_mm512_loadu_ps(query_grad + r * size + i), scales));
             pack_down(q.at(at, h), q.token, rows, size, queries_down, size, 0);
             pack_down(grad.at(at, h), grad.token, rows, size, grads_down, size, 0);
-            product<true>(weight_words, 1, reach, grads_down, size, value_grad, size, visible, size, words(rows));
-            product<true>(score_words, 1, reach, queries_down, size, key_grad, size, visible, size, words(rows));
+            product<true>(weight_words, 1, width, grads_down, size, value_grad + from * size, size, visible - from, size,
+                          words(rows));
+            product<true>(score_words, 1, width, queries_down, size, key_grad + from * size, size, visible - from, size,
+                          words(rows));
         }
 }
 
@@ -223,24 +248,27 @@ void backward_item(const std::vector<Segment>& family, long group, const Shape& 
     write(grads.v, family[0].start, first_length, group, size, value_grad, 1.0f);
 }
 
-long cost(const Segment& s) { return static_cast<long>(s.length) * (2 * s.parent_length + s.length); }
+long cost(const Segment& s, const Shape& shape) {
+    const long places = 2 * s.parent_length + s.length;  // twice what a token sees on average
+    return s.length * (shape.window > 0 ? std::min(places, 2 * shape.window) : places);
+}
 
 }  // namespace
 
 extern "C" {
 
 // `strides` are those of token and head of q, k, v and out in turn; `segments` (count, 4): start, length, and the
-// parent's, whose length is 0 where there is none. `lse` (heads, tokens).
+// parent's, whose length is 0 where there is none. `lse` (heads, tokens). `window` as in `Shape`.
 void posttrain_attention(Number* q, Number* k, Number* v, Number* out, float* lse, const long* strides,
                          const int32_t* segments, long count, long tokens, long heads, long groups, long size,
-                         float scale) {
+                         long window, float scale) {
     const View qs{q, strides[0], strides[1]}, ks{k, strides[2], strides[3]}, vs{v, strides[4], strides[5]};
     const View outs{out, strides[6], strides[7]};
-    const Shape shape{heads, groups, size, scale};
+    const Shape shape{heads, groups, size, scale, window};
     const Segment* all = reinterpret_cast<const Segment*>(segments);
     std::vector<long> order(count);  // the longest first, so that threads end together
     std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](long a, long b) { return cost(all[a]) > cost(all[b]); });
+    std::stable_sort(order.begin(), order.end(), [&](long a, long b) { return cost(all[a], shape) > cost(all[b], shape); });
     one_by_one(count * groups, [&](long i) {
         forward_item(all[order[i / groups]], i % groups, shape, qs, ks, vs, outs, lse, tokens);
     });
@@ -249,12 +277,13 @@ void posttrain_attention(Number* q, Number* k, Number* v, Number* out, float* ls
 // `strides` of q, k, v, grad, and of the gradients of q, k and v.
 void posttrain_attention_backward(Number* q, Number* k, Number* v, Number* grad, const float* lse, Number* grad_q,
                                   Number* grad_k, Number* grad_v, const long* strides, const int32_t* segments,
-                                  long count, long tokens, long heads, long groups, long size, float scale) {
+                                  long count, long tokens, long heads, long groups, long size, long window,
+                                  float scale) {
     const View qs{q, strides[0], strides[1]}, ks{k, strides[2], strides[3]}, vs{v, strides[4], strides[5]};
     const View gs{grad, strides[6], strides[7]};
     const Gradients grads{{grad_q, strides[8], strides[9]}, {grad_k, strides[10], strides[11]},
                           {grad_v, strides[12], strides[13]}};
-    const Shape shape{heads, groups, size, scale};
+    const Shape shape{heads, groups, size, scale, window};
     const Segment* all = reinterpret_cast<const Segment*>(segments);
     std::vector<std::vector<Segment>> families;
     for (long i = 0; i < count; ++i)
@@ -263,9 +292,9 @@ void posttrain_attention_backward(Number* q, Number* k, Number* v, Number* grad,
         if (all[i].parent_length != 0)
             for (auto& family : families)
                 if (family[0].start == all[i].parent_start) family.push_back(all[i]);
-    auto whole = [](const std::vector<Segment>& family) {
+    auto whole = [&](const std::vector<Segment>& family) {
         long sum = 0;
-        for (const Segment& s : family) sum += cost(s);
+        for (const Segment& s : family) sum += cost(s, shape);
         return sum;
     };
     std::stable_sort(families.begin(), families.end(),
