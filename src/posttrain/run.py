@@ -11,7 +11,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,23 +23,22 @@ from transformers.trainer_utils import TrainOutput, enable_full_determinism, set
 from posttrain import identity, snapshot
 from posttrain.annotation import Annotation
 from posttrain.backoff import BackOff, make_state_or_raise
-from posttrain.checkpoint import Checkpoints, verify, write_json
 from posttrain.course import Course, Rollouts, Samples, course_of, course_over, workload_of
 from posttrain.data.fingerprint import fingerprint
 from posttrain.errors import ConfigError
-from posttrain.evaluate.best import find_best_again, note_best
+from posttrain.evaluate.best import note_best
 from posttrain.evaluate.loss import evaluate_loss
 from posttrain.events import Events
 from posttrain.gauges import flops_of, machine_logs
+from posttrain.keeping import Keeper, weights_to_use
 from posttrain.locks import only_run_in
 from posttrain.loop import Loop
 from posttrain.models.available import free_memory
 from posttrain.models.critic import Critic
 from posttrain.models.memory import give_back_all, keeping_freed_pages
-from posttrain.models.weights import load_weights, save_weights
 from posttrain.objectives.base import Metrics, Objective
 from posttrain.optimization import check_holds, check_holds_all_of, make_optimizer, make_scheduler
-from posttrain.optimizer_state import evaluation_weights, has_two_modes
+from posttrain.optimizer_state import has_two_modes
 from posttrain.planner import default_token_budget, make_plan
 from posttrain.reference import ReferenceModel
 from posttrain.session import Session
@@ -66,8 +65,7 @@ class Run:
     metrics over an evaluation set; `schedule` has the objective for each moment, in epochs, where it changes, and
     `follow` is told what each step's metrics summed up to; `first_look` is called before the first step, while the
     model is what it was. With `rollouts` completions are sampled as training goes: `train_samples` are the prompts
-    alone, and evaluation sets are what it knows how to evaluate. A `critic` is trained beside the model. `beside`
-    writes what else belongs beside the model's weights."""
+    alone, and evaluation sets are what it knows how to evaluate. A `critic` is trained beside the model."""
 
     model: Any
     processing_class: Any
@@ -84,7 +82,6 @@ class Run:
     first_look: Callable[[Session], None] | None = None
     rollouts: Rollouts | None = None
     critic: Critic | None = None
-    beside: Callable[[Path], None] | None = None
     optimizers: tuple[Any, Any] = (None, None)
     optimizer_choice: tuple[type, dict[str, Any]] | None = None
     session: Session | None = None
@@ -93,12 +90,15 @@ class Run:
     scheduler: Any = None
     columns: tuple[str, ...] = ()
     annotation: Annotation = field(init=False, repr=False)
+    keeper: Keeper = field(init=False, repr=False)
     identity: dict[str, Any] = field(default_factory=dict, repr=False)
-    run_id: str = field(default_factory=lambda: time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2))
 
     def __post_init__(self) -> None:
         samples_its_own = self.rollouts is not None
         self.annotation = Annotation(self.objective, self.reference, self.columns, self.args, samples_its_own)
+        run_id = time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
+        kept = (self.model, self.processing_class, self.args, self.events, run_id)
+        self.keeper = Keeper(*kept, self.reference, self.critic)
 
     # --- training ---------------------------------------------------------------------------------------------------
 
@@ -109,7 +109,7 @@ class Run:
         self.source = None
         course = self._course()
         source, max_steps, epochs = course.source, course.max_steps, course.epochs
-        with only_run_in(Path(args.output_dir), self.run_id), self._open() as session, StopRequest() as stop:
+        with only_run_in(Path(args.output_dir), self.keeper.run_id), self._open() as session, StopRequest() as stop:
             session.policy.model.train()
             source.packing = self.annotation.packing(session)
             if self.first_look is not None:
@@ -125,7 +125,7 @@ class Run:
             if self.rollouts is not None:
                 source.report = loop.meter.add
                 source.load_state({})  # what an earlier run has sampled
-            folder = self._resume_folder(resume)
+            folder = self.keeper.folder_to_resume(resume)
             self.identity = self._identity(session)
             rng = self._take_up(session, loop, folder) if folder is not None else None
             if rng is None:
@@ -217,7 +217,9 @@ class Run:
             settle=session.precision.settle,
             publish=session.precision.publish,
             evaluate=lambda: self._evaluate_due(stop),
-            save=lambda state: self._checkpoint(session, state),
+            save=lambda state: self.keeper.write_checkpoint(
+                session, self.optimizer, self.scheduler, self.identity, state
+            ),
             extra_logs=machine_logs(session, args, lambda: self.events.state),
             flops=flops_of(session),
             backoff=self._backoff(session, source),
@@ -235,7 +237,7 @@ class Run:
             metrics["oom_backoffs"] = loop.backoff.count
         metrics = self.events.log(metrics)
         if args.load_best_model_at_end and state.best_model_checkpoint:
-            self._read_weights(session, Path(state.best_model_checkpoint))
+            self.keeper.read_weights(session, Path(state.best_model_checkpoint))
             session.precision.publish()
         self.events.train_end()
         result = TrainResult(state.global_step, train_loss, metrics)
@@ -268,7 +270,7 @@ class Run:
             raise ConfigError("there is nothing to evaluate", hint="give eval_dataset, or set eval_strategy='no'")
         metrics: dict[str, float] = {}
         metrics_by_set: list[dict[str, float]] = []  # logged together, or after a signal not at all
-        with self._open() as session, _evaluating(session), self._weights_to_use(session):
+        with self._open() as session, _evaluating(session), weights_to_use(session, self.optimizer):
             for name, samples in sets.items():
                 one = self._evaluate_set(session, samples, f"{prefix}_{name}" if name else prefix, stop)
                 if one is None:
@@ -329,79 +331,18 @@ class Run:
         metrics |= speed_metrics(prefix, started, num_samples=len(samples), num_steps=steps)
         return metrics | {f"{prefix}_num_tokens": float(self.events.state.num_input_tokens_seen)}
 
-    # --- checkpoints ------------------------------------------------------------------------------------------------
+    # --- what is kept -----------------------------------------------------------------------------------------------
 
-    def _checkpoints(self) -> Checkpoints:
-        return Checkpoints(Path(self.args.output_dir), self.run_id, self.args.save_total_limit)
-
-    def _checkpoint(self, session: Session, loop_state: dict[str, Any]) -> str:
-        state = self.events.state
-        path = Path(self.args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.best_global_step == state.global_step:
-            state.best_model_checkpoint = str(path)
-        best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
-
-        def fill(folder: Path) -> None:
-            with self._weights_to_use(session):
-                self.write_model(folder, session, is_checkpoint=True)
-            if self.reference is not None:
-                self.reference.save(folder)
-            self.events.save_state(str(folder / "trainer_state.json"))
-            if not self.args.save_only_model:
-                document = {"run_id": self.run_id, "identity": self.identity, "loop": loop_state,
-                            "arithmetic": identity.of_arithmetic(session)}  # fmt: skip
-                snapshot.write_training_state(folder, self.optimizer, self.scheduler, snapshot.capture_rng(), document)
-
-        return str(self._checkpoints().write(state.global_step, fill, best))
-
-    def write_model(self, folder: Path, session: Session | None = None, is_checkpoint: bool = False) -> None:
+    def write_model(self, folder: Path) -> None:
         """Weights, tokenizer and settings, so that the folder can be loaded by PEFT or transformers as it is."""
-        folder.mkdir(parents=True, exist_ok=True)
-        session = session or self.session
-        with nullcontext() if session is None else session.precision.exported():
-            save_weights(self.model, folder)
-            if self.beside is not None:
-                self.beside(folder)
-            if self.critic is not None:
-                self.critic.save(folder, is_checkpoint)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
-        write_json(folder / "training_args.json", identity.plain(self.args.to_sanitized_dict()))
-
-    def _resume_folder(self, resume: str | bool | None) -> Path | None:
-        if not resume:
-            return None
-        if resume is True:
-            folder = self._checkpoints().latest()
-            if folder is None:
-                raise ConfigError(f"resume_from_checkpoint=True, but {self.args.output_dir} has no valid checkpoint")
-            return folder
-        verify(Path(resume))
-        return Path(resume)
+        self.keeper.write_model(folder, self.session)
 
     def _take_up(self, session: Session, loop: Loop, folder: Path) -> dict[str, Any]:
         """Load everything a checkpoint holds; the random state is returned, to be set last."""
-        saved = snapshot.read_state(folder)
-        snapshot.check_same_run(folder, saved, self.identity)
-        snapshot.warn_of_other_arithmetic(folder, saved, identity.of_arithmetic(session))
-        self._read_weights(session, folder)
-        if self.reference is not None:
-            self.reference.load(folder)
-        rng = snapshot.restore_training_state(folder, saved, self.optimizer, self.scheduler)
-        session.precision.publish()
-        self.run_id = saved["run_id"]
-        self.events.load_state(str(folder / "trainer_state.json"))
-        find_best_again(self.events)
-        loop.load_resume_state(saved["loop"])
+        loop_state, rng = self.keeper.take_up(folder, session, self.optimizer, self.scheduler, self.identity)
+        loop.load_resume_state(loop_state)
         loop.last_checkpoint = str(folder)
         return rng
-
-    def _read_weights(self, session: Session, folder: Path) -> None:
-        """Of everything that is trained."""
-        with session.precision.exported():
-            load_weights(self.model, folder)
-            if self.critic is not None:
-                self.critic.load(folder)
 
     def _identity(self, session: Session) -> dict[str, Any]:
         args, samples = self.args, self.train_samples
@@ -419,17 +360,6 @@ class Run:
         if not (self.optimizers[0] or self.optimizer_choice):
             made |= identity.of_schedule(args)
         return made
-
-    @contextmanager
-    def _weights_to_use(self, session: Session) -> Iterator[None]:
-        """For optimisers that train one set of weights and evaluate another: inside, the model has the second."""
-        if not has_two_modes(self.optimizer):
-            yield
-            return
-        with evaluation_weights(self.optimizer):
-            session.precision.publish()
-            yield
-        session.precision.publish()
 
     # --- the open model ---------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ def warn_of_other_arithmetic(folder: Path, saved: dict[str, Any], present: dict[
                        "have there", folder.name, there, here)  # fmt: skip
 
 
-def check_same_run(folder: Path, saved: dict[str, Any], present: dict[str, Any]) -> None:
+def check_same_run(folder: Path, saved: dict[str, Any], present: Mapping[str, Any]) -> None:
     """Refuse to go on with something else than what the checkpoint was made with, before anything is loaded."""
     made_with = saved["identity"]
     for name, value in present.items():

@@ -33,6 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("snapshot", "checkpoint", "locks", "meter", "session", "backoff", "evaluate", "reference_ahead"),
     ("reference", "planner"),
     ("loop", "identity", "course", "annotation", "gauges"),
+    ("keeping",),
     ("run", "export"),
     ("trainers",),
     ("runner",),

@@ -116,7 +116,7 @@ class RewardTrainer(AnswerTrainer):
             optimizer_choice=optimizer_cls_and_kwargs,
             predict=self._judge,
         )
-        self.run.beside = self._write_beside
+        self.run.keeper.beside = self._write_beside
         self._learned: set[str] = set()
         self._validations: dict[str, Validation] = {}
         self._saved: set[Path] = set()
