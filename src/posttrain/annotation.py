@@ -92,6 +92,11 @@ class Annotation:
         finally:
             reference.close()
 
+    def close(self) -> None:
+        """With the session: a reference with a model of its own gives it back."""
+        if self.reference is not None:
+            self.reference.close()
+
     def asker(self, session: Session) -> Reference | None:
         """The reference as it answers now."""
         if self.reference is None:
@@ -101,8 +106,9 @@ class Annotation:
 
     def of_batches(self, session: Session) -> Callable[[Batch], Batch]:
         """What makes a batch ready for the objective: on the device, and with the reference's answers."""
-        device, ask = session.policy.device, self.asker(session)
-        if ask is None or self.is_ahead or self.samples_its_own:
+        device = session.policy.device
+        is_asked = not self.is_ahead and not self.samples_its_own
+        if (ask := self.asker(session) if is_asked else None) is None:
             return lambda batch: batch.to(device)
 
         def annotate(batch: Batch) -> Batch:

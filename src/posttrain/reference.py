@@ -204,10 +204,10 @@ def _settings(config: Any) -> dict[str, Any]:
 
 
 def is_fresh_adapter(model: Any) -> bool:
-    """Whether a LoRA adapter is all that is trained and changes nothing yet: every B is zero."""
+    """Whether a LoRA adapter is all that is trained and changes nothing yet: what begins with zeros is zero."""
     if not hasattr(model, "peft_config") or not hasattr(model, "disable_adapter"):
         return False
-    second = [p for name, p in model.named_parameters() if ".lora_B." in name]
+    second = [p for name, p in model.named_parameters() if ".lora_B." in name or ".lora_embedding_A." in name]
     others = [name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name]
     return bool(second) and not others and not any(bool(p.any()) for p in second)
 

@@ -39,6 +39,8 @@ CHUNK, CHUNK_BUDGETS = 64, 4
 """Samples that are laid out together: so many, or of so many times the token budget."""
 KEEP_EVERY = 60.0
 """Seconds after which what there is so far is written."""
+SHARE_OF_TIME = 0.05
+"""Of a run's time that goes into writing it, at most: all of it is written each time."""
 
 
 def precompute(
@@ -103,13 +105,14 @@ def _begun(path: Path, ends: list[int], chunks: Sequence[Sequence[Sample]], name
 
 def _kept_on_the_way(parts: list[np.ndarray], asked: Iterator[np.ndarray], path: Path) -> list[np.ndarray]:
     """`parts` and what is `asked` yet; written to `path` every minute, and when it ends early."""
-    written, at = len(parts), time.monotonic()
+    written, at, every = len(parts), time.monotonic(), KEEP_EVERY
     try:
         for part in asked:
             parts.append(part)
-            if time.monotonic() - at > KEEP_EVERY:
+            if (began := time.monotonic()) - at > every:
                 _write(path, np.concatenate(parts))
                 written, at = len(parts), time.monotonic()
+                every = max(KEEP_EVERY, (at - began) / SHARE_OF_TIME)
     except BaseException:
         if len(parts) > written:
             _write(path, np.concatenate(parts))
@@ -136,16 +139,24 @@ def versions() -> tuple[str, ...]:
     return digest.hexdigest(), torch.__version__, transformers.__version__, peft.__version__
 
 
+PART_OF_ADAPTER = re.compile(r"\.lora_|\.modules_to_save\.|_magnitude_vector")
+"""After it, in a parameter's name, comes the adapter's, between dots."""
+
+
+def _partner(name: str) -> str:
+    """Of the factor of a LoRA update that begins at random the one that begins with zeros."""
+    return name.replace(".lora_A.", ".lora_B.").replace(".lora_embedding_B.", ".lora_embedding_A.")
+
+
 def weights_hash(model: nn.Module, adapters: Sequence[str] = (), at_most: int | None = None) -> str:
     """Of every parameter and buffer, by name; of adapters only those named. With `at_most`, of about so many evenly
     spaced elements of what was learned: training moves them all, and no more are read."""
     digest = hashlib.sha256()
-    others = re.compile(r"\.lora_|\.modules_to_save\.|_magnitude_vector")
     learned = dict(model.named_parameters())
     for name, tensor in sorted((*learned.items(), *([] if at_most is not None else model.named_buffers()))):
-        if at_most is not None and ".lora_A." in name and not learned[name.replace(".lora_A.", ".lora_B.")].any():
+        if (partner := _partner(name)) in learned and not learned[partner].any():
             continue  # at random still, and without effect
-        if others.search(name) and not any(f".{adapter}" in name for adapter in adapters):
+        if (part := PART_OF_ADAPTER.search(name)) and not set(name[part.end() :].split(".")) & set(adapters):
             continue
         digest.update(f"{name.replace('.base_layer', '')} {tensor.dtype} {tuple(tensor.shape)}".encode())
         flat = tensor.detach().flatten()

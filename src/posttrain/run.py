@@ -374,6 +374,7 @@ class Run:
             try:
                 yield self.session
             finally:
+                self.annotation.close()
                 session, self.session = self.session, None
                 session.close()
 

@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from posttrain import CheckpointError, ConfigError, DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from posttrain.models.attention import PACKED_ATTENTION
+from posttrain.models.scoring import as_classifier
 from posttrain.snapshot import _differ
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import chatml_tokenizer
@@ -62,6 +65,26 @@ def test_the_layers_that_are_trained(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has layers of the model that is trained"):
         trainer(tmp_path, made, base)
     assert any(parameter.requires_grad for parameter in made.parameters())
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize(
+    ("ref", "message"),
+    [
+        (lambda: tiny_model("llama", 60), "ref_model embeddings for 60 tokens only"),
+        (lambda: as_classifier(model(1)), "LlamaForSequenceClassification, which gives tokens no probabilities"),
+        (lambda: few_places(), "tokens, ref_model 9 places"),
+    ],
+    ids=["few tokens", "a reward model", "few places"],
+)
+def test_models_that_cannot_read_the_rows(ref: Any, message: str, ahead: bool, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        trainer(tmp_path, None, ref(), precompute_ref_log_probs=ahead)
+
+
+def few_places() -> Any:
+    config = GPT2Config(vocab_size=len(chatml_tokenizer()), n_embd=32, n_layer=1, n_head=4, n_positions=9)
+    return GPT2LMHeadModel(config)
 
 
 @pytest.mark.parametrize("adapted", [False, True])
@@ -127,19 +150,83 @@ def test_another_model_given_as_reference_is_another_run(adapted: bool, tmp_path
         trainer(tmp_path, None, model(6), **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
-def test_an_adapter_that_has_no_effect_yet_is_no_part_of_the_reference(tmp_path: Path) -> None:
-    """What lora_A begins with is random, and another in each process."""
-    options = {"precompute_ref_log_probs": False, "save_strategy": "steps", "save_steps": 1}
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "embed_tokens"]])
+def test_an_adapter_that_has_no_effect_yet_is_no_part_of_the_reference(
+    ahead: bool, targets: list[str], tmp_path: Path
+) -> None:
+    """What lora_A begins with is random, and another in each process; lora_embedding_B as well."""
+    options = {"precompute_ref_log_probs": ahead, "save_strategy": "steps", "save_steps": 1}
 
     def adapted(seed: int) -> Any:
         made = model()
         torch.manual_seed(seed)
-        return get_peft_model(made, LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+        return get_peft_model(made, LoraConfig(r=4, target_modules=targets, modules_to_save=["lm_head"]))
+
+    trainer(tmp_path, adapted(1), **options).train()
+    kept = len(list((tmp_path / "cache").rglob("*.safetensors")))
+    resumed = trainer(tmp_path, adapted(2), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert resumed.state.global_step == 2
+    assert kept == len(list((tmp_path / "cache").rglob("*.safetensors"))) == int(ahead)
+
+
+def test_an_adapter_whose_name_begins_like_the_references(tmp_path: Path) -> None:
+    """It is no part of the reference either."""
+    options = {"precompute_ref_log_probs": True, "ref_adapter_name": "ref", "save_strategy": "steps", "save_steps": 1}
+
+    def adapted(seed: int) -> Any:
+        torch.manual_seed(0)
+        made = get_peft_model(model(), lora(), adapter_name="ref")
+        torch.manual_seed(seed)
+        made.add_adapter("ref2", lora())
+        made.set_adapter("ref2")
+        return made
 
     trainer(tmp_path, adapted(1), **options).train()
     resumed = trainer(tmp_path, adapted(2), **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert resumed.state.global_step == 2
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("kind", [DPOTrainer, KTOTrainer])
+def test_a_model_given_as_reference_is_given_back(
+    kind: Any, ahead: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it was; and it is not open while nothing is asked of it."""
+    ref = model(5)
+    before = {name: weight.clone() for name, weight in ref.state_dict().items()}
+    config_class = DPOConfig if kind is DPOTrainer else KTOConfig
+    args = config_class(str(tmp_path), per_device_train_batch_size=4, max_steps=2, bf16=True, save_strategy="steps",
+                        save_steps=1, report_to="none", disable_tqdm=True, learning_rate=1e-4,
+                        precompute_ref_log_probs=ahead)  # fmt: skip
+
+    class Watch(TrainerCallback):
+        is_open: list[bool] = []  # noqa: RUF012
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.is_open.append(ref.config._attn_implementation == PACKED_ATTENTION)
+
+    watch = Watch()
+    watch.is_open = []
+
+    def made() -> Any:
+        return kind(model(), ref, args, train_dataset=ROWS, eval_dataset=ROWS[:4], callbacks=[watch],
+                    processing_class=chatml_tokenizer())  # fmt: skip
+
+    one = made()
+    one.train()
+    assert watch.is_open == [not ahead] * 2
+    one.evaluate()
+    one.evaluate(ROWS[4:])
+    assert ref.config._attn_implementation != PACKED_ATTENTION
+    assert before.keys() == ref.state_dict().keys()
+    for name, weight in ref.state_dict().items():
+        assert torch.equal(weight, before[name]), name
+    again = made()  # the same object once more, as a script that is run again in a notebook has it
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert again.state.global_step == 2
 
 
 def test_what_a_checkpoint_of_before_has_not_heard_of_is_no_difference(tmp_path: Path) -> None:

@@ -62,9 +62,14 @@ def limit_pair(pair: Tokenized, max_length: int | None, mode: str, max_prompt: i
     if mode == "drop":
         return None
     limited = _keep_start(pair, max_length) if mode == "keep_start" else _keep_end(pair, max_length)
-    if limited is None or _all_alike(limited.branches) or not all(b.supervised.any() for b in limited.branches):
+    if limited is None or _all_alike(limited.branches) or not all(_is_predicted(limited, b) for b in limited.branches):
         return None
     return limited
+
+
+def _is_predicted(pair: Tokenized, branch: Branch) -> bool:
+    """Whether something is trained that something stands before."""
+    return bool(branch.supervised[0 if len(pair.prefix) else 1 :].any())
 
 
 def _keep_start(pair: Tokenized, max_length: int) -> Tokenized | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from numbers import Real
 
 import torch
 from torch.nn.functional import logsigmoid
@@ -258,6 +259,11 @@ def _weights(outputs: Outputs, batch: Batch, pairs: Pairs) -> torch.Tensor:
     return mean_P2.sum(1).exp()
 
 
+def _is_number(value: object) -> bool:
+    """numpy's are numbers too; truth values are not meant as such."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def _check(loss: PreferenceLoss) -> None:
     to = loss.settings
     for name in loss.losses:
@@ -270,7 +276,7 @@ def _check(loss: PreferenceLoss) -> None:
     if to.f_divergence not in F_DIVERGENCES:
         hint = f"known: {', '.join(F_DIVERGENCES)}"
         raise ConfigError(f"f_divergence_type={to.f_divergence!r} is not known", hint=hint)
-    if not all(type(weight) in (int, float) and math.isfinite(weight) for weight in loss.weights):
+    if not all(_is_number(weight) and math.isfinite(weight) for weight in loss.weights):
         raise ConfigError(f"loss_weights={list(loss.weights)} are not all numbers")
     if any(weight < 0 for weight in loss.weights):
         raise ConfigError(f"loss_weights={list(loss.weights)}: one below 0 would turn its loss round",

@@ -165,6 +165,8 @@ class AnswerTrainer(DataTrainer):
         if self._tokenizer.chat_template is None:
             logger.warning("the tokenizer has no chat template, as that of a base model; preference methods refine "
                            "what a model can do already")  # fmt: skip
+        if args.neftune_noise_alpha:
+            logger.info("neftune_noise_alpha: each answer has noise of its own, so none shares its prompt with another")
         if args.disable_dropout:
             turn_dropout_off(self._model)
         self._settings = self._data_settings()
@@ -205,6 +207,7 @@ class AnswerTrainer(DataTrainer):
         """The run, ready to train."""
         args = self.args
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        self._readers = {"the model": self._model, **({} if ref_model is None else {"ref_model": ref_model})}
         objective = args.objective()
         train_samples = self._train_samples(train_dataset)
         if not objective.needs_reference:
@@ -305,13 +308,22 @@ def check_reference(model: Any, ref_model: Any, args: ReferenceConfig) -> None:
     """Raises ConfigError for a reference that could not serve as one."""
     if ref_model is None:
         return
-    if not isinstance(ref_model, PreTrainedModel | PeftModel):
-        raise ConfigError(f"ref_model must be a model, got {type(ref_model).__name__}")
+    check_is_language_model(ref_model)
     if ref_model is model:
         raise ConfigError("ref_model is the very model that is trained: it would follow the policy",
                           hint="leave it out; the starting model is the reference then")  # fmt: skip
     if args.ref_adapter_name is not None:
         raise ConfigError("ref_model and ref_adapter_name both name a reference; give one of them")
+
+
+def check_is_language_model(ref_model: Any) -> None:
+    """Raises ConfigError for a `ref_model` that has nothing to say of tokens."""
+    if not isinstance(ref_model, PreTrainedModel | PeftModel):
+        raise ConfigError(f"ref_model must be a model, got {type(ref_model).__name__}")
+    if ref_model.get_output_embeddings() is None:
+        base = ref_model.get_base_model() if isinstance(ref_model, PeftModel) else ref_model
+        raise ConfigError(f"ref_model is a {type(base).__name__}, which gives tokens no probabilities",
+                          hint="load it with AutoModelForCausalLM")  # fmt: skip
 
 
 def check_no_reference(ref_model: Any, args: Any) -> None:

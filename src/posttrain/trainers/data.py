@@ -34,6 +34,7 @@ class DataTrainer(PackedTrainer):
     _model: Any
     looked_at: ClassVar[int] = 1
     _beginning: Sequence[Sample] = ()
+    _readers: Mapping[str, Any] | None = None
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -68,14 +69,23 @@ class DataTrainer(PackedTrainer):
     def _check_fits(self, samples: Iterable[Sample]) -> None:
         """A tokenizer may know more tokens than the model (Gemma 3's does), as long as the rows have none of them; and
         positions that are learned (GPT-2's) come to an end. Raises ConfigError."""
-        rows = self._model.get_input_embeddings().weight.shape[0]
-        places = learned_places(self._model)
+        readers = {"the model": self._model} if self._readers is None else self._readers
+        limits = [
+            (name, model.get_input_embeddings().weight.shape[0], learned_places(model))
+            for name, model in readers.items()
+        ]
         for sample in samples:
             for part in sample:
-                _check_part(part, rows, places)
+                for limit in limits:
+                    _check_part(part, *limit)
 
     def _stream(self, dataset: Any, number: int) -> Iterator[Sample]:
         """Pass `number` over it, in an order of its own where it is shuffled; `data_reports` counts along."""
+        if number and isinstance(dataset, Iterator):
+            raise DataError(
+                f"{source_name(dataset, 'train')} has given all its rows, and training wants more of them",
+                hint="pass a list or a datasets.IterableDataset, which can be read again, or a lower max_steps",
+            )
         if hasattr(dataset, "set_epoch"):
             dataset.set_epoch(number)
         settings = dataclasses.replace(self._settings, shuffle_seed=self._settings.shuffle_seed + number)
@@ -121,17 +131,19 @@ class DataTrainer(PackedTrainer):
         return prepared.samples
 
 
-def _check_part(part: Tokenized, rows: int, places: int | None) -> None:
-    """Raises ConfigError for more tokens, or others, than the model knows."""
+def _check_part(part: Tokenized, name: str, rows: int, places: int | None) -> None:
+    """Raises ConfigError for more tokens, or others, than the model of that name knows."""
     longest = len(part.prefix) + max((len(branch.ids) for branch in part.branches), default=0)
     if places is not None and longest > places:
-        raise ConfigError(f"{part.origin} has {longest} tokens, the model {places} places", hint=f"max_length={places}")
+        raise ConfigError(f"{part.origin} has {longest} tokens, {name} {places} places", hint=f"max_length={places}")
     ids = (part.prefix, *(branch.ids for branch in part.branches))
     highest = max((int(one.max()) for one in ids if len(one)), default=0)
     if highest >= rows:
         raise ConfigError(
-            f"{part.origin} has token {highest}, and the model embeddings for {rows} tokens only",
-            hint="model.resize_token_embeddings(len(tokenizer)), or the tokenizer that belongs to the model",
+            f"{part.origin} has token {highest}, and {name} embeddings for {rows} tokens only",
+            hint="a reference that was trained with the same tokenizer"
+            if name == "ref_model"
+            else "model.resize_token_embeddings(len(tokenizer)), or the tokenizer that belongs to the model",
         )
 
 

@@ -5,6 +5,7 @@ made for."""
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -110,19 +111,18 @@ def _difference_of_adapters(own: dict[str, torch.Tensor], others: dict[str, torc
 
 
 def _learned(model: Any, adapter: str | None = None) -> dict[str, torch.Tensor]:
-    """Weights of LoRA adapters, those that are active or this one, by names without the adapter's; none where every B
-    is zero, which changes nothing."""
+    """Weights of LoRA adapters, those that are active or this one, by names without the adapter's; none where all that
+    begins with zeros is zero still, which changes nothing."""
     if not isinstance(model, PeftModel):
         return {}
     wanted = model.active_adapters if adapter is None else [adapter]
-    found = {
-        name.replace(f".{one}", ""): weight
-        for name, weight in model.named_parameters()
-        for one in wanted
-        if ".lora_" in name and f".{one}" in name[name.index(".lora_") :]
-    }
-    return found if any(bool(weight.any()) for name, weight in found.items() if ".lora_B" in name
-                        or ".lora_embedding_B" in name) else {}  # fmt: skip
+    found = {}
+    for name, weight in model.named_parameters():
+        layer, is_lora, part = name.partition(".lora_")
+        if is_lora and set(words := part.split(".")) & set(wanted):
+            found[".lora_".join((layer, ".".join(word for word in words if word not in wanted)))] = weight
+    begins_with_zeros = (weight for name, weight in found.items() if re.search(r"\.lora_(B|embedding_A)", name))
+    return found if any(bool(weight.any()) for weight in begins_with_zeros) else {}
 
 
 def _plain_weights(model: Any) -> dict[str, torch.Tensor]:

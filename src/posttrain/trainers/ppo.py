@@ -28,7 +28,7 @@ from posttrain.rollout.advantages import Advantages
 from posttrain.rollout.credit import credit
 from posttrain.rollout.generation import Rollout
 from posttrain.rollout.source import Learning
-from posttrain.trainers.answers import check_adapter, check_shares_nothing, shares_layers
+from posttrain.trainers.answers import check_adapter, check_is_language_model, check_shares_nothing, shares_layers
 from posttrain.trainers.online import OnlineTrainer
 from posttrain.trainers.opening import as_dict, read_config, refuse, turn_dropout_off
 from posttrain.trainers.ppo_config import PPOConfig
@@ -194,8 +194,7 @@ def _reference(model: Any, ref_model: Any, args: PPOConfig) -> Any:
     check_adapter(model, args.ref_adapter_name)
     if ref_model is None:
         return None
-    if not isinstance(ref_model, PreTrainedModel | PeftModel):
-        raise ConfigError(f"ref_model must be a model, got {type(ref_model).__name__}")
+    check_is_language_model(ref_model)
     if not args.kl_coef:
         raise ConfigError("ref_model is not honoured with kl_coef=0: nothing is asked of it", hint="leave it out")
     if args.ref_adapter_name is not None:

@@ -388,3 +388,33 @@ def test_a_transcript_is_not_made_one_message(to: str, tmp_path: Path) -> None:
     assert convert(rows, "prompt-completion", tmp_path / "text.jsonl", DataSettings(), keep="chosen")["written"] == 2
     asked = {"prompt": "Go on with this chat:\nHuman: Hi\nAssistant: Hello", "completion": "Human: Bye"}
     assert convert([asked], to, tmp_path / "asked.jsonl", DataSettings())["written"] == 1
+
+
+@pytest.mark.parametrize("to", ["messages", "prompt-completion"])
+def test_both_answers_of_a_pair_rated(tmp_path: Path, to: str) -> None:
+    """What KTO learns from them is what it learns from the pairs."""
+    chat = {"prompt": [{"role": "user", "content": "Q?"}], "chosen": [{"role": "assistant", "content": "good"}],
+            "rejected": [{"role": "assistant", "content": "bad"}], "id": 7}  # fmt: skip
+    whole = {name: [*chat["prompt"], *chat[name]] for name in ("chosen", "rejected")}  # type: ignore[misc]
+    rows, out = [chat, whole], tmp_path / "a.jsonl"
+    assert convert(rows, to, out, S, keep="both") == {"written": 4, "left_out": 0, "skipped": 0}
+    assert [one["label"] for one in lines(out)] == [True, False] * 2
+    assert [one.get("id") for one in lines(out)] == [7, 7, None, None]
+    settings = DataSettings(method="rated", completion_only=True, columns=("label",))
+    first, second = (prepare(one, chatml_tokenizer(), settings, "train").samples for one in (rows, str(out)))
+    assert len(first) == 4
+    seen, expected = (
+        sorted(
+            ([*one.prefix, *one.branches[0].ids], one.branches[0].supervised.sum(), one.columns["label"])
+            for (one,) in some
+        )
+        for some in (second, first)
+    )
+    assert seen == expected
+
+
+def test_only_pairs_have_two_answers_to_rate(tmp_path: Path) -> None:
+    same = pair("Q?", "same", "same")
+    assert "the very answer" in refused([same], "messages", tmp_path / "a.jsonl", keep="both").message
+    convert(RATED, "messages", tmp_path / "b.jsonl", S, keep="both")
+    assert check(str(tmp_path / "b.jsonl")).labels == {"good": 2, "bad": 1}

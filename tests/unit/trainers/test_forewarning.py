@@ -94,26 +94,39 @@ def test_an_adapter_that_has_been_trained_before(caplog: pytest.LogCaptureFixtur
     assert "the adapter has been trained before" in caplog.text
 
 
-def test_another_adapter(caplog: pytest.LogCaptureFixture) -> None:
-    adapted = get_peft_model(model(), lora(), adapter_name="policy")
-    adapted.add_adapter("ref", lora())
+@pytest.mark.parametrize(("policy", "ref"), [("policy", "ref"), ("default", "default_ref"), ("policy", "pol")])
+def test_another_adapter(policy: str, ref: str, caplog: pytest.LogCaptureFixture) -> None:
+    adapted = get_peft_model(model(), lora(), adapter_name=policy)
+    adapted.add_adapter(ref, lora())
     weights = dict(adapted.named_parameters())
     with torch.no_grad():
         for name, weight in weights.items():
-            if ".policy." in name:
-                weights[name.replace(".policy.", ".ref.")].copy_(weight)
-    warn_of_reference(adapted, None, "ref")
+            if f".{policy}." in name:
+                weights[name.replace(f".{policy}.", f".{ref}.")].copy_(weight)
+    warn_of_reference(adapted, None, ref)
     assert not caplog.messages
     with torch.no_grad():
-        next(p for name, p in weights.items() if "lora_B.policy" in name).fill_(0.1)
-    warn_of_reference(adapted, None, "ref")
-    assert "adapter 'ref': the adapter has been trained before, and the reference has none" in caplog.text
+        next(p for name, p in weights.items() if f"lora_B.{policy}." in name).fill_(0.1)
+    warn_of_reference(adapted, None, ref)
+    assert f"adapter '{ref}': the adapter has been trained before, and the reference has none" in caplog.text
     caplog.clear()
     with torch.no_grad():
-        next(p for name, p in weights.items() if "lora_B.ref" in name).fill_(0.2)
-    warn_of_reference(adapted, None, "ref")
+        next(p for name, p in weights.items() if f"lora_B.{ref}." in name).fill_(0.2)
+    warn_of_reference(adapted, None, ref)
     assert "1 of" in caplog.text
-    assert "adapter 'ref'" in caplog.text
+    assert f"adapter '{ref}'" in caplog.text
+
+
+def test_an_adapter_of_embeddings(caplog: pytest.LogCaptureFixture) -> None:
+    """There it is the other factor that begins with zeros."""
+    start = model()
+    adapted = get_peft_model(copy.deepcopy(start), LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"]))
+    warn_of_reference(adapted, start, None)
+    assert not caplog.messages
+    with torch.no_grad():
+        next(p for name, p in adapted.named_parameters() if "lora_embedding_A" in name).fill_(0.1)
+    warn_of_reference(adapted, start, None)
+    assert "the adapter has been trained before" in caplog.text
 
 
 def trained(start: Any, value: float = 0.1, **options: Any) -> Any:

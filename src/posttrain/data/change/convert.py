@@ -27,9 +27,10 @@ from posttrain.data.writing import TABLES, write_rows
 from posttrain.errors import ConfigError, DataError
 from posttrain.types import Example
 
-KEEP = ("desirable", "all", "chosen", "last")
+KEEP = ("desirable", "all", "chosen", "both", "last")
 """What is to become of another method's rows in plain supervised ones: of ratings the answers rated good, or all of
-them alike; of pairs the chosen answer. And of conversations the last answer, with the earlier ones untrained."""
+them alike; of pairs the chosen answer. Or of pairs both answers, rated. And of conversations the last answer, with the
+earlier ones untrained."""
 FLAGS = ("train", DETAIL)
 SAMPLE = 1000
 """Rows of a file of JSON that are read again from the file; of tables, whose cells have no types of their own, all."""
@@ -65,13 +66,14 @@ def convert(
                 left_out += 1
                 continue
             try:
-                row, code = _convert(example, said, to, keep, again)
+                made = [_convert(*one, to, again) for one in _kept(example, said, keep)]
             except DataError as error:
                 reading.reject(error, example.origin)
                 continue
-            if limit is None or len(written) < limit:
-                written.append(code)
-            yield row
+            for row, code in made:
+                if limit is None or len(written) < limit:
+                    written.append(code)
+                yield row
 
     def why_empty() -> str:
         return reading.why_empty() or ("no answer is rated good" if left_out else "")
@@ -81,11 +83,10 @@ def convert(
     return {"written": count, **kept, SKIPPED: reading.skipped}
 
 
-def _convert(example: Example, said: Said, to: str, keep: str | None, again: RowReader) -> tuple[Row, int]:
+def _convert(example: Example, said: Said, to: str, again: RowReader) -> tuple[Row, int]:
     """The row, and what it says as a number."""
-    example, said = _kept(example, said, keep)
     if said.method == "preference":
-        hint = "--keep chosen writes the chosen answers as supervised examples"
+        hint = "--keep chosen writes the chosen answers as supervised examples, --keep both both answers, rated"
         raise cannot(example, to, "its rejected answer would be lost", hint)
     own = _others(example)
     row = TARGETS[to](example)
@@ -105,20 +106,25 @@ def _convert(example: Example, said: Said, to: str, keep: str | None, again: Row
     return row, code
 
 
-def _kept(example: Example, said: Said, keep: str | None) -> tuple[Example, Said]:
-    """What `keep` asks for, as a supervised example."""
+def _kept(example: Example, said: Said, keep: str | None) -> list[tuple[Example, Said]]:
+    """What `keep` asks for, as supervised or rated examples."""
     if keep == "last" and said.method == "sft":
-        return _last_answer(example), said
+        return [(_last_answer(example), said)]
     if keep == "chosen" and said.method == "preference":
         example = dataclasses.replace(example, completions=example.completions[:1])
-        return example, dataclasses.replace(said, method="sft")
+        return [(example, dataclasses.replace(said, method="sft"))]
+    if keep == "both" and said.method == "preference":
+        return [
+            (one, dataclasses.replace(said, method="rated", label=bool(one.columns["label"])))
+            for one in ratings_of(example)
+        ]
     if keep not in ("desirable", "all"):
-        return example, said
+        return [(example, said)]
     if said.method == "rated":  # which is of the last answer, whatever stands before
         (example,) = ratings_of(example)
         said = dataclasses.replace(said, method="sft", label=None)
     columns = {name: value for name, value in example.columns.items() if name != "label" or not isinstance(value, bool)}
-    return dataclasses.replace(example, columns=columns), said
+    return [(dataclasses.replace(example, columns=columns), said)]
 
 
 def _last_answer(example: Example) -> Example:

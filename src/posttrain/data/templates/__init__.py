@@ -54,7 +54,7 @@ def resolve_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> st
         if not getattr(tokenizer, "chat_template", None):
             raise ConfigError(
                 "the data are conversations, but the tokenizer has no chat template",
-                hint='set chat_template="chatml" (or the path of a .jinja file), or train on text',
+                hint='choose one: chat_template="chatml" (or the path of a .jinja file); or train on text',
             )
         return None
     assert name is not None
