@@ -6,6 +6,7 @@ tests/unit/rewards/test_escapes.py, the bombs of mathematics in test_equivalence
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import re
 import sys
@@ -15,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 import torch
 
@@ -125,7 +127,73 @@ def tensors_of_two(count: int) -> Any:
     return torch.ones(count, 2)
 
 
+def a_table(count: int) -> Any:
+    """As many rows as completions; going through it gives the names of its columns."""
+    return pandas.DataFrame({"reward": [1.0] * count})
+
+
+def a_table_as_wide_as_long(count: int) -> Any:
+    return pandas.DataFrame([[1.0] * count] * count, columns=[f"c{i}" for i in range(count)])
+
+
+class Odd:
+    """Every way to look at it fails."""
+
+    def __float__(self) -> float:
+        raise RuntimeError("no number")
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no name")
+
+    def __len__(self) -> int:
+        return 4
+
+    def __iter__(self) -> Any:
+        raise RuntimeError("no entries")
+
+
+class Silent(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+def odd(count: int) -> Any:
+    return Odd()
+
+
+def odd_ones(count: int) -> Any:
+    return [Odd()] * count
+
+
+def never_ends(count: int) -> Any:
+    class Endless(list[float]):
+        def __iter__(self) -> Any:
+            return itertools.repeat(1.0)
+
+    return Endless([1.0] * count)
+
+
+def says_nothing_of_why(count: int) -> Any:
+    raise Silent
+
+
+def huge(count: int) -> Any:
+    return [1.0] * (count - 1) + [1e200]
+
+
+def huge_whole(count: int) -> Any:
+    return [10**400] * count
+
+
 SAYS = {
+    a_table: "reward function 'bad' gave 1 rewards for 4 completions",
+    a_table_as_wide_as_long: "reward function 'bad' gave 'c0' for completion 0: ",
+    odd: "reward function 'bad' gave Odd, not a list of numbers",
+    odd_ones: "reward function 'bad' gave <Odd instance at 0x",
+    never_ends: "reward function 'bad' gave more than 4 rewards for 4 completions",
+    says_nothing_of_why: "reward function 'bad' failed: Silent: (and it cannot say why)",
+    huge: "reward function 'bad' gave 1e+200 for completion 3: ",
+    huge_whole: "reward function 'bad' gave 100000000000000000...0000000000000000000 for completion 0: ",
     sleeps: "reward function 'bad' has not answered within 1 s",
     computes: "reward function 'bad' has not answered within 1 s",
     swallows: "reward function 'bad' has not answered within 1 s",

@@ -41,7 +41,7 @@ def add(verbs: Any, common: argparse.ArgumentParser) -> None:
         "--to", required=True, metavar="FORMAT", help="messages, prompt-completion, sharegpt or alpaca"
     )
     convert.add_argument("--keep", metavar="WHAT", help="of ratings: desirable (the good ones) or all, unrated; "
-                         "of pairs: chosen, or both, rated; of conversations: last (answer), others untrained")  # fmt: skip
+                         "of pairs: chosen, or both, rated; of conversations: last, others untrained")  # fmt: skip
     convert.set_defaults(command=_convert)
 
     split = verbs.add_parser("split", parents=[writing], help="hold a part out", epilog=EXIT_CODES)

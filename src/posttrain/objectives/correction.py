@@ -51,7 +51,12 @@ class Correction:
                               hint="set vllm_importance_sampling_clip_max")  # fmt: skip
 
     def __call__(self, old_logp_R: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, Metrics]:
-        """The weight of each row. What the sampler has not said (NaN) is not corrected."""
+        """The weight of each row. What the sampler has not said (NaN) is not corrected. Raises ConfigError where it has
+        said nothing at all."""
+        if "sampled_logp_R" not in batch.columns:
+            raise ConfigError("vllm_importance_sampling_correction=True weighs by what the sampler said of its tokens, "
+                              "and rollout_func gave no logprobs",
+                              hint="give them, or set vllm_importance_sampling_correction=False")  # fmt: skip
         gap_R = (old_logp_R - batch.columns["sampled_logp_R"]).detach().nan_to_num(nan=0.0)
         is_whole = self.mode.startswith("sequence")
         ratio = (sum_by_sequence(gap_R, batch) if is_whole else gap_R).exp()

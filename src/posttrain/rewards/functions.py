@@ -11,10 +11,12 @@ import functools
 import inspect
 import math
 import os
+import reprlib
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,8 @@ from posttrain.types import Content
 RewardFunction = Callable[..., Any]
 DEADLINE = 300.0
 """Seconds that a function may take over the completions of a step."""
+LARGEST = 1e12
+"""Of numbers far larger, squares and their sums are none in fp32 any more."""
 LATE = "E-REWARD-0002"
 """The code of a function that does not answer in time."""
 
@@ -163,34 +167,51 @@ class Rewards:
                            hint="give it a limit of its own, or raise reward_timeout")  # fmt: skip
 
     def _failed(self, name: str, error: BaseException) -> RewardError:
-        return RewardError(f"reward function {name!r} failed: {type(error).__name__}: {error}",
+        return RewardError(f"reward function {name!r} failed: {type(error).__name__}: {_text_of(error)}",
                            hint="try it before training: posttrain reward test FILE.py --data DATA")  # fmt: skip
 
     def _checked(self, name: str, given: Any, asked: Completions) -> np.ndarray:
-        try:
-            count = -1 if isinstance(given, str | bytes | Mapping | set | frozenset) else len(given)
-        except TypeError:  # a number, or a tensor that is one
-            count = -1
-        if count < 0:
+        values = _values(given, len(asked))
+        if values is None:
             raise RewardError(f"reward function {name!r} gave {type(given).__name__}, not a list of numbers",
                               hint="return a number (or None) for each completion")  # fmt: skip
-        if count != len(asked):
+        if len(values) != len(asked):
+            count = f"more than {len(asked)}" if len(values) > len(asked) else len(values)
             raise RewardError(f"reward function {name!r} gave {count} rewards for {len(asked)} completions",
                               hint="return a number (or None) for each completion")  # fmt: skip
-        return np.array([self._number(name, value, i, asked) for i, value in enumerate(given)], dtype=np.float64)
+        return np.array([self._number(name, value, i, asked) for i, value in enumerate(values)], dtype=np.float64)
 
     def _number(self, name: str, value: Any, index: int, asked: Completions) -> float:
         if value is None:
             return math.nan
         try:
             number = math.nan if isinstance(value, str | bytes) else float(value)
-        except (TypeError, ValueError, OverflowError):
+        except Exception:  # it is the user's own object, which may raise anything
             number = math.nan
-        if not math.isfinite(number):
-            raise RewardError(f"reward function {name!r} gave {value!r} for completion {index}: "
+        if not abs(number) <= LARGEST:
+            raise RewardError(f"reward function {name!r} gave {reprlib.repr(value)} for completion {index}: "
                               f"{shown(asked.contents[index])}",
-                              hint="return a finite number, or None to say nothing of it")  # fmt: skip
+                              hint=f"return a finite number, of no more than {LARGEST:g}, or None to say nothing of "
+                              "it")  # fmt: skip
         return number
+
+
+def _values(given: Any, wanted: int) -> list[Any] | None:
+    """What was given, by the entry, of which one more than `wanted` is enough to know; None where it has none."""
+    if isinstance(given, str | bytes | Mapping | set | frozenset):
+        return None
+    try:
+        len(given)  # no generator, and no tensor that is one number
+        return list(islice(given, wanted + 1))
+    except Exception:  # it is the user's own object, which may raise anything
+        return None
+
+
+def _text_of(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:
+        return "(and it cannot say why)"
 
 
 def name_of(function: RewardFunction) -> str:

@@ -14,7 +14,8 @@ from posttrain.rollout.source import RolloutSource
 def evaluate_rollouts(
     source: RolloutSource, policy: Policy, objective: Objective, batch_done: Callable[[], None]
 ) -> dict[str, float]:
-    """Means over all prompts, those of the last, smaller round included. Raises Stopped."""
+    """Means over all prompts, of which the last round may have fewer. Completions are those that the prompts' places
+    in the data make, whatever the rounds. Raises Stopped."""
     sums: dict[str, tuple[float, float]] = {}
 
     def add(metrics: Metrics) -> None:
@@ -23,8 +24,9 @@ def evaluate_rollouts(
             sums[name] = before + float(total), counted + float(count)
 
     source.report = add
-    loss, rounds = 0.0, source.every_round()
-    for number in rounds:
+    loss = 0.0
+    for number in source.every_round():
+        share = len(source.places_of(number)) / source.rounds.num_prompts
         micro = source.batches_of(number)
         counts: dict[str, float] = {}
         for batch in micro:
@@ -33,8 +35,8 @@ def evaluate_rollouts(
         for batch in micro:
             with torch.no_grad():
                 terms, metrics = objective(policy(batch, objective.needs), batch.to(policy.device))
-            loss += sum(float(term) / max(1, counts[unit]) for unit, term in terms.items())
+            loss += share * sum(float(term) / max(1, counts[unit]) for unit, term in terms.items())
             add(metrics)
         batch_done()
-    made = {"loss": loss / len(rounds), **{name: total / count for name, (total, count) in sums.items() if count}}
+    made = {"loss": loss, **{name: total / count for name, (total, count) in sums.items() if count}}
     return by_given_names(made)[0]

@@ -121,7 +121,8 @@ class RolloutSource:
         self._held = {number: one for number, one in self._held.items() if number in {round_ for round_, _ in dealt}}
         for number in dict.fromkeys(round_ for round_, _ in dealt):
             if number not in self._held:
-                self._held[number] = self._generate(number, step, self.rounds.prompts(number))
+                places = self.rounds.prompts(number)
+                self._held[number] = self._generate(number, step, places, number * KEYS_OF_A_ROUND)
             if self._begins(number, step):
                 self.report({name: (torch.tensor(s), n) for name, (s, n) in self._held[number].metrics.items()})
         slices = [(self._held[number], self._held[number].slice(batch, self.rounds.batches)) for number, batch in dealt]
@@ -131,12 +132,19 @@ class RolloutSource:
         """Of one pass over the prompts, with a smaller last round for those that fill none."""
         return range(-(-self.rounds.num_prompts // self.rounds.prompts_per_round))
 
-    def batches_of(self, number: int) -> list[Batch]:
-        """Those of round `number` in the data's own order."""
+    def places_of(self, number: int) -> range:
+        """Of the prompts of round `number` in the data's own order."""
         size = self.rounds.prompts_per_round
-        places = range(number * size, min((number + 1) * size, self.rounds.num_prompts))
-        generation = self._generate(number, 0, places)
-        self.report({name: (torch.tensor(s), n) for name, (s, n) in generation.metrics.items()})
+        return range(number * size, min((number + 1) * size, self.rounds.num_prompts))
+
+    def batches_of(self, number: int) -> list[Batch]:
+        """Those of round `number` in the data's own order. What is said once of a round counts for each prompt in
+        it."""
+        places = self.places_of(number)
+        generation = self._generate(number, 0, places, places.start)
+        said = {name: (s * len(places), len(places)) if n == 1 else (s, n) for name, (s, n) in
+                generation.metrics.items()}  # fmt: skip
+        self.report({name: (torch.tensor(s), n) for name, (s, n) in said.items()})
         slices = [(generation, generation.slice(0, 1))]
         return self._whole(slices) if self.learning.whole_batches else self._joined(slices)
 
@@ -211,8 +219,9 @@ class RolloutSource:
 
     # --- a round ------------------------------------------------------------------------------------------------------
 
-    def _generate(self, number: int, step: int, places: Sequence[int]) -> Generation:
-        sampled, said, seconds = self._judged(places, number * KEYS_OF_A_ROUND)
+    def _generate(self, number: int, step: int, places: Sequence[int], key: int) -> Generation:
+        """Random numbers follow from `key`, counted up from group to group."""
+        sampled, said, seconds = self._judged(places, key)
         kept = list(range(len(sampled)))
         replaced: dict[str, tuple[float, int]] = {}
         if self.resampling.leaves_out:

@@ -362,13 +362,17 @@ def check_can_follow(model: Any, ref_model: Any) -> None:
     if ref_model is None:
         return
     places = {name: parameter.shape for name, parameter in ref_model.named_parameters()}
+    hint = "give a ref_model of the same kind (no adapter, embeddings tied alike), or leave it out"
+    if surplus := sorted(places.keys() - dict(model.named_parameters()).keys()):
+        raise ConfigError(f"sync_ref_model=True wants a reference like the model, which has no {surplus[0]} to follow",
+                          hint=hint)  # fmt: skip
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and places.get(name) != parameter.shape:
             there = f"of shape {tuple(places[name])}" if name in places else "missing"
             raise ConfigError(
                 f"sync_ref_model=True wants a reference like the model: {name} of shape {tuple(parameter.shape)} is "
                 f"{there} in ref_model",
-                hint="give a ref_model of the same kind (no adapter, embeddings tied alike), or leave it out",
+                hint=hint,
             )
 
 

@@ -28,7 +28,13 @@ from posttrain.rollout.advantages import Advantages
 from posttrain.rollout.credit import credit
 from posttrain.rollout.generation import Rollout
 from posttrain.rollout.source import Learning
-from posttrain.trainers.answers import check_adapter, check_is_language_model, check_shares_nothing, shares_layers
+from posttrain.trainers.answers import (
+    check_adapter,
+    check_can_follow,
+    check_is_language_model,
+    check_shares_nothing,
+    shares_layers,
+)
 from posttrain.trainers.online import OnlineTrainer
 from posttrain.trainers.opening import as_dict, read_config, refuse, turn_dropout_off
 from posttrain.trainers.ppo_config import PPOConfig
@@ -137,10 +143,7 @@ class PPOTrainer(OnlineTrainer):
         if shares_layers(self._model, given):
             raise ConfigError("value_model has layers of the policy, which would be trained twice over",
                               hint="leave it out: a head on the policy's own layers is the default")  # fmt: skip
-        own, other = (one.get_input_embeddings().weight.shape[0] for one in (self._model, base))
-        if other < own:
-            raise ConfigError(f"value_model knows {other} tokens, the policy says {own}",
-                              hint="take one with the policy's tokenizer")  # fmt: skip
+        _check_knows_tokens("value_model", base, self._model)
         if self.args.disable_dropout:
             turn_dropout_off(given)
         return given
@@ -200,7 +203,18 @@ def _reference(model: Any, ref_model: Any, args: PPOConfig) -> Any:
     if args.ref_adapter_name is not None:
         raise ConfigError("ref_model and ref_adapter_name both name a reference; give one of them")
     check_shares_nothing(model, ref_model)
+    if args.sync_ref_model:
+        check_can_follow(model, ref_model)
+    _check_knows_tokens("ref_model", ref_model, model)
     return ref_model
+
+
+def _check_knows_tokens(name: str, reader: Any, model: Any) -> None:
+    """Whether `reader` can be asked about whatever the policy says. Raises ConfigError."""
+    own, other = (one.get_input_embeddings().weight.shape[0] for one in (model, reader))
+    if other < own:
+        raise ConfigError(f"{name} knows {other} tokens, the policy says {own}",
+                          hint="take one with the policy's tokenizer")  # fmt: skip
 
 
 def _value_head(model: Any) -> nn.Linear:

@@ -16,11 +16,8 @@ RATIOS = [2.0, 0.5, 4.0, 1.0, 0.1]
 """Of policy to sampler, for the tokens of two sequences: three, and two of which one was never said."""
 
 
-def weights(mode: str, least: float | None, most: float | None) -> tuple[list[float], Any]:
-    old = torch.zeros(5)
-    sampled = -torch.tensor(RATIOS).log()
-    sampled[3] = math.nan
-    batch = Batch(
+def batch(**columns: torch.Tensor) -> Batch:
+    return Batch(
         input_ids_T=torch.zeros(5, dtype=torch.long),
         position_ids_T=torch.arange(5),
         layout=Layout((0, 3), (3, 2)),
@@ -30,9 +27,14 @@ def weights(mode: str, least: float | None, most: float | None) -> tuple[list[fl
         sample_S=(0, 1),
         origins_S=(Origin("", 0),) * 2,
         counts={"tokens": 5, "sequences": 2},
-        columns={"sampled_logp_R": sampled},
+        columns=columns,
     )
-    found, metrics = Correction(mode, least, most)(old, batch)
+
+
+def weights(mode: str, least: float | None, most: float | None) -> tuple[list[float], Any]:
+    sampled = -torch.tensor(RATIOS).log()
+    sampled[3] = math.nan
+    found, metrics = Correction(mode, least, most)(torch.zeros(5), batch(sampled_logp_R=sampled))
     return [round(value, 5) for value in found.tolist()], metrics
 
 
@@ -65,3 +67,8 @@ def test_bounds_that_mean_nothing_are_refused() -> None:
         Correction("token_mask", 3.0, 2.0)
     with pytest.raises(ConfigError, match="truncates to no bound"):
         Correction("token_truncate", None, None)
+
+
+def test_a_sampler_that_has_said_nothing() -> None:
+    with pytest.raises(ConfigError, match="rollout_func gave no logprobs"):
+        Correction()(torch.zeros(5), batch())

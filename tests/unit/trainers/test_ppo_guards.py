@@ -19,6 +19,7 @@ from posttrain.cli import main
 from posttrain.evaluate.learned import NAME as LEARNED
 from posttrain.evaluate.learned import read_learned
 from posttrain.evaluate.validation import NAME, Validation, hash_of_weights
+from posttrain.models.scoring import as_classifier
 from posttrain.rewards.functions import RewardError
 from posttrain.trainers.ppo_config import PPOConfig
 from tests.tiny_models import tiny_model
@@ -297,15 +298,20 @@ def test_older_spellings(tmp_path: Path) -> None:
         ({"reward_model": None}, "reward_model is needed"),
         ({"ref_model": "other"}, "ref_model must be a model, got str"),
         ({"ref_model": "model"}, "ref_model has layers of the model that is trained"),
+        ({"ref_model": lambda: tiny_model("llama", 50)}, "ref_model knows 50 tokens, the policy says"),
+        ({"ref_model": lambda: as_classifier(tiny_model("llama"))}, "which gives tokens no probabilities"),
+        ({"ref_model": lambda: tiny_model("qwen2", len(chatml_tokenizer())), "sync_ref_model": True}, "sync_ref_model"),
     ],
 )
 def test_arguments_that_are_refused(given: dict[str, Any], message: str, tmp_path: Path) -> None:
     words = chatml_tokenizer()
     model = tiny_model("llama", len(words))
-    given = {name: model if value == "model" else value for name, value in given.items()}
+    given = {name: model if value == "model" else value() if callable(value) and value is not len else value
+             for name, value in given.items()}  # fmt: skip
+    args = PPOConfig(str(tmp_path), sync_ref_model=given.pop("sync_ref_model", False), **QUIET)
     options = {"reward_model": lambda completions, **_: [0.0] * len(completions), **given}
     with pytest.raises(posttrain.ConfigError, match=message):
-        posttrain.PPOTrainer(PPOConfig(str(tmp_path), **QUIET), words, model, train_dataset=PROMPTS, **options)
+        posttrain.PPOTrainer(args, words, model, train_dataset=PROMPTS, **options)
 
 
 def test_a_completion_without_a_score(tmp_path: Path) -> None:
