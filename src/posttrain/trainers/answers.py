@@ -363,9 +363,6 @@ def check_can_follow(model: Any, ref_model: Any) -> None:
         return
     places = {name: parameter.shape for name, parameter in ref_model.named_parameters()}
     hint = "give a ref_model of the same kind (no adapter, embeddings tied alike), or leave it out"
-    if surplus := sorted(places.keys() - dict(model.named_parameters()).keys()):
-        raise ConfigError(f"sync_ref_model=True wants a reference like the model, which has no {surplus[0]} to follow",
-                          hint=hint)  # fmt: skip
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and places.get(name) != parameter.shape:
             there = f"of shape {tuple(places[name])}" if name in places else "missing"
@@ -374,6 +371,9 @@ def check_can_follow(model: Any, ref_model: Any) -> None:
                 f"{there} in ref_model",
                 hint=hint,
             )
+    if surplus := sorted(places.keys() - dict(model.named_parameters()).keys()):
+        raise ConfigError(f"sync_ref_model=True wants a reference like the model, which has no {surplus[0]} to follow",
+                          hint=hint)  # fmt: skip
 
 
 def shares_layers(one: Any, other: Any) -> bool:

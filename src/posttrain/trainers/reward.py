@@ -268,9 +268,9 @@ def _only_tokenizer(tokenizer: Any, model: Any, args: RewardConfig) -> PreTraine
 def _with_score(peft_config: Any) -> Any:
     """`peft_config` for a model with a score, which is new and must be learned whole."""
     kept = list(getattr(peft_config, "modules_to_save", None) or [])
+    made = copy.deepcopy(peft_config)  # PEFT adds names to its list
     if str(getattr(peft_config, "task_type", None)).endswith("SEQ_CLS"):
-        return peft_config
+        return made
     logger.info("the score is trained whole beside the adapter (task_type SEQ_CLS)")
-    made = copy.deepcopy(peft_config)
     made.task_type, made.modules_to_save = "SEQ_CLS", [*kept, *([] if "score" in kept else ["score"])]
     return made
