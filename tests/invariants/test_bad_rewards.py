@@ -330,6 +330,22 @@ def test_a_rollout_func_that_ends_the_process(tmp_path: Path) -> None:
         sampler([0], 2, 0, lambda: False)
 
 
+def test_a_rollout_func_that_hangs(tmp_path: Path) -> None:
+    words = chatml_tokenizer()
+    trainer = posttrain.GRPOTrainer(
+        model=tiny_model("llama", len(words)),
+        reward_funcs="numeric_answer",
+        args=posttrain.GRPOConfig(str(tmp_path), **SETTINGS, rollout_timeout=0.5),
+        train_dataset=ROWS,
+        processing_class=words,
+        rollout_func=lambda prompts, trainer: time.sleep(60),  # type: ignore[arg-type]
+    )
+    started = time.monotonic()
+    with pytest.raises(RolloutError, match=r"rollout_func has not answered within 0\.5 s"):
+        trainer.train()
+    assert time.monotonic() - started < 30
+
+
 def test_the_trial_changes_no_random_state(tmp_path: Path) -> None:
     """Nor what is trained: with and without it the run is the same, though the function draws numbers."""
     import random

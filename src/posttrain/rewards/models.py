@@ -5,8 +5,8 @@ A prompt and its completion are rendered with the reward model's chat template w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,11 @@ HEADS = ("score", "classifier", "classification_head")
 
 @dataclass
 class RewardModel:
+    """`template_kwargs` are the chat template's."""
+
     model: Any
     tokenizer: Any
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.tokenizer.pad_token_id is None:
@@ -68,7 +71,14 @@ class RewardModel:
     def _text(self, prompt: Content, completion: Content) -> str:
         if isinstance(prompt, str) and isinstance(completion, str):
             return prompt + completion
-        return str(self.tokenizer.apply_chat_template([*prompt, *completion], tokenize=False))
+        messages = [*prompt, *completion]
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **self.template_kwargs))
+
+    def move_to(self, device: torch.device) -> None:
+        """Where the policy is, unless it was put somewhere on purpose."""
+        here = next(self.model.parameters()).device
+        if here.type == "cpu" != device.type and getattr(self.model, "hf_device_map", None) is None:
+            self.model.to(device)
 
 
 def load_reward_model(name: str, tokenizer: Any) -> RewardModel:

@@ -11,6 +11,7 @@ import numpy as np
 
 from posttrain.data.prompts import Prompt
 from posttrain.errors import ConfigError, UserError
+from posttrain.rewards.deadline import Overdue, deadline
 from posttrain.rollout.engines import Completion, Engine, Request
 from posttrain.rollout.engines.local import LocalEngine
 from posttrain.rollout.fitting import generate_fitting
@@ -62,13 +63,15 @@ def _rollout(place: int, group: int, prompt_ids: np.ndarray, said: Completion) -
 class FunctionSampler:
     """`function(prompts, trainer)` gives `prompt_ids`, `completion_ids` and `logprobs`, a list each, as in TRL;
     `env_mask` says which tokens the model wrote, and every other list goes to the rewards. It is called once with the
-    prompt of each completion. `end_ids` tell what has ended; `vocabulary` is how many tokens the model knows."""
+    prompt of each completion. `end_ids` tell what has ended; `vocabulary` is how many tokens the model knows, `deadline`
+    how many seconds a call may take."""
 
     function: Callable[..., Mapping[str, Any]]
     trainer: Any
     prompts: Sequence[Prompt]
     end_ids: frozenset[int]
     vocabulary: int
+    deadline: float = 3600.0
 
     def __call__(self, places: Sequence[int], count: int, key: int, stopped: Callable[[], bool]) -> list[Rollout]:
         wanted = [(place, group) for group, place in enumerate(places) for _ in range(count)]
@@ -89,7 +92,11 @@ class FunctionSampler:
 
     def _called(self, prompts: list[Any]) -> Mapping[str, Any]:
         try:
-            return self.function(prompts, self.trainer)
+            with deadline(self.deadline):
+                return self.function(prompts, self.trainer)
+        except Overdue:
+            hint = "give what it waits for a limit of its own, or raise rollout_timeout"
+            raise RolloutError(f"rollout_func has not answered within {self.deadline:g} s", hint=hint) from None
         except (UserError, KeyboardInterrupt):
             raise
         except BaseException as error:  # sys.exit too, which would end the run without a word

@@ -148,6 +148,9 @@ class OnlineConfig(PackedConfig):
     reward_timeout: float = field(
         default=300.0, metadata={"help": "Seconds that a reward function may take over a step's completions."}
     )
+    rollout_timeout: float = field(
+        default=3600.0, metadata={"help": "Seconds that rollout_func may take over a round's completions."}
+    )
     reward_check: bool = field(
         default=True,
         metadata={
@@ -242,8 +245,9 @@ class OnlineConfig(PackedConfig):
                 logger.info("%s=%r is not needed: completions are sampled in this process", name, value)
             elif name in OF_VLLM:
                 raise ConfigError(f"{name}={value!r} is not honoured: {INSTEAD[name]}")
-        if not self.reward_timeout > 0:
-            raise ConfigError(f"reward_timeout={self.reward_timeout} must be above 0")
+        for name in ("reward_timeout", "rollout_timeout"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
         self.sampling()
 
     def sampling(self) -> Sampling:

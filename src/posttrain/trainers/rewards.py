@@ -14,6 +14,7 @@ from posttrain.rewards import LIBRARY
 from posttrain.rewards.functions import Rewards, name_of
 from posttrain.rewards.models import RewardModel, load_reward_model
 from posttrain.trainers.online_config import OnlineConfig
+from posttrain.trainers.opening import as_dict
 
 logger = logging.getLogger("posttrain")
 
@@ -30,6 +31,9 @@ def open_rewards(reward_funcs: Any, tokenizers: Any, args: OnlineConfig) -> Rewa
     functions: dict[str, Callable[..., Any]] = {}
     for one, tokenizer in zip(given, of_each, strict=True):
         function = _opened(one, tokenizer)
+        if isinstance(function, RewardModel):
+            function.move_to(args.device)
+            function.template_kwargs = as_dict(args.chat_template_kwargs)
         name = unique = name_of(function)
         number = 2
         while unique in functions:

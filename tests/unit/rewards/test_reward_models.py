@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 
 from posttrain.errors import ConfigError
 from posttrain.models.scoring import as_classifier
-from posttrain.rewards.models import load_reward_model
+from posttrain.rewards.models import RewardModel, load_reward_model
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import chatml_tokenizer
 
@@ -39,3 +39,14 @@ def test_a_reward_model_scores_as_it_did(adapted: bool, tmp_path: Path) -> None:
         expected = model(input_ids=ids).logits.item()
         found = load_reward_model(str(tmp_path / "model"), words).model(input_ids=ids).logits.item()
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_what_the_template_is_told_and_where_the_model_is() -> None:
+    words = chatml_tokenizer()
+    words.chat_template = "{{ tone }}:{% for m in messages %}{{ m.content }};{% endfor %}"
+    model = RewardModel.of(as_classifier(tiny_model("llama", len(words))), words)
+    model.template_kwargs = {"tone": "kind"}
+    user, assistant = ([{"role": role, "content": role[:1]}] for role in ("user", "assistant"))
+    assert model._text(user, assistant) == "kind:u;a;"
+    model.move_to(torch.device("meta"))
+    assert {parameter.device.type for parameter in model.model.parameters()} == {"meta"}

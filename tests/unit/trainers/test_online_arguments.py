@@ -87,6 +87,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"top_p": 0.0}, "top_p=0.0 must be"),
     ({"dynamic_sampling": "always"}, "dynamic_sampling='always' is unknown"),
     ({"reward_timeout": 0}, "reward_timeout=0 must be above 0"),
+    ({"rollout_timeout": -1.0}, "rollout_timeout=-1.0 must be above 0"),
 ]
 
 
