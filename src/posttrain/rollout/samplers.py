@@ -63,8 +63,8 @@ def _rollout(place: int, group: int, prompt_ids: np.ndarray, said: Completion) -
 class FunctionSampler:
     """`function(prompts, trainer)` gives `prompt_ids`, `completion_ids` and `logprobs`, a list each, as in TRL;
     `env_mask` says which tokens the model wrote, and every other list goes to the rewards. It is called once with the
-    prompt of each completion. `end_ids` tell what has ended; `vocabulary` is how many tokens the model knows, `deadline`
-    how many seconds a call may take."""
+    prompt of each completion. `end_ids` tell what has ended; `vocabulary` is how many tokens the model knows and
+    `deadline` how many seconds a call may take."""
 
     function: Callable[..., Mapping[str, Any]]
     trainer: Any
