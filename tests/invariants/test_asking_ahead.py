@@ -3,6 +3,7 @@ full disk or short memory."""
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import signal
@@ -121,6 +122,7 @@ def test_what_was_asked_is_not_asked_again(ends_by: str, tmp_path: Path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(reference_ahead, "plan", counted)
         patch.setattr(reference_ahead, "KEEP_EVERY", 0.0 if ends_by == "being killed" else 3600.0)
+        patch.setattr(reference_ahead, "SHARE_OF_TIME", math.inf)
         with pytest.raises((Interrupted, KeyboardInterrupt)):
             trainer(tmp_path / "b", precompute_ref_log_probs=True).train()
     monkeypatch.undo()
@@ -175,6 +177,7 @@ def test_a_disk_that_has_no_room_for_the_whole_keeps_the_beginning(
 
     monkeypatch.setattr(reference_ahead, "CHUNK", 2)
     monkeypatch.setattr(reference_ahead, "KEEP_EVERY", 0.0)
+    monkeypatch.setattr(reference_ahead, "SHARE_OF_TIME", math.inf)
     write = reference_ahead.write_arrays
 
     def full(path: Path, *rest: Any) -> None:

@@ -176,7 +176,8 @@ class Rewards:
             raise RewardError(f"reward function {name!r} gave {type(given).__name__}, not a list of numbers",
                               hint="return a number (or None) for each completion")  # fmt: skip
         if len(values) != len(asked):
-            count = f"more than {len(asked)}" if len(values) > len(asked) else len(values)
+            more = len(given) if len(given) > len(asked) else f"more than {len(asked)}"
+            count = more if len(values) > len(asked) else len(values)
             raise RewardError(f"reward function {name!r} gave {count} rewards for {len(asked)} completions",
                               hint="return a number (or None) for each completion")  # fmt: skip
         return np.array([self._number(name, value, i, asked) for i, value in enumerate(values)], dtype=np.float64)
