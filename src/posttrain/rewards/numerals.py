@@ -3,8 +3,8 @@
 The number is read from what is marked as the answer (`####`, `\\boxed{}`, `<answer>`), there the first one after the
 last `=`; where nothing is marked it is the last of the completion. One number is compared, so listing many wins
 nothing. Read are thousands separators (1,234 and 1'234 and thin blanks), decimals, fractions (3/4, \\frac{3}{4},
-1 1/2), percent (5% is 5, and 0.05), money and units around it, minus signs, and powers of ten (1.5e3, 1.5 × 10^3).
-Numbers are compared exactly, as fractions.
+\\frac34, 1 1/2), percent (5% is 5, and 0.05), money and units around it, minus signs, and powers of ten (1.5e3,
+1.5 × 10^3). Numbers are compared exactly, as fractions.
 
 Left out: decimal commas, number words, roots and functions (`math_answer` reads them), and numbers of more than 300
 digits, which are no one's answer.
@@ -28,9 +28,14 @@ POWER = (
     r"(?:[eE](?P<e>[+-]?[0-9]+)(?![A-Za-z])"
     r"|\s?(?:×|x|\*|\\times|\\cdot)\s?10\s?(?:\^|\*\*)\s?\{?(?P<p>[+-]?[0-9]{1,4})\}?)"
 )
+FRACTION = (
+    rf"\s?(?:\{{(?P<fa>-?[0-9]{{1,{DIGITS}}})\}}|(?P<fc>[0-9]))"
+    rf"\s?(?:\{{(?P<fb>[0-9]{{1,{DIGITS}}})\}}|(?P<fd>[0-9])(?![0-9]))"
+)
+"""What follows `\\frac`: each part in braces or, as LaTeX reads it without them, a single digit."""
 NUMBER = re.compile(
     rf"(?<![\w^.])(?<!\^\{{)(?P<sign>-)?(?P<money>\\?[$€£¥]\s?)?(?P<sign2>-)?(?:"
-    rf"\\[dtc]?frac\s?\{{(?P<fa>-?[0-9]{{1,{DIGITS}}})\}}\s?\{{(?P<fb>[0-9]{{1,{DIGITS}}})\}}"
+    rf"\\[dtc]?frac{FRACTION}"
     rf"|(?P<whole>[0-9]{{1,{DIGITS}}})\s(?P<ma>[0-9]{{1,9}})\s?/\s?(?P<mb>[0-9]{{1,9}})(?![0-9])"
     r"|10\s?(?:\^|\*\*)\s?(?:\{(?P<ta>-?[0-9]{1,4})\}|(?P<tb>-?[0-9]{1,4}))(?![0-9])"
     rf"|(?P<number>{PLAIN})(?:{POWER}|\s?/\s?(?P<over>[0-9]{{1,{DIGITS}}}(?:\.[0-9]{{1,{DIGITS}}})?))?"
@@ -89,8 +94,8 @@ def _read(found: re.Match[str]) -> Number | None:
 
 
 def _value(part: dict[str, str | None]) -> Fraction | None:
-    if part["fa"] is not None:
-        return Fraction(int(part["fa"]), int(part["fb"] or ""))
+    if above := part["fa"] or part["fc"]:
+        return Fraction(int(above), int(part["fb"] or part["fd"] or ""))
     if part["whole"] is not None:
         return int(part["whole"]) + Fraction(int(part["ma"] or ""), int(part["mb"] or ""))
     if ten := part["ta"] or part["tb"]:
