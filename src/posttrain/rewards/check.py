@@ -10,7 +10,7 @@ A training run does a short version of it before its first step (`before_trainin
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from posttrain.rewards.answers import COLUMNS, as_text, gold_column, marked_answer
 from posttrain.rewards.functions import LATE, Completions, RewardError, Rewards, weighted_sum
+from posttrain.rewards.hostile import hostile
 from posttrain.types import Content
 
 FORMS = {
@@ -37,24 +38,6 @@ SLOW = 1.0
 """Seconds for a completion."""
 
 
-def hostile() -> Iterator[tuple[str, str]]:
-    """What models write when they explore, and what breaks parsers."""
-    yield "blanks", " \n\t" * 1000
-    yield "unicode", "𝔘\u202e\u200b\u0301ش𠀋👩‍👩‍👧\ufeff\u2028" * 200
-    yield "half characters", "\ud83d answer \udc00"
-    yield "control characters", "".join(map(chr, range(32))) + "\x7f\x1b[31m\x1b]0;title\x07" * 100
-    yield "deep nesting", "[" * 20_000 + "]" * 20_000
-    yield "deep braces", "\\boxed{" * 5_000 + "1" + "}" * 5_000
-    yield "open tags", "<think><answer>" * 5_000
-    yield "JSON bomb", '{"a":' * 10_000 + "1" + "}" * 10_000
-    yield "a JSON number of many digits", '{"answer": ' + "9" * 100_000 + "}"
-    yield "a long number", "#### " + "7" * 100_000
-    yield "a large power", "\\boxed{9^{9^{9^{9}}}} 1e999999999"
-    yield "not a number", "#### nan \\boxed{\\infty} -inf NaN"
-    yield "template marks", "<|im_end|>\n<|im_start|>assistant\n{{ 7*7 }}{% raw %} ${HOME} %s %(a)s {0}"
-    yield "repetition for patterns", "a" * 30_000 + "!"
-
-
 def encoder(tokenizer: Any) -> Callable[[str], list[int]]:
     """Token ids of any text; half a character, which no tokenizer takes, is a question mark."""
 
@@ -67,12 +50,14 @@ def encoder(tokenizer: Any) -> Callable[[str], list[int]]:
 
 @dataclass(frozen=True)
 class Material:
-    """What a reward is tried on: rows of the data, as lists by column. `encode` makes token ids of a text, `form` is a
-    form for right answers (with `{gold}`) beside the usual ones."""
+    """What a reward is tried on: rows of the data, as lists by column. `gold` are the right answers, of the column
+    `named`; `encode` makes token ids of a text, `form` is a form for right answers (with `{gold}`) beside the usual
+    ones."""
 
     prompts: Sequence[Content]
     columns: Mapping[str, Sequence[Any]]
     gold: Sequence[Any] | None
+    named: str | None = None
     encode: Callable[[str], list[int]] = lambda text: list(text.encode("utf-8", "replace"))
     form: str | None = None
 
@@ -82,7 +67,7 @@ class Material:
         """`gold` names the column of right answers; by default the usual ones are looked for."""
         found = gold_column(columns, gold) or ("completion" if gold is None and "completion" in columns else None)
         seen = {name: values for name, values in columns.items() if name not in ("completion", "completion_ids")}
-        return cls(prompts, seen, columns[found] if found else None, **more)
+        return cls(prompts, seen, columns[found] if found else None, found, **more)
 
     def without_gold(self) -> Material:
         return replace(self, gold=None)
@@ -194,6 +179,15 @@ class TryOut:
 
     # --- right and wrong ----------------------------------------------------------------------------------------------
 
+    def why_not_separated(self) -> str | None:
+        """Why no right answer can be held against a wrong one, where none can."""
+        gold, named = self.material.gold, self.material.named
+        if gold is None:
+            return f"no column of right answers ({', '.join((*COLUMNS, 'completion'))})"
+        if self._pairs():
+            return None
+        return f"no {'two right answers that differ' if any(_texts(gold)) else 'right answers'} in column {named}"
+
     def separate(self, forms: Mapping[str, str] = FORMS) -> None:
         """Right answers and other rows' in the form in which they differ most; the first that is good is taken."""
         pairs = self._pairs()
@@ -227,8 +221,7 @@ class TryOut:
 
     def _pairs(self) -> list[tuple[int, str, str]]:
         """Rows with their own answer and the next one that differs."""
-        gold = [] if self.material.gold is None else list(self.material.gold)
-        texts = [None if one is None else as_text(one).strip() for one in gold]
+        texts = _texts(self.material.gold or ())
         made = []
         for row, text in enumerate(texts):
             if not text:
@@ -255,6 +248,21 @@ class TryOut:
             self.report.warnings.append(
                 f"in {(1 - found.share):.0%} of {found.rows} rows another row's answer is worth as much as its own"
             )
+
+    def judge_silence(self) -> None:
+        """Nothing else that is looked for is wrong about a reward that says nothing."""
+        if self.report.passed and not self._all_said():
+            count = sum(len(trial.rewards) for trial in self.report.trials)
+            self.report.errors.append(f"it says nothing of anything: None for each of {count} completions")
+
+    def judge_sameness(self) -> None:
+        if self.report.passed and len(said := self._all_said()) == 1:
+            self.report.warnings.append(
+                f"everything that was tried is worth the same ({said.pop():g}): it was not seen to tell anything apart"
+            )
+
+    def _all_said(self) -> set[float]:
+        return {value for trial in self.report.trials for value in trial.said}
 
     # --- what is no answer --------------------------------------------------------------------------------------------
 
@@ -322,6 +330,11 @@ class TryOut:
             )
 
 
+def _texts(gold: Sequence[Any]) -> list[str]:
+    """Right answers as text, empty where a row has none."""
+    return ["" if one is None else as_text(one).strip() for one in gold]
+
+
 def _in_form(form: str, gold: str) -> str:
     return (
         form.format(gold=gold, final=_final(gold)) if form in FORMS.values() else form.replace("{gold}", _final(gold))
@@ -338,26 +351,30 @@ def _separation(form: str, right: Trial, wrong: Trial) -> Separation:
     return Separation(form, len(pairs), won / len(pairs) if pairs else 0.5, right.mean, wrong.mean)
 
 
-def try_reward(rewards: Rewards, material: Material, wants_gold: bool = True) -> TryOut:
-    """Everything but samples of a model."""
+def try_reward(
+    rewards: Rewards, material: Material, wants_gold: bool = True, sample: Callable[[TryOut], object] = lambda _: None
+) -> TryOut:
+    """`sample` adds samples of a model (`groups`)."""
     tryout = TryOut(rewards, material)
     tryout.separate()
     tryout.judge_separation()
-    if material.gold is None and wants_gold:
-        looked = ", ".join((*COLUMNS, "completion"))
-        tryout.report.warnings.append(f"no column of right answers ({looked}): whether it tells right from wrong was "
-                                      "not tried")  # fmt: skip
+    if wants_gold and (why := tryout.why_not_separated()) is not None:
+        tryout.report.warnings.append(f"{why}: whether it tells right from wrong was not tried")
     for part in (tryout.empty, tryout.huge, tryout.everything, tryout.hostile):
         if tryout.late < PATIENCE:
             part()
     if tryout.late >= PATIENCE:
         tryout.report.errors.append(f"it was late {tryout.late} times; the rest was not tried")
+    sample(tryout)
+    tryout.judge_silence()
+    tryout.judge_sameness()
     return tryout
 
 
 def before_training(rewards: Rewards, material: Material, longest: int) -> list[str]:
     """The short version, on a few rows: what would spoil a run raises RewardError, what may is said in a sentence each.
-    A function that judges form alone does not tell right from wrong, so only their sum is asked to."""
+    A function that judges form alone does not tell right from wrong, so only their sum is asked to; and it may well
+    find the two completions that are no answers worth the same."""
     rows = range(min(SHORT_ROWS, len(material.prompts)))
     few = replace(
         material,
@@ -374,4 +391,7 @@ def before_training(rewards: Rewards, material: Material, longest: int) -> list[
                           hint="try it by itself: posttrain reward test FILE.py --data DATA; reward_check=False trains "
                                "without trying")  # fmt: skip
     tryout.judge_separation()
+    tryout.judge_silence()
+    if few.gold is not None and not any(_texts(few.gold)):
+        tryout.report.warnings.append(f"{tryout.why_not_separated()} of the {len(rows)} rows that were tried")
     return tryout.report.errors + tryout.report.warnings

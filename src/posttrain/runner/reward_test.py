@@ -64,10 +64,13 @@ def try_on_data(
     extra = {"trainer_state": None, "log_extra": _ignore, "log_metric": _ignore}
     rewards = Rewards({name: found}, [1.0], deadline=timeout, extra=extra)
     printed = _Counter()
-    with contextlib.redirect_stdout(printed):
-        tryout = try_reward(rewards, material, wants_gold=gold != "none")
+
+    def sample(tryout: TryOut) -> None:
         if samples is not None:
             _sample(tryout, samples, tokenizer, data, parse_names(renamed))
+
+    with contextlib.redirect_stdout(printed):
+        tryout = try_reward(rewards, material, gold != "none", sample)
     if printed.count:
         tryout.report.warnings.append(f"it prints: {printed.count} characters in {len(tryout.report.trials)} calls")
     return name, tryout.report

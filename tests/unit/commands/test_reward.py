@@ -17,6 +17,7 @@ GOOD = """
 def good(completions, answer, **_):
     return [float(said.strip() == str(one)) for said, one in zip(completions, answer)]
 """
+SAME = "! everything that was tried is worth the same ({}): it was not seen to tell anything apart\n"
 BAD = "def bad(completions, **_):\n    print('!' * 1000)\n    return [said[0] for said in completions]\n"
 
 
@@ -84,7 +85,21 @@ def test_other_columns_and_forms(folder: Path, capsys: pytest.CaptureFixture[str
     assert "✘ it does not tell right from wrong" in err
     assert ran(capsys, *words, "--gold", "target", "--as", "So: {gold}")[0] == 0
     code, _, err = ran(capsys, *words, "--gold", "none")
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, SAME.format(0))
+
+
+def test_rewards_that_say_nothing_do_not_pass(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nothing = "✘ it says nothing of anything: None for each of {} completions\n"
+    (folder / "unsaid.jsonl").write_text("".join(f'{{"prompt": "Say {n}", "answer": null}}\n' for n in range(8)))
+    code, out, err = ran(capsys, "numeric_answer", "--data", "unsaid.jsonl", "--quiet")
+    assert (code, out) == (1, "✘ failed   numeric_answer, for the reason above\n")
+    assert err == (
+        "! no right answers in column answer: whether it tells right from wrong was not tried\n" + nothing.format(48)
+    )
+    (folder / "silent.py").write_text("def silent(completions, **_):\n    return [None] * len(completions)\n")
+    assert ran(capsys, "silent.py", "--data", "rows.jsonl", "--gold", "none")[::2] == (1, nothing.format(48))
+    (folder / "flat.py").write_text("def flat(completions, **_):\n    return [1.0] * len(completions)\n")
+    assert ran(capsys, "flat.py", "--data", "rows.jsonl", "--gold", "none")[::2] == (0, SAME.format(1))
 
 
 @pytest.mark.parametrize(

@@ -159,19 +159,63 @@ def test_one_that_hangs_is_not_asked_for_ever() -> None:
     ]  # fmt: skip
 
 
-def test_one_that_says_nothing() -> None:
-    def silent(completions: Any, **_: Any) -> Any:
-        return [None] * len(completions)
+UNTRIED = ": whether it tells right from wrong was not tried"
+SAME = "everything that was tried is worth the same ({}): it was not seen to tell anything apart"
 
+
+def silent(completions: Any, **_: Any) -> Any:
+    return [None] * len(completions)
+
+
+def test_one_that_says_nothing() -> None:
     assert tried(silent).report.errors == ["it says nothing of right answers, nor of wrong ones"]
+    report = tried(silent, material().without_gold(), wants_gold=False).report
+    assert report.errors == ["it says nothing of anything: None for each of 48 completions"]
+    assert not report.passed
+    assert short(silent, given=material().without_gold()) == [
+        "it says nothing of anything: None for each of 6 completions"
+    ]
+
+
+@pytest.mark.parametrize("nothing", [None, "", " "])
+def test_a_column_without_right_answers(nothing: Any) -> None:
+    report = tried(numeric_answer, material([nothing] * 10)).report
+    assert report.warnings == ["no right answers in column answer" + UNTRIED]
+    assert report.errors == ["it says nothing of anything: None for each of 48 completions"]
+    mostly = material([nothing] * 8 + GOLD[8:])
+    assert short(numeric_answer, given=mostly) == [
+        "it says nothing of anything: None for each of 6 completions",
+        "no right answers in column answer of the 8 rows that were tried",
+    ]
+    assert tried(numeric_answer, mostly).report.warnings == []
+    assert short(numeric_answer, given=material([nothing] * 6 + GOLD[6:])) == []
+
+
+def test_one_that_is_always_worth_the_same() -> None:
+    def same(completions: Any, **_: Any) -> list[float]:
+        return [1.0] * len(completions)
+
+    report = tried(same, material().without_gold(), wants_gold=False).report
+    assert (report.errors, report.warnings) == ([], [SAME.format(1)])
+
+
+def test_samples_are_something_that_was_said() -> None:
+    def of_samples(completions: Any, **_: Any) -> Any:
+        return [float(len(one)) if one.startswith("sample") else None for one in completions]
+
+    def sample(tryout: TryOut) -> None:
+        tryout.groups(["sample", "sampled"], [[1], [2]], [0, 0], 2)
+
+    report = tried(of_samples, material().without_gold(), wants_gold=False, sample=sample).report
+    assert (report.errors, report.warnings) == ([], [])
 
 
 def test_without_right_answers() -> None:
     given = Material.of(PROMPTS, {"id": list(range(10))})
     report = tried(LIBRARY["json_valid"], given).report
     assert report.warnings == [
-        "no column of right answers (ground_truth, answer, solution, completion): whether it tells right from wrong "
-        "was not tried"
+        "no column of right answers (ground_truth, answer, solution, completion)" + UNTRIED,
+        SAME.format(0),
     ]
     assert short(LIBRARY["json_valid"], given=given) == []
 
@@ -180,6 +224,8 @@ def test_answers_that_are_all_the_same_cannot_be_wrong() -> None:
     report = tried(numeric_answer, material(["#### 3"] * 10)).report
     assert report.separation is None
     assert report.passed
+    assert report.warnings == ["no two right answers that differ in column answer" + UNTRIED, SAME.format(0)]
+    assert short(numeric_answer, given=material(["#### 3"] * 10)) == []
 
 
 def test_completions_are_no_column_of_the_rewards() -> None:

@@ -25,8 +25,8 @@ from posttrain.rewards import (
     tagged,
     think_answer,
 )
-from posttrain.rewards.check import hostile
 from posttrain.rewards.functions import Completions, Rewards, name_of
+from posttrain.rewards.hostile import hostile
 from posttrain.rewards.numerals import find_number
 from posttrain.rewards.structured import NOTHING, read_json
 
