@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,3 +81,44 @@ def test_a_model_without_a_template_is_refused(folder: Path, capsys: pytest.Capt
     assert main(["chat", str(folder / "base"), "--message", "Hi"]) == 2
     assert "has no chat template" in capsys.readouterr().err
     assert main(["chat", str(folder / "nowhere"), "--message", "Hi"]) == 2
+
+
+def rewrite(**changes: Any) -> Callable[[Path], Any]:
+    def change(adapter: Path) -> None:
+        path = adapter / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return change
+
+
+BROKEN: list[tuple[Callable[[Path], Any], str]] = [
+    (lambda adapter: (adapter / "adapter_config.json").write_text("{"),
+     "{adapter}/adapter_config.json is no configuration of an adapter: JSONDecodeError: "),
+    (lambda adapter: (adapter / "adapter_config.json").write_text("[]"),
+     "{adapter}/adapter_config.json is no configuration of an adapter: "),
+    (rewrite(peft_type="LORE"), "{adapter}/adapter_config.json is no configuration of an adapter: "),
+    (rewrite(base_model_name_or_path=None), "{adapter}/adapter_config.json does not say which model"),
+    (rewrite(base_model_name_or_path="/no/such"), "cannot load the model '/no/such'"),
+    (lambda adapter: (adapter / "adapter_model.safetensors").unlink(),
+     "{adapter} has no adapter_model.safetensors: an adapter without its weights"),
+    (lambda adapter: (adapter / "adapter_model.safetensors").write_bytes(b"1234"),
+     "{adapter}/adapter_model.safetensors cannot be read: SafetensorError: "),
+    (rewrite(r=3), "the adapter in {adapter} cannot be put on {model}: RuntimeError: "),
+    (rewrite(target_modules=["nothing"]), "the adapter in {adapter} cannot be put on {model}: "),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize(("spoil", "message"), BROKEN)
+def test_a_broken_adapter_is_named(
+    spoil: Callable[[Path], Any], message: str, beside: bool, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, adapter = folder / "model", folder / "adapter"
+    spoil(adapter)
+    words = [str(model), "--compare", str(adapter)] if beside else [str(adapter)]
+    assert main(["chat", *words, "--message", "Hi", "--max-tokens", "2", "--quiet"]) == 2
+    out, err = capsys.readouterr()
+    said, hint = err.splitlines()[-2:]
+    assert said.startswith("E-CONFIG-0001 " + message.format(adapter=adapter, model=model))
+    assert hint.startswith("  = ")
+    assert out == ""

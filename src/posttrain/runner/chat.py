@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from posttrain.errors import ConfigError
 from posttrain.evaluate.generation import stop_ids
+from posttrain.models import adapters
 from posttrain.models.forward import open_policy
 from posttrain.models.load import load_model, load_tokenizer
 from posttrain.models.precision import has_fast_bf16
 from posttrain.rollout.engines import Request
 from posttrain.rollout.engines.local import LocalEngine
 from posttrain.rollout.sampling import Sampling
+from posttrain.runner.adapter_folder import is_adapter, open_adapter
 from posttrain.types import Message
 
 
@@ -60,7 +61,7 @@ def open_speaker(name: str, system: str | None) -> Speaker:
     import torch
 
     dtype = "bfloat16" if has_fast_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu")) else "float32"
-    if (Path(name) / "adapter_config.json").is_file():
+    if is_adapter(name):
         model, tokenizer = _with_adapter(name, dtype)
     else:
         model, tokenizer = load_model(name, dtype=dtype), load_tokenizer(name)
@@ -71,14 +72,7 @@ def open_speaker(name: str, system: str | None) -> Speaker:
 
 
 def _with_adapter(folder: str, dtype: str) -> tuple[Any, Any]:
-    from peft import PeftConfig, PeftModel
-
-    from posttrain.models import adapters
-
-    base = PeftConfig.from_pretrained(folder).base_model_name_or_path
-    if not base:
-        raise ConfigError(f"{folder} does not say which model its adapter belongs to")
-    model = PeftModel.from_pretrained(load_model(base, dtype=dtype), folder)
+    model, base = open_adapter(folder, dtype)
     adapters.specialise(model)
     try:
         return model, load_tokenizer(folder)
