@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "src" / "posttrain"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("types", "errors", "hub", "children", "folders"),
-    ("native",),
+    ("native", "shortage"),
     (
         "data",
         "models",
@@ -27,7 +27,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "signals",
         "optimization",
         "optimizer_state",
-        "shortage",
     ),
     ("rollout",),
     ("snapshot", "checkpoint", "locks", "meter", "session", "backoff", "evaluate", "reference_ahead"),

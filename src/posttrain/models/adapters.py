@@ -28,7 +28,7 @@ def add_adapter(model: Any, peft_config: PeftConfig) -> PeftModel:
     """Wrap `model` with a new adapter. Raises ConfigError where there is one already or the config is not PEFT's."""
     if not isinstance(peft_config, PeftConfig):
         raise ConfigError(f"peft_config must be a peft.PeftConfig such as LoraConfig, got {type(peft_config).__name__}")
-    if isinstance(model, PeftModel):
+    if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ConfigError(
             "the model has an adapter already and peft_config asks for another",
             hint="train the one it has (leave peft_config out) or merge it first (model.merge_and_unload())",

@@ -40,6 +40,9 @@ def load_model(
     options = dict(options or {})
     if options.get("trust_remote_code"):
         raise ConfigError("trust_remote_code=True is not honoured: code from the hub is never run")
+    if (Path(name) / "adapter_config.json").is_file():  # transformers would put it into a model that has no say in it
+        raise ConfigError(f"{name} is the folder of an adapter, not of a model",
+                          hint="give the model that it belongs to, or merge the adapter into it first")  # fmt: skip
     wanted = options.pop("dtype", None) or options.pop("torch_dtype", None) or dtype
     if isinstance(wanted, str):
         if wanted not in DTYPES:

@@ -13,13 +13,13 @@ from typing import Any
 from posttrain.errors import ConfigError
 from posttrain.evaluate.generation import stop_ids
 from posttrain.models import adapters
+from posttrain.models.adapter_folder import is_adapter, open_adapter, tokenizer_of
 from posttrain.models.forward import open_policy
 from posttrain.models.load import load_model, load_tokenizer
 from posttrain.models.precision import has_fast_bf16
 from posttrain.rollout.engines import Request
 from posttrain.rollout.engines.local import LocalEngine
 from posttrain.rollout.sampling import Sampling
-from posttrain.runner.adapter_folder import is_adapter, open_adapter
 from posttrain.types import Message
 
 
@@ -72,9 +72,6 @@ def open_speaker(name: str, system: str | None) -> Speaker:
 
 
 def _with_adapter(folder: str, dtype: str) -> tuple[Any, Any]:
-    model, base = open_adapter(folder, dtype)
+    model = open_adapter(folder, dtype)
     adapters.specialise(model)
-    try:
-        return model, load_tokenizer(folder)
-    except ConfigError:  # an adapter that was saved without
-        return model, load_tokenizer(base)
+    return model, tokenizer_of(folder)

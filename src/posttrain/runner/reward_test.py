@@ -154,6 +154,7 @@ def _sample(tryout: TryOut, samples: Samples, tokenizer: Any, data: str, names: 
     from transformers import TrainingArguments
 
     from posttrain.evaluate.generation import stop_ids
+    from posttrain.models.adapter_folder import is_adapter, open_adapter
     from posttrain.models.load import load_model
     from posttrain.models.memory import keeping_freed_pages
     from posttrain.rollout.engines import Request
@@ -162,7 +163,7 @@ def _sample(tryout: TryOut, samples: Samples, tokenizer: Any, data: str, names: 
     from posttrain.rollout.sampling import Sampling
     from posttrain.session import Session
 
-    model = load_model(samples.model, {}, dtype="float32")
+    model = (open_adapter if is_adapter(samples.model) else load_model)(samples.model, dtype="float32")
     prompts = _first_prompts(data, tokenizer, names, samples.prompts, len(tryout.material.prompts))
     args = TrainingArguments("unused", report_to="none", bf16=False)
     with keeping_freed_pages(args.device):

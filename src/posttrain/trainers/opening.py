@@ -13,6 +13,7 @@ from transformers.trainer_utils import align_special_tokens
 
 from posttrain.errors import ConfigError, UnknownArgumentError
 from posttrain.models import adapters
+from posttrain.models.adapter_folder import config_of, is_adapter, open_adapter, tokenizer_of
 from posttrain.models.load import load_model, load_tokenizer, set_eos_token, set_pad_token
 from posttrain.trainers.config import PackedConfig
 from posttrain.trainers.spellings import TRAINER_GONE, TRAINER_TO_CONFIG, Rewrite, renamed, say_read_as
@@ -107,7 +108,11 @@ def open_model(
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     if quantization_config is not None:
         raise ConfigError("quantization_config is not honoured yet: QLoRA is not built")
-    if isinstance(model, str):
+    if isinstance(model, str) and is_adapter(model):  # training goes on with it
+        name, options = model, as_dict(args.model_init_kwargs)
+        model = open_adapter(name, dtype_to_load(args, config_of(name)), options, trainable=True)
+        tokenizer = tokenizer or tokenizer_of(name)
+    elif isinstance(model, str):
         name, options = model, as_dict(args.model_init_kwargs)
         model = load_model(name, options, dtype=dtype_to_load(args, peft_config))
         tokenizer = tokenizer or load_tokenizer(name, options)

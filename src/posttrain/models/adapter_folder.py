@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedTokenizerBase
 
 from posttrain.errors import ConfigError
-from posttrain.models.load import load_model
+from posttrain.models.load import load_model, load_tokenizer
 from posttrain.shortage import is_out_of_memory
 
 COPY = "copy the adapter's folder again, whole, or train it again"
@@ -19,13 +21,15 @@ def is_adapter(folder: str) -> bool:
     return (Path(folder) / CONFIG_NAME).is_file()
 
 
-def open_adapter(folder: str, dtype: str) -> tuple[PeftModel, str]:
-    """The model with the adapter in `folder`, and the model's name. Raises ConfigError."""
-    base = _base_of(folder)
+def open_adapter(
+    folder: str, dtype: str, options: dict[str, Any] | None = None, *, trainable: bool = False
+) -> PeftModel:
+    """The model with the adapter in `folder`. `options` are those of the model. Raises ConfigError."""
+    base = base_of(folder)
     _check_weights(Path(folder))
-    model = load_model(base, dtype=dtype)
+    model = load_model(base, options, dtype=dtype)
     try:
-        return PeftModel.from_pretrained(model, folder), base
+        return PeftModel.from_pretrained(model, folder, is_trainable=trainable)
     except Exception as error:  # PEFT checks nothing: what it stumbles over may raise anything
         if is_out_of_memory(error):
             raise
@@ -34,12 +38,27 @@ def open_adapter(folder: str, dtype: str) -> tuple[PeftModel, str]:
                                f"{COPY}") from error  # fmt: skip
 
 
-def _base_of(folder: str) -> str:
-    path = Path(folder) / CONFIG_NAME
+def config_of(folder: str) -> PeftConfig:
+    """Raises ConfigError."""
     try:
-        base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+        return PeftConfig.from_pretrained(folder)
     except Exception as error:  # as above
+        path = Path(folder) / CONFIG_NAME
         raise ConfigError(f"{path} is no configuration of an adapter: {_said(error)}", hint=COPY) from error
+
+
+def tokenizer_of(folder: str) -> PreTrainedTokenizerBase:
+    """The one beside the adapter, or that of its model. Raises ConfigError."""
+    try:
+        return load_tokenizer(folder)
+    except ConfigError:  # an adapter that was saved without
+        return load_tokenizer(base_of(folder))
+
+
+def base_of(folder: str) -> str:
+    """The name of the model that it belongs to. Raises ConfigError."""
+    path = Path(folder) / CONFIG_NAME
+    base = config_of(folder).base_model_name_or_path
     if not isinstance(base, str) or not base:
         raise ConfigError(f"{path} does not say which model the adapter belongs to",
                           hint="name it there: base_model_name_or_path")  # fmt: skip
