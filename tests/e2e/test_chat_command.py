@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,42 @@ def test_a_model_without_a_template_is_refused(folder: Path, capsys: pytest.Capt
     assert main(["chat", str(folder / "base"), "--message", "Hi"]) == 2
     assert "has no chat template" in capsys.readouterr().err
     assert main(["chat", str(folder / "nowhere"), "--message", "Hi"]) == 2
+
+
+@pytest.fixture
+def short(tmp_path: Path) -> str:
+    """A model with places for 512 tokens."""
+    words = chatml_tokenizer()
+    tiny_model("gpt2", len(words)).save_pretrained(tmp_path / "short")
+    words.save_pretrained(tmp_path / "short")
+    return str(tmp_path / "short")
+
+
+def test_an_answer_ends_where_the_model_s_places_do(short: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "word " * 60
+    while len(chatml_tokenizer()(text)["input_ids"]) < 440:
+        text += "word "
+    options = ["--temperature", "5", "--max-tokens", "200", "--quiet", "--json"]
+    assert main(["chat", short, "--message", text, *options]) == 0
+    out, err = capsys.readouterr()
+    assert list(json.loads(out)["turns"][0]["answers"]) == [short]
+    assert err.splitlines()[-1] == (
+        f"! {short} has 512 places for tokens, and the conversation fills them: this answer may be cut off, and no "
+        "other can follow"
+    )
+    assert main(["chat", short, "--message", text, "--message", "More?", *options]) == 2
+    said = capsys.readouterr().err.splitlines()[-2]
+    assert re.fullmatch(f"E-CONFIG-0001 a prompt has 5\\d\\d tokens, and {short} 512 places: there is none .*", said)
+    assert main(["chat", short, "--message", "Say 3", *options]) == 0
+    assert "places" not in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_knows_more_than_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_model("llama", 9).save_pretrained(tmp_path / "few")
+    chatml_tokenizer().save_pretrained(tmp_path / "few")
+    assert main(["chat", str(tmp_path / "few"), "--message", "Say 3"]) == 2
+    said = capsys.readouterr().err.splitlines()[-2]
+    assert said.endswith(f"and {tmp_path / 'few'} embeddings for 9 tokens only")
 
 
 def rewrite(**changes: Any) -> Callable[[Path], Any]:

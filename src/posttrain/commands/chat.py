@@ -48,7 +48,10 @@ def _chat(options: argparse.Namespace) -> int:
                     print(piece, end="", flush=True)
             answers[speaker.name] = "".join(said)
             if not options.json:
-                print("\n" if len(speakers) > 1 else "")
+                print("\n" if len(speakers) > 1 else "", flush=True)
+            if speaker.is_full:
+                print(f"! {speaker.name} has {speaker.engine.places} places for tokens, and the conversation fills "
+                      "them: this answer may be cut off, and no other can follow", file=sys.stderr)  # fmt: skip
         turns.append({"message": text, "answers": answers})
     if options.json:
         print(json.dumps({"turns": turns}, ensure_ascii=False))

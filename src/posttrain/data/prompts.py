@@ -181,7 +181,13 @@ def check_last_turn(messages: Sequence[Mapping[str, Any]], row: Row, origin: Ori
                       hint="end prompts with the user's turn")  # fmt: skip
 
 
-def check_tokens(prompts: Sequence[Prompt], rows: int, places: int | None, completion: int) -> None:
+def check_tokens(
+    prompts: Sequence[Prompt],
+    rows: int,
+    places: int | None,
+    completion: int,
+    hint: str = "lower max_completion_length or set max_prompt_length",
+) -> None:
     """Raises ConfigError for tokens that the model has no embedding for, or more of them than it has places."""
     for prompt in prompts:
         if int(prompt.ids.max()) >= rows:
@@ -190,4 +196,4 @@ def check_tokens(prompts: Sequence[Prompt], rows: int, places: int | None, compl
         if places is not None and len(prompt.ids) + completion > places:
             raise ConfigError(f"{prompt.origin} has {len(prompt.ids)} tokens; with max_completion_length={completion} "
                               f"that is more than the model's {places} places",
-                              hint="lower max_completion_length or set max_prompt_length")  # fmt: skip
+                              hint=hint)  # fmt: skip

@@ -63,14 +63,15 @@ def _rollout(place: int, group: int, prompt_ids: np.ndarray, said: Completion) -
 class FunctionSampler:
     """`function(prompts, trainer)` gives `prompt_ids`, `completion_ids` and `logprobs`, a list each, as in TRL;
     `env_mask` says which tokens the model wrote, and every other list goes to the rewards. It is called once with the
-    prompt of each completion. `end_ids` tell what has ended; `vocabulary` is how many tokens the model knows and
-    `deadline` how many seconds a call may take."""
+    prompt of each completion. `end_ids` tell what has ended; `vocabulary` is how many tokens the model knows, `places`
+    for how many in a row it has learned positions, `deadline` how many seconds a call may take."""
 
     function: Callable[..., Mapping[str, Any]]
     trainer: Any
     prompts: Sequence[Prompt]
     end_ids: frozenset[int]
     vocabulary: int
+    places: int | None = None
     deadline: float = 3600.0
 
     def __call__(self, places: Sequence[int], count: int, key: int, stopped: Callable[[], bool]) -> list[Rollout]:
@@ -113,7 +114,8 @@ class FunctionSampler:
             raise ConfigError(f"rollout_func gave empty {name} for {self.prompts[place].origin}")
         if ids.min() < 0 or ids.max() >= self.vocabulary:
             wrong = ids[(ids < 0) | (ids >= self.vocabulary)][0]
-            raise ConfigError(f"rollout_func gave token {wrong} in {name}; the model knows 0 to {self.vocabulary - 1}")
+            raise ConfigError(f"rollout_func gave token {wrong} in {name} for {self.prompts[place].origin}; the model "
+                              f"knows 0 to {self.vocabulary - 1}")  # fmt: skip
         return ids
 
     def _rollout(self, place: int, group: int, i: int, given: Mapping[str, Any], extra: dict[str, Any]) -> Rollout:
@@ -128,6 +130,10 @@ class FunctionSampler:
                 raise ConfigError(f"rollout_func gave {len(values)} of {name} for a completion of {len(ids)} tokens")
         sampled = None if logp_R is None else logp_R[supervised]
         prompt_ids = self._ids("prompt_ids", given, i, place)
+        if self.places is not None and len(prompt_ids) + len(ids) > self.places:
+            raise ConfigError(f"rollout_func gave {len(prompt_ids)} prompt_ids and {len(ids)} completion_ids for "
+                              f"{self.prompts[place].origin}; the model has {self.places} places for them together",
+                              hint="end completions earlier")  # fmt: skip
         return Rollout(place, group, prompt_ids, ids, supervised, int(ids[-1]) in self.end_ids, sampled_logp_R=sampled,
                        extra=extra)  # fmt: skip
 

@@ -31,13 +31,17 @@ class Speaker:
     engine: LocalEngine
     tokenizer: Any
     messages: list[Message]
+    is_full: bool = False
+    """Whether the model has no place left for more (positions that are learned come to an end)."""
 
     def answer(self, text: str, sampling: Sampling, turn: int) -> Iterator[str]:
-        """The answer to `text`, piece by piece. Raises ConfigError where the model has no chat template."""
+        """The answer to `text`, piece by piece. Raises ConfigError where the model has no chat template, and where the
+        conversation has become too long for it."""
         self.messages.append({"role": "user", "content": text})
         ids: list[int] = []
         told = ""
-        for token in self.engine.stream(Request(self._rendered(), turn), replace(sampling)):
+        rendered = self._rendered()
+        for token in self.engine.stream(Request(rendered, turn), replace(sampling)):
             ids.append(token)
             now = str(self.tokenizer.decode(ids, skip_special_tokens=True))
             if now.endswith("\ufffd"):  # half a character; the rest comes with the next token
@@ -45,6 +49,7 @@ class Speaker:
             yield now[len(told) :]
             told = now
         self.messages.append({"role": "assistant", "content": told})
+        self.is_full = self.engine.places is not None and len(rendered) + len(ids) >= self.engine.places
 
     def _rendered(self) -> list[int]:
         if self.tokenizer.chat_template is None:

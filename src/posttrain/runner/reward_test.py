@@ -17,7 +17,7 @@ from typing import Any
 
 from posttrain.data.columns import parse_names, read_columns
 from posttrain.data.conversation import clean_messages
-from posttrain.data.prompts import Prompt, PromptSettings, check_last_turn, read_prompts
+from posttrain.data.prompts import Prompt, PromptSettings, check_last_turn, check_tokens, read_prompts
 from posttrain.data.sources import read_rows
 from posttrain.errors import ConfigError, DataError
 from posttrain.rewards import LIBRARY
@@ -155,6 +155,7 @@ def _sample(tryout: TryOut, samples: Samples, tokenizer: Any, data: str, names: 
 
     from posttrain.evaluate.generation import stop_ids
     from posttrain.models.adapter_folder import is_adapter, open_adapter
+    from posttrain.models.capabilities import learned_places
     from posttrain.models.load import load_model
     from posttrain.models.memory import keeping_freed_pages
     from posttrain.rollout.engines import Request
@@ -165,6 +166,8 @@ def _sample(tryout: TryOut, samples: Samples, tokenizer: Any, data: str, names: 
 
     model = (open_adapter if is_adapter(samples.model) else load_model)(samples.model, dtype="float32")
     prompts = _first_prompts(data, tokenizer, names, samples.prompts, len(tryout.material.prompts))
+    check_tokens(prompts, model.get_input_embeddings().weight.shape[0], learned_places(model), samples.max_tokens,
+                 hint="lower --max-completion-length")  # fmt: skip
     args = TrainingArguments("unused", report_to="none", bf16=False)
     with keeping_freed_pages(args.device):
         session = Session.open(model, args)

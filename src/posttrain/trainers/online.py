@@ -213,11 +213,7 @@ class OnlineTrainer(PackedTrainer):
         prompts, report = read_prompts(dataset, self._tokenizer, settings, name)
         self.data_reports[name] = report
         assert args.max_completion_length is not None
-        models: list[Any] = [self._model, *([] if self.critic is None else self.critic.models.values())]
-        for model in models:
-            places = learned_places(model)
-            vocabulary = model.get_input_embeddings().weight.shape[0]
-            check_tokens(prompts, vocabulary, places, args.max_completion_length)
+        check_tokens(prompts, *self.limits(), args.max_completion_length)
         lost = report.num_skipped or report.truncated.count
         logger.log(
             logging.WARNING if lost else logging.INFO,
@@ -229,6 +225,13 @@ class OnlineTrainer(PackedTrainer):
         for note in report.notes():
             logger.info("         %s", note)
         return prompts
+
+    def limits(self) -> tuple[int, int | None]:
+        """How many tokens are known to every model that learns from what is sampled, and for how many in a row it has
+        places, where they are learned."""
+        models: list[Any] = [self._model, *([] if self.critic is None else self.critic.models.values())]
+        places = [number for model in models if (number := learned_places(model)) is not None]
+        return min(one.get_input_embeddings().weight.shape[0] for one in models), min(places, default=None)
 
     def _reference(self) -> ReferenceModel:
         args = self.args

@@ -113,9 +113,8 @@ class TrainerRollouts:
         if self.rollout_func is not None:
             pad = self.trainer._tokenizer.pad_token_id
             end_ids = frozenset({*ends, *(() if pad is None else (pad,))})  # as in TRL
-            vocabulary = self.trainer._model.get_input_embeddings().weight.shape[0]
-            deadline = self.trainer.args.rollout_timeout
-            return FunctionSampler(self.rollout_func, self.trainer, prompts, end_ids, vocabulary, deadline=deadline)
+            limits, deadline = self.trainer.limits(), self.trainer.args.rollout_timeout
+            return FunctionSampler(self.rollout_func, self.trainer, prompts, end_ids, *limits, deadline=deadline)
         assert self.engine is not None
         return EngineSampler(self.engine, prompts, self.trainer.args.sampling())
 

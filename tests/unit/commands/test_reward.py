@@ -177,3 +177,23 @@ def test_samples_of_a_model(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert said["errors"] == [
         "no group would have a signal: in each of 3 groups of 4 samples all rewards are the same (mean 1)"
     ]
+
+
+@pytest.mark.parametrize(
+    ("family", "known", "said"),
+    [
+        ("gpt2", None, "with max_completion_length=700 that is more than the model's 512 places"),
+        ("llama", 9, "and the model embeddings for 9 tokens only"),
+    ],
+)
+def test_samples_that_the_model_cannot_give(
+    family: str, known: int | None, said: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = chatml_tokenizer()
+    tiny_model(family, known or len(words)).save_pretrained(folder / "model")
+    words.save_pretrained(folder / "model")
+    code, out, err = ran(
+        capsys, "good.py", "--data", "rows.jsonl", "--model", "model", "--max-completion-length", "700"
+    )
+    assert (code, out) == (2, "")
+    assert said in err

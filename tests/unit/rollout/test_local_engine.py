@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from posttrain.errors import NonFiniteError, Stopped
+from posttrain.errors import ConfigError, NonFiniteError, Stopped
 from posttrain.models.forward import Policy, open_policy
 from posttrain.rollout.engines import Completion, Request
 from posttrain.rollout.engines.local import LocalEngine
@@ -68,6 +68,39 @@ def test_completions_end_at_an_end_token_or_for_want_of_room() -> None:
         assert one.is_ended == (one.ids[-1] in ENDS)
         assert one.is_ended or len(one.ids) == 9
         assert not set(one.ids[:-1]) & set(ENDS)
+
+
+@pytest.mark.parametrize("lean", [True, False])
+def test_completions_end_where_learned_positions_do(lean: bool, caplog: pytest.LogCaptureFixture) -> None:
+    sampler = engine("gpt2", ends=())
+    sampler._is_tried = not lean
+    requests = [Request([5] * 508, 0, 2), Request([5], 1)]
+    long, short = sampler.generate(requests, Sampling(max_tokens=9))
+    assert [(len(one.ids), one.is_ended) for one in (*long, *short)] == [(4, False), (4, False), (9, False)]
+    assert caplog.messages[-1] == (
+        "sampling 2 of 3 completions end early: the model has places for 512 tokens, prompts included"
+    )
+    assert list(sampler.stream(requests[0], Sampling(max_tokens=9))) == long[0].ids.tolist()
+    unhurried = sampler.generate(requests[:1], Sampling(max_tokens=4))[0]
+    assert [one.ids.tolist() for one in unhurried] == [one.ids.tolist() for one in long]
+    assert sum("end early" in one for one in caplog.messages) == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "prompt", "message"),
+    [
+        ("gpt2", [5] * 512, "a prompt has 512 tokens, and GPT2LMHeadModel 512 places: there is none for a completion"),
+        ("gpt2", [5, 97], "a prompt has token 97, and GPT2LMHeadModel embeddings for 97 tokens only"),
+        ("llama", [5, 97], "a prompt has token 97, and LlamaForCausalLM embeddings for 97 tokens only"),
+    ],
+)
+def test_prompts_that_the_model_cannot_read(family: str, prompt: list[int], message: str) -> None:
+    requests = [Request([5], 0), Request(prompt, 1)]
+    with pytest.raises(ConfigError) as caught:
+        engine(family).generate(requests, Sampling(max_tokens=9))
+    assert caught.value.message == message
+    with pytest.raises(ConfigError):
+        list(engine(family).stream(requests[1], Sampling(max_tokens=9)))
 
 
 def test_the_likeliest_token_is_what_transformers_generates() -> None:

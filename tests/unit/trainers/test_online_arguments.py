@@ -281,19 +281,38 @@ def given_by(folder: Path, **changes: Any) -> posttrain.GRPOTrainer:
 
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [
-    ({"completion_ids": [[7, 99999]] * 2, "logprobs": [[-1.0] * 2] * 2}, "gave token 99999 in completion_ids"),
+    ({"completion_ids": [[7, 99999]] * 2, "logprobs": [[-1.0] * 2] * 2},
+     r"gave token 99999 in completion_ids for train\[0\]; the model knows 0 to \d+"),
     ({"completion_ids": [[7, -1]] * 2, "logprobs": [[-1.0] * 2] * 2}, "gave token -1 in completion_ids"),
     ({"prompt_ids": [[], []]}, "gave empty prompt_ids"),
     ({"completion_ids": [[], []], "logprobs": [[], []]}, "gave empty completion_ids"),
     ({"logprobs": [[[-1.0]] * 3] * 2}, "gave logprobs that are no list of numbers"),
     ({"completion_ids": [[7, 8, 9]]}, "gave 1 of completion_ids for 2 completions"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("changes", "message"), MISTAKES)
 def test_mistakes_of_a_rollout_func_are_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         given_by(tmp_path, **changes).train()
+
+
+def test_completions_for_which_the_model_has_no_places(tmp_path: Path) -> None:
+    def rollout(prompts: list[Any], _: Any) -> dict[str, Any]:
+        return {"prompt_ids": [[5, 6]] * 2, "completion_ids": [[7] * 510, [7] * longest], "logprobs": None}
+
+    def trained(family: str) -> None:
+        model = tiny_model(family, len(chatml_tokenizer()))
+        make(tmp_path, model=model, rollout_func=rollout,
+             reward_funcs=lambda completion_ids, **_: [float(len(ids)) for ids in completion_ids]).train()  # fmt: skip
+
+    longest = 510
+    trained("gpt2")
+    longest = 511
+    trained("llama")
+    with pytest.raises(ConfigError, match=r"rollout_func gave 2 prompt_ids and 511 completion_ids for train\[0\]; the "
+                       "model has 512 places for them together"):  # fmt: skip
+        trained("gpt2")
 
 
 def test_a_rollout_func_that_fails_is_named(tmp_path: Path) -> None:

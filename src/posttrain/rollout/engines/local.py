@@ -17,11 +17,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from posttrain.errors import ConfigError, NonFiniteError, Stopped
+from posttrain.models.capabilities import learned_places
 from posttrain.models.decoding import Memory
 from posttrain.models.forward import Policy
 from posttrain.models.head import HeadShape
@@ -66,6 +68,11 @@ class LocalEngine:
         self._lean: LeanWeights | None = None
         self._is_tried = False
 
+    @cached_property
+    def places(self) -> int | None:
+        """For how many tokens in a row, prompts included, the model has learned positions."""
+        return learned_places(self.policy.base)
+
     def update_weights(self) -> None:
         """They are the same tensors; those that are laid out for decoding are laid out anew."""
         if self._lean is not None:
@@ -81,9 +88,10 @@ class LocalEngine:
         stopped: Callable[[], bool] = lambda: False,
         landed: Callable[[int], object] = lambda count: None,
     ) -> list[list[Completion]]:
-        """`landed` is told how many completions are done, whenever some are. Raises ConfigError for a model that does
-        not honour the packed layout: keys and values cannot be kept for it."""
-        self._check()
+        """`landed` is told how many completions are done, whenever some are. A completion ends where the model has no
+        more places. Raises ConfigError for a model that does not honour the packed layout (keys and values cannot be
+        kept for it), and for prompts that it cannot read."""
+        self._check(requests)
         with _sampling(self.policy):
             flight = _Flight(self, requests, sampling)
             while flight.is_flying:
@@ -94,17 +102,29 @@ class LocalEngine:
                 if flight.landed:
                     landed(flight.landed)
                     flight.landed = 0
+        if flight.num_cut:
+            logger.warning("sampling %d of %d completions end early: the model has places for %d tokens, prompts "
+                           "included", flight.num_cut, sum(one.count for one in requests), self.places)  # fmt: skip
         return flight.done
 
-    def _check(self) -> None:
+    def _check(self, requests: Sequence[Request]) -> None:
         if not self.policy.is_packed:
             raise ConfigError(f"{type(self.policy.base).__name__} does not honour packed sequences: completions cannot "
                               "be sampled from it in this process", hint="to train, give a rollout_func")  # fmt: skip
+        name = self.policy.base.config._name_or_path or type(self.policy.base).__name__
+        rows = self.policy.base.get_input_embeddings().weight.shape[0]
+        for request in requests:
+            if (highest := max(request.prompt_ids, default=0)) >= rows:
+                raise ConfigError(f"a prompt has token {highest}, and {name} embeddings for {rows} tokens only",
+                                  hint="give the tokenizer that belongs to the model")  # fmt: skip
+            if self.places is not None and len(request.prompt_ids) >= self.places:
+                raise ConfigError(f"a prompt has {len(request.prompt_ids)} tokens, and {name} {self.places} places: "
+                                  "there is none for a completion", hint="give less to read")  # fmt: skip
 
     def stream(self, request: Request, sampling: Sampling) -> Iterator[int]:
-        """The tokens of one completion as they are sampled, without the one that ends it. Raises ConfigError as
-        `generate` does."""
-        self._check()
+        """The tokens of one completion as they are sampled, without the one that ends it; it ends early, and raises
+        ConfigError, as in `generate`."""
+        self._check([request])
         with _sampling(self.policy):
             flight = _Flight(self, [request], sampling)
             told = 0
@@ -147,7 +167,7 @@ class _Flight:
         self.rows: list[_Row] = []
         self.first: dict[int, torch.Tensor] = {}
         """Of each prompt that was read and that rows still wait for: the logits of the first token after it."""
-        self.landed = 0
+        self.landed = self.num_cut = 0
         self.left = [request.count for request in requests]
         self.done: list[list[Completion]] = [[None] * request.count for request in requests]  # type: ignore[list-item]
 
@@ -240,12 +260,18 @@ class _Flight:
         text = self._stopped_text(row) if self.sampling.stop else None
         is_ended = text is not None or row.ids[-1] in self.engine.end_ids
         if not is_ended and len(row.ids) < self.sampling.max_tokens:
-            return False
+            if self._has_place(row):
+                return False
+            self.num_cut += 1
         logps = np.array(row.logps, dtype=np.float32)
         self.done[row.request][row.place] = Completion(np.array(row.ids, dtype=np.int64), logps, is_ended, text)
         self.left[row.request] -= 1
         self.landed += 1
         return True
+
+    def _has_place(self, row: _Row) -> bool:
+        places = self.engine.places
+        return places is None or len(self.requests[row.request].prompt_ids) + len(row.ids) < places
 
     def _stopped_text(self, row: _Row) -> str | None:
         """What stands before a stop string, if the last token has completed one."""
