@@ -74,7 +74,7 @@ def test_it_trains(method: str, folder: Path) -> None:
     ("rewards", "message"),
     [
         ("null", "rewards is missing"),
-        ("[{function: rewards.py}]", "has 3 functions: short, broken, vowels"),
+        ("[{function: rewards.py}]", "has 3 functions: short, broken, vowels\n  = rewards.py:NAME says which\n"),
         ("[{function: 'rewards.py:nope'}]", "has no function 'nope'"),
         ("[{function: 'nowhere.py:short'}]", "there is no file"),
         ("[{function: 'rewards.py:short', wieght: 2}]", "rewards.0.wieght is not a known key"),

@@ -13,6 +13,7 @@ import pytest
 import posttrain
 from posttrain import ConfigError
 from posttrain.objectives.policy import PolicyLoss
+from posttrain.rewards.functions import RewardError
 from posttrain.rollout.generation import Rollout
 from posttrain.rollout.scoring import Verdict
 from tests.invariants.test_rollout_runs import ROWS, SETTINGS, make
@@ -74,6 +75,18 @@ def test_what_a_reward_logs_is_a_mean_by_any_name(tmp_path: Path, caplog: pytest
     assert [logged[name] for name in ("length", "length_max", "min_length")] == [15.0] * 3
     assert caplog.text.count("log_metric('ratio', inf): an infinite value is not logged") == 1
     assert (tmp_path / "checkpoint-3").is_dir()
+
+
+@pytest.mark.parametrize("function", ["log_metric", "log_extra"])
+def test_what_a_reward_logs_has_a_name(function: str, tmp_path: Path) -> None:
+    def noting(completions: list[Any], **own: Any) -> list[float]:
+        own[function](3, 1.0)
+        return [1.0] * len(completions)
+
+    with pytest.raises(RewardError) as caught:
+        run(tmp_path, noting, max_steps=1, save_strategy="no").train()
+    said = f"reward function 'noting' failed: TypeError: {function}(3, ...): a name must be text"
+    assert caught.value.message == said
 
 
 def test_what_a_reward_logs_takes_no_name_of_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from safetensors import SafetensorError
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig
 
 from posttrain.errors import ConfigError
 from posttrain.rewards.library import LIBRARY
@@ -43,15 +44,20 @@ class RewardModel:
     @classmethod
     def of(cls, model: Any, tokenizer: Any) -> RewardModel:
         """Raises ConfigError for a model that gives more than one number, or has no tokenizer."""
-        labels = getattr(model.config, "num_labels", 1)
+        config = getattr(model, "config", None)
+        if not isinstance(config, PreTrainedConfig):
+            raise ConfigError(f"reward_funcs has {type(model).__name__}, which is no reward model: it is no model of "
+                              "transformers", hint="AutoModelForSequenceClassification(num_labels=1) loads one; a "
+                              "function may ask any other")  # fmt: skip
+        labels = getattr(config, "num_labels", 1)
         if labels != 1:
             raise ConfigError(f"the reward model has {labels} labels; a reward is one number",
                               hint="load it with num_labels=1")  # fmt: skip
         if tokenizer is None:
-            if not model.config._name_or_path:
+            if not config._name_or_path:
                 raise ConfigError("reward_processing_classes is needed: the reward model does not say where its "
                                   "tokenizer lies")  # fmt: skip
-            tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
+            tokenizer = _tokenizer_of(config._name_or_path)
         return cls(model, tokenizer)
 
     @torch.no_grad()
@@ -86,8 +92,7 @@ def load_reward_model(name: str, tokenizer: Any) -> RewardModel:
         model, found = AutoModelForSequenceClassification.from_pretrained(
             name, num_labels=1, dtype="auto", output_loading_info=True
         )
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(name)  # of an adapter, not its base's
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         known = ", ".join(LIBRARY)
         raise ConfigError(f"reward_funcs names {name!r}, which is no reward model: {error}",
                           hint=f"known by name: {known}; yours: package.module:function") from None  # fmt: skip
@@ -95,4 +100,14 @@ def load_reward_model(name: str, tokenizer: Any) -> RewardModel:
     if missing and not (Path(name) / "adapter_config.json").is_file():  # an adapter brings its own
         raise ConfigError(f"reward_funcs names {name!r}, which scores nothing: it has no {missing[0]}",
                           hint="train a reward model first (RewardTrainer, method: reward)")  # fmt: skip
-    return RewardModel.of(model, tokenizer)
+    return RewardModel.of(model, tokenizer or _tokenizer_of(name))  # of an adapter, not its base's
+
+
+def _tokenizer_of(name: str) -> Any:
+    """Raises ConfigError."""
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"the reward model {name!r} has no tokenizer that can be read",
+                          hint="save the one it was trained with beside it (tokenizer.save_pretrained), or pass it as "
+                               "reward_processing_classes") from error  # fmt: skip

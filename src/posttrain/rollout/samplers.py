@@ -81,6 +81,9 @@ class FunctionSampler:
             raise ConfigError(f"rollout_func gave {type(given).__name__}, not a dict of lists")
         if missing := [name for name in FIELDS if name not in given]:
             raise ConfigError(f"rollout_func gave no {', '.join(missing)}", hint=f"it must give {', '.join(FIELDS)}")
+        if odd := [name for name in given if not isinstance(name, str)]:
+            raise ConfigError(f"rollout_func gave the key {odd[0]!r}, which is no text",
+                              hint="what it gives beside is handed to the rewards by name")  # fmt: skip
         extra = {name: value for name, value in given.items() if name not in (*FIELDS, "env_mask")}
         for name, values in {**extra, **{name: given[name] for name in (*FIELDS, "env_mask") if name in given}}.items():
             has_length = isinstance(values, list) or (name in FIELDS and hasattr(values, "__len__"))

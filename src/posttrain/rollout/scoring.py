@@ -128,13 +128,21 @@ class Judge:
         return {name: [row.get(name) for row in rows] for name in names}
 
     def _log_extra(self, column: str, values: list[Any]) -> None:
+        _check_name("log_extra", column)
         self._extra.setdefault(column, []).extend(values)
 
     def _log_metric(self, name: str, value: float) -> None:
         """What is not finite is left out, and an infinity named once: no checkpoint could hold it."""
+        _check_name("log_metric", name)
         number = float(value)
         if math.isfinite(number):
             self._noted.setdefault(name, []).append(number)
         elif math.isinf(number) and name not in self._infinite:
             self._infinite.add(name)
             logger.warning("log_metric(%r, %s): an infinite value is not logged", name, number)
+
+
+def _check_name(function: str, name: Any) -> None:
+    """What a reward function raises is told as its own."""
+    if not isinstance(name, str):
+        raise TypeError(f"{function}({name!r}, ...): a name must be text")

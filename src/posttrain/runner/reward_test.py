@@ -76,8 +76,8 @@ def try_on_data(
     return name, tryout.report
 
 
-def find_reward(reward: str, function: str | None) -> Callable[..., Any]:
-    """Raises ConfigError where there is no such function, or several."""
+def find_reward(reward: str, function: str | None, which: str = "--function NAME says which") -> Callable[..., Any]:
+    """Raises ConfigError where there is no such function, or several: `which` tells how one is named."""
     if not reward.endswith(".py"):
         if function is not None:
             raise ConfigError(f"--function names a function of a file, and {reward!r} is none")
@@ -101,7 +101,6 @@ def find_reward(reward: str, function: str | None) -> Callable[..., Any]:
         return found
     if len(own) != 1:
         has = f"has {len(own)} functions: {', '.join(own)}" if own else "has no function"
-        which = "--function NAME says which"
         raise ConfigError(f"{reward} {has}", hint=which if own else f"{which}, also of one that a call has made")
     return next(iter(own.values()))
 
@@ -186,7 +185,7 @@ def _sample(tryout: TryOut, samples: Samples, tokenizer: Any, data: str, names: 
 
 def _first_prompts(data: str, tokenizer: Any, names: dict[str, str], count: int, known: int) -> list[Prompt]:
     rows = [row for _, row in islice(read_rows(data, "data"), min(count, known))]
-    return read_prompts(rows, tokenizer, PromptSettings(column_map=names))[0]
+    return read_prompts(rows, tokenizer, PromptSettings(column_map=names), data)[0]
 
 
 def _ignore(*_: Any) -> None:

@@ -128,7 +128,7 @@ def _reward(name: str, root: Path) -> Any:
         return str(_path(name, root)) if _path(name, root).is_dir() else name
     from posttrain.runner.reward_test import find_reward
 
-    return find_reward(str(_path(file, root)), function or None)
+    return find_reward(str(_path(file, root)), function or None, which=f"{file}:NAME says which")
 
 
 # Settings that other sections hold, so that each can be set in one place only.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
+from urllib.parse import urlsplit
 
 from posttrain.course import data_seed
 from posttrain.errors import ConfigError
@@ -245,10 +246,26 @@ class OnlineConfig(PackedConfig):
                 logger.info("%s=%r is not needed: completions are sampled in this process", name, value)
             elif name in OF_VLLM:
                 raise ConfigError(f"{name}={value!r} is not honoured: {INSTEAD[name]}")
-        for name in ("reward_timeout", "rollout_timeout"):
+        if self.use_vllm:
+            self.vllm_url()
+        for name in ("reward_timeout", "rollout_timeout", "vllm_server_timeout"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
         self.sampling()
+
+    def vllm_url(self) -> str:
+        """Of the server. Raises ConfigError for what is no address."""
+        url = self.vllm_server_base_url or f"http://{self.vllm_server_host}:{self.vllm_server_port}"
+        try:
+            parts = urlsplit(url)
+            is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # brackets that do not close, a port that is none
+            is_address = False
+        if not is_address:
+            name = "vllm_server_base_url" if self.vllm_server_base_url else "vllm_server_host and vllm_server_port"
+            raise ConfigError(f"{url!r} ({name}) is no address of a server",
+                              hint="such as http://localhost:8000; an IPv6 host stands in brackets")  # fmt: skip
+        return url
 
     def sampling(self) -> Sampling:
         """Raises ConfigError for values that mean nothing."""

@@ -132,9 +132,10 @@ class TrainerRollouts:
         if isinstance(self.engine, VllmEngine):
             self.engine.save_adapter = save
             return self.engine
-        url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
         name = args.vllm_server_model or model.get_base_model().config._name_or_path
-        return VllmEngine(url, name, args.vllm_server_timeout, save, Path(args.output_dir or ".") / "vllm", ends)
+        return VllmEngine(
+            args.vllm_url(), name, args.vllm_server_timeout, save, Path(args.output_dir or ".") / "vllm", ends
+        )
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.trainer._tokenizer.decode(ids, skip_special_tokens=True))

@@ -182,7 +182,11 @@ def test_samples_of_a_model(folder: Path, capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize(
     ("family", "known", "said"),
     [
-        ("gpt2", None, "with max_completion_length=700 that is more than the model's 512 places"),
+        (
+            "gpt2",
+            None,
+            "rows.jsonl[0] has 5 tokens; with max_completion_length=700 that is more than the model's 512 places",
+        ),
         ("llama", 9, "and the model embeddings for 9 tokens only"),
     ],
 )

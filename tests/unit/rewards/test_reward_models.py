@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import LlamaForSequenceClassification
 
 from posttrain.errors import ConfigError
 from posttrain.models.scoring import as_classifier
@@ -50,3 +51,27 @@ def test_what_the_template_is_told_and_where_the_model_is() -> None:
     assert model._text(user, assistant) == "kind:u;a;"
     model.move_to(torch.device("meta"))
     assert {parameter.device.type for parameter in model.model.parameters()} == {"meta"}
+
+
+def test_one_without_a_tokenizer(tmp_path: Path) -> None:
+    as_classifier(tiny_model("llama")).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        load_reward_model(str(tmp_path), None)
+    assert caught.value.message == f"the reward model {str(tmp_path)!r} has no tokenizer that can be read"
+    assert "tokenizer.save_pretrained" in (caught.value.hint or "")
+    model = LlamaForSequenceClassification.from_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="has no tokenizer that can be read"):
+        RewardModel.of(model, None)
+
+
+def test_weights_that_cannot_be_read(tmp_path: Path) -> None:
+    as_classifier(tiny_model("llama")).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"1234")
+    with pytest.raises(ConfigError, match="which is no reward model: "):
+        load_reward_model(str(tmp_path), chatml_tokenizer())
+
+
+def test_a_module_that_is_no_model_of_transformers() -> None:
+    with pytest.raises(ConfigError) as caught:
+        RewardModel.of(torch.nn.Linear(2, 1), chatml_tokenizer())
+    assert caught.value.message.startswith("reward_funcs has Linear, which is no reward model: ")

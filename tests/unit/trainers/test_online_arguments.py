@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import posttrain
 from posttrain.errors import ConfigError, UserError
@@ -51,6 +52,7 @@ def test_defaults_are_theirs(method: str, tmp_path: Path) -> None:
     assert set(different) <= {"epsilon_high", "remove_unused_columns"}, different  # ours says what None means
 
 
+SERVER: dict[str, Any] = {"use_vllm": True, "vllm_mode": "server"}
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"max_length": 512}, "max_length=512 is not honoured: set max_prompt_length"),
     ({"truncation_mode": "keep_end"}, "truncation_mode='keep_end' is not honoured"),
@@ -88,6 +90,16 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"dynamic_sampling": "always"}, "dynamic_sampling='always' is unknown"),
     ({"reward_timeout": 0}, "reward_timeout=0 must be above 0"),
     ({"rollout_timeout": -1.0}, "rollout_timeout=-1.0 must be above 0"),
+    ({"vllm_server_timeout": 0}, "vllm_server_timeout=0 must be above 0"),
+    ({"vllm_server_timeout": -1}, "vllm_server_timeout=-1 must be above 0"),
+    (
+        {**SERVER, "vllm_server_host": "[::1"},
+        r"'http://\[::1:8000' \(vllm_server_host and vllm_server_port\) is no add",
+    ),
+    ({**SERVER, "vllm_server_host": "::1"}, "'http://::1:8000' .* is no address"),
+    ({**SERVER, "vllm_server_port": 99999}, "'http://0.0.0.0:99999' .* is no address"),
+    ({**SERVER, "vllm_server_base_url": "localhost:8000"}, r"'localhost:8000' \(vllm_server_base_url\) is no address"),
+    ({**SERVER, "vllm_server_base_url": "http://"}, r"'http://' \(vllm_server_base_url\) is no address"),
 ]
 
 
@@ -95,6 +107,18 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_what_means_nothing_is_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         posttrain.GRPOConfig(str(tmp_path), **GIVEN, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "url"),
+    [
+        ({}, "http://0.0.0.0:8000"),
+        ({"vllm_server_host": "[::1]", "vllm_server_port": 1}, "http://[::1]:1"),
+        ({"vllm_server_base_url": "https://a.b/c"}, "https://a.b/c"),
+    ],
+)
+def test_the_address_of_a_server(settings: dict[str, Any], url: str, tmp_path: Path) -> None:
+    assert posttrain.GRPOConfig(str(tmp_path), **GIVEN, **SERVER, **settings).vllm_url() == url
 
 
 def test_rloo_compares_in_evaluation_too(tmp_path: Path) -> None:
@@ -197,6 +221,7 @@ def make(folder: Path, rows: Any = None, **given: Any) -> posttrain.GRPOTrainer:
 GIVEN_WRONG: list[tuple[dict[str, Any], str]] = [
     ({"reward_funcs": None}, "reward_funcs is needed"),
     ({"reward_funcs": [3]}, "reward_funcs has 3"),
+    ({"reward_funcs": torch.nn.Linear(2, 1)}, "reward_funcs has Linear, which is no reward model"),
     ({"reward_funcs": "posttrain.nothing:here"}, "cannot be imported"),
     ({"train_dataset": None}, "train_dataset is required"),
     ({"tools": [print]}, "tools is not honoured yet"),
@@ -270,31 +295,32 @@ def test_a_setting_given_to_the_trainer_has_the_name_it_has_in_its_config(
     assert "read beta as args.kl_coef=0.1" in caplog.text
 
 
-def given_by(folder: Path, **changes: Any) -> posttrain.GRPOTrainer:
+def given_by(folder: Path, changes: dict[Any, Any]) -> posttrain.GRPOTrainer:
     def rollout(prompts: list[Any], _: Any) -> dict[str, Any]:
         made = {"prompt_ids": [[5, 6]] * len(prompts), "completion_ids": [[7, 8, 9]] * len(prompts)}
-        return {**made, "logprobs": [[-1.0] * 3] * len(prompts), **changes}
+        return {**made, "logprobs": [[-1.0] * 3] * len(prompts)} | changes
 
     rewards = iter(range(100))
     return make(folder, rollout_func=rollout,
                 reward_funcs=lambda completions, **_: [float(next(rewards)) for _ in completions])  # fmt: skip
 
 
-MISTAKES: list[tuple[dict[str, Any], str]] = [
+MISTAKES: list[tuple[dict[Any, Any], str]] = [
     ({"completion_ids": [[7, 99999]] * 2, "logprobs": [[-1.0] * 2] * 2},
      r"gave token 99999 in completion_ids for train\[0\]; the model knows 0 to \d+"),
     ({"completion_ids": [[7, -1]] * 2, "logprobs": [[-1.0] * 2] * 2}, "gave token -1 in completion_ids"),
     ({"prompt_ids": [[], []]}, "gave empty prompt_ids"),
     ({"completion_ids": [[], []], "logprobs": [[], []]}, "gave empty completion_ids"),
     ({"logprobs": [[[-1.0]] * 3] * 2}, "gave logprobs that are no list of numbers"),
+    ({3: [1, 2]}, "rollout_func gave the key 3, which is no text"),
     ({"completion_ids": [[7, 8, 9]]}, "gave 1 of completion_ids for 2 completions"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("changes", "message"), MISTAKES)
-def test_mistakes_of_a_rollout_func_are_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_mistakes_of_a_rollout_func_are_named(changes: dict[Any, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
-        given_by(tmp_path, **changes).train()
+        given_by(tmp_path, changes).train()
 
 
 def test_completions_for_which_the_model_has_no_places(tmp_path: Path) -> None:
@@ -322,7 +348,7 @@ def test_a_rollout_func_that_fails_is_named(tmp_path: Path) -> None:
 
 
 def test_log_probabilities_may_be_missing(tmp_path: Path) -> None:
-    trainer = given_by(tmp_path, logprobs=[[None, -1.0, None]] * 2)
+    trainer = given_by(tmp_path, {"logprobs": [[None, -1.0, None]] * 2})
     trainer.train()
     assert trainer.state.log_history[0]["grad_norm"] > 0
 
