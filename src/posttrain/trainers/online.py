@@ -227,11 +227,14 @@ class OnlineTrainer(PackedTrainer):
         return prompts
 
     def limits(self) -> tuple[int, int | None]:
-        """How many tokens are known to every model that learns from what is sampled, and for how many in a row it has
-        places, where they are learned."""
-        models: list[Any] = [self._model, *([] if self.critic is None else self.critic.models.values())]
+        """How many tokens are known to every model that reads what is sampled, and for how many in a row it has places,
+        where they are learned."""
+        models = self._readers()
         places = [number for model in models if (number := learned_places(model)) is not None]
         return min(one.get_input_embeddings().weight.shape[0] for one in models), min(places, default=None)
+
+    def _readers(self) -> list[Any]:
+        return [self._model, *([] if self.critic is None else self.critic.models.values())]
 
     def _reference(self) -> ReferenceModel:
         args = self.args

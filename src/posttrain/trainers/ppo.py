@@ -186,6 +186,9 @@ class PPOTrainer(OnlineTrainer):
         coef = self.args.kl_coef if self.kl is None else self.kl.coef
         return credit(score_N, rollouts, coef, self.args.credit())
 
+    def _readers(self) -> list[Any]:
+        return [*super()._readers(), *([] if self._ref_model is None else [self._ref_model])]
+
     def _reference(self) -> ReferenceModel:
         made = super()._reference()
         made.model, made.adapter = self._ref_model, self.args.ref_adapter_name

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 import posttrain
 from posttrain.cli import main
@@ -300,6 +300,7 @@ def test_older_spellings(tmp_path: Path) -> None:
         ({"ref_model": "model"}, "ref_model has layers of the model that is trained"),
         ({"ref_model": lambda: tiny_model("llama", 50)}, "ref_model knows 50 tokens, the policy says"),
         ({"ref_model": lambda: as_classifier(tiny_model("llama"))}, "which gives tokens no probabilities"),
+        ({"ref_model": lambda: few_places()}, "that is more than the model's 9 places"),
         ({"ref_model": lambda: tiny_model("qwen2", len(chatml_tokenizer())), "sync_ref_model": True}, "sync_ref_model"),
     ],
 )
@@ -312,6 +313,11 @@ def test_arguments_that_are_refused(given: dict[str, Any], message: str, tmp_pat
     options = {"reward_model": lambda completions, **_: [0.0] * len(completions), **given}
     with pytest.raises(posttrain.ConfigError, match=message):
         posttrain.PPOTrainer(args, words, model, train_dataset=PROMPTS, **options)
+
+
+def few_places() -> GPT2LMHeadModel:
+    config = GPT2Config(vocab_size=len(chatml_tokenizer()), n_embd=32, n_layer=1, n_head=4, n_positions=9)
+    return GPT2LMHeadModel(config)
 
 
 def test_a_completion_without_a_score(tmp_path: Path) -> None:
