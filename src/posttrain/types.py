@@ -101,7 +101,7 @@ class Layout:
     A segment with a parent continues it: its tokens see all of the parent's and then their own, and count positions on
     from there. So a prompt stands once in front of all its answers. A parent comes before its children and has none
     itself; `parents` holds its index, -1 for none, and is empty where nobody has one. `made` is what attention makes of
-    it once for all layers."""
+    it once for all layers of a forward pass."""
 
     starts: tuple[int, ...]
     lengths: tuple[int, ...]

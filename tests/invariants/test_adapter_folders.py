@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
 
 import posttrain
 from posttrain import ConfigError
@@ -92,8 +93,26 @@ def test_one_that_transformers_has_put_into_a_model(adapter: Path, tmp_path: Pat
 
 def test_where_a_model_is_wanted(adapter: Path, tmp_path: Path) -> None:
     args = posttrain.RewardConfig(**settings(tmp_path / "reward"))
-    with pytest.raises(ConfigError, match="is the folder of an adapter, not of a model"):
+    with pytest.raises(ConfigError, match="is an adapter, not a model"):
         posttrain.RewardTrainer(str(adapter), args, train_dataset=PAIRS)
+
+
+def test_weights_of_another_model(adapter: Path, tmp_path: Path) -> None:
+    """PEFT would begin with an adapter that changes nothing."""
+    path = adapter / "adapter_model.safetensors"
+    renamed = {name.replace("layers", "blocks"): tensor for name, tensor in load_file(path).items()}
+    save_file(renamed, path, {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"adapter_model\.safetensors has no base_model.*, nor 7 others"):
+        make("SFT", str(adapter), tmp_path / "more")
+
+
+def test_tokens_that_it_would_not_learn(adapter: Path, tmp_path: Path) -> None:
+    tokenizer = chatml_tokenizer()
+    tokenizer.add_tokens(["<|new|>"], special_tokens=True)
+    tokenizer.save_pretrained(tmp_path / "words")
+    args = posttrain.SFTConfig(**settings(tmp_path / "more", chat_template_path=str(tmp_path / "words")))
+    with pytest.raises(ConfigError, match=r"adds .* tokens, which the adapter would leave as random"):
+        posttrain.SFTTrainer(str(adapter), args, train_dataset=CHATS)
 
 
 def test_a_folder_that_is_broken(adapter: Path, tmp_path: Path) -> None:

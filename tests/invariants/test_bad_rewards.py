@@ -185,12 +185,34 @@ def huge_whole(count: int) -> Any:
     return [10**400] * count
 
 
+def huge_beyond_writing(count: int) -> Any:
+    return [10**5000] * count
+
+
+class FewLooks(list[float]):
+    """It can say how long it is but once."""
+
+    looks = 0
+
+    def __len__(self) -> int:
+        self.looks += 1
+        if self.looks > 1:
+            raise RuntimeError("no more")
+        return super().__len__()
+
+
+def few_looks(count: int) -> Any:
+    return FewLooks([1.0] * (count + 2))
+
+
 SAYS = {
+    huge_beyond_writing: "reward function 'bad' gave a number of type int for completion 0: ",
+    few_looks: "reward function 'bad' gave 6 rewards for 4 completions",
     a_table: "reward function 'bad' gave 1 rewards for 4 completions",
     a_table_as_wide_as_long: "reward function 'bad' gave 'c0' for completion 0: ",
     odd: "reward function 'bad' gave Odd, not a list of numbers",
     odd_ones: "reward function 'bad' gave <Odd instance at 0x",
-    never_ends: "reward function 'bad' gave more than 4 rewards for 4 completions",
+    never_ends: "reward function 'bad' gave 5 rewards for 4 completions",
     says_nothing_of_why: "reward function 'bad' failed: Silent: (and it cannot say why)",
     huge: "reward function 'bad' gave 1e+200 for completion 3: ",
     huge_whole: "reward function 'bad' gave 100000000000000000...0000000000000000000 for completion 0: ",

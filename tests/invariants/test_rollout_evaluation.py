@@ -12,7 +12,15 @@ from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import chatml_tokenizer
 
 ROWS = [{"prompt": [{"role": "user", "content": f"Say {i}"}]} for i in range(5)]
-MEANS = ("reward", "rewards/vowels/mean", "completions/mean_length", "completions/clipped_ratio", "entropy", "loss")
+MEANS = (
+    "reward",
+    "rewards/vowels/mean",
+    "rewards/now_and_then/mean",
+    "completions/mean_length",
+    "completions/clipped_ratio",
+    "entropy",
+    "loss",
+)
 
 
 def vowels(completions: list[Any], **_: Any) -> list[float]:
@@ -20,15 +28,24 @@ def vowels(completions: list[Any], **_: Any) -> list[float]:
     return [float(sum(c in "aeiou" for c in one[0]["content"]) > 0) for one in completions]
 
 
+def now_and_then(completions: list[Any], prompts: list[Any], **_: Any) -> list[float | None]:
+    """Of one completion of the first prompts, and of all of the others."""
+    said: list[float | None] = []
+    for i, prompt in enumerate(prompts):
+        is_first = prompt[0]["content"] < "Say 3"
+        said.append((1.0 if i % 4 == 0 else None) if is_first else 0.0)
+    return said
+
+
 def evaluated(folder: Path, batch_size: int, **settings: Any) -> dict[str, float]:
     words = chatml_tokenizer()
     trainer = posttrain.GRPOTrainer(
         model=tiny_model("llama", len(words)),
-        reward_funcs=vowels,
+        reward_funcs=[vowels, now_and_then],
         args=posttrain.GRPOConfig(
             str(folder), per_device_train_batch_size=4, num_generations=4, per_device_eval_batch_size=batch_size,
             max_completion_length=8, bf16=False, use_cpu=True, report_to="none", disable_tqdm=True,
-            loss_type="grpo", **settings,
+            loss_type="grpo", reward_weights=[1.0, 0.0], reward_check=False, **settings,
         ),
         train_dataset=ROWS,
         eval_dataset=ROWS,

@@ -97,11 +97,11 @@ def _held_out(trainer: Any, name: str, data: str) -> list[Any]:
 def _reward_model(name: str) -> Any:
     """Raises ConfigError for a model without a score. An adapter has its score beside it."""
     from posttrain.errors import ConfigError
-    from posttrain.models.load import load_model
+    from posttrain.models.load import is_adapter, load_model
     from posttrain.models.scoring import is_classifier
     from posttrain.rewards.models import load_reward_model
 
-    if (Path(name) / "adapter_config.json").is_file():
+    if is_adapter(name):
         return load_reward_model(name, None).model
     model = load_model(name, dtype="auto", scorer=True)
     if not is_classifier(model):

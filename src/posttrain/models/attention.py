@@ -61,7 +61,9 @@ def packed_attention(
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and softcap is None and not dropout:
         return _varlen(query, key, value, layout, scaling, sliding_window), None
     if softcap is None and not dropout and can_fuse(query, value, layout):
-        return fused_attention(query, key, value, layout, scaling or query.shape[-1] ** -0.5, sliding_window), None
+        return fused_attention(
+            query, key, value, layout, scaling or query.shape[-1] ** -0.5, sliding_window or None
+        ), None
     if softcap is None and not dropout and _is_quicker_by_products(query, layout, sliding_window):
         scale = scaling or query.shape[-1] ** -0.5
         return segment_attention(query, key, value, layout, scale, keeps_weights), None

@@ -85,14 +85,16 @@ class Policy:
     def _packed(self, batch: Batch) -> torch.Tensor:
         # A mask of four dimensions is handed through as it is, so none is built; attention reads `layout` instead.
         no_mask = torch.empty(1, 1, 0, 0, device=self.device)
+        layout = replace(batch.layout, made={})
         output = self.base.base_model(
-            **self._inputs(batch.input_ids_T[None], batch.layout),
+            **self._inputs(batch.input_ids_T[None], layout),
             position_ids=batch.position_ids_T[None],
             attention_mask=no_mask,
-            layout=batch.layout,
+            layout=layout,
             use_cache=False,
             **({"keeps_weights": False} if self.recomputes_cheap_parts else {}),
         )
+        layout.made.clear()  # what the backward pass needs of it autograd has
         return output.last_hidden_state[0]
 
     def _padded(self, batch: Batch) -> torch.Tensor:

@@ -124,8 +124,8 @@ def window_of(attention: Any) -> int | None:
     """How far back an attention module looks; Mistral says it for all layers alike."""
     own = getattr(attention, "sliding_window", None)
     if own is not None or hasattr(attention.config, "layer_types"):
-        return own
-    return getattr(attention.config, "sliding_window", None)
+        return own or None
+    return getattr(attention.config, "sliding_window", None) or None
 
 
 def _is_usual(module: Any) -> bool:

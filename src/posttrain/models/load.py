@@ -40,9 +40,8 @@ def load_model(
     options = dict(options or {})
     if options.get("trust_remote_code"):
         raise ConfigError("trust_remote_code=True is not honoured: code from the hub is never run")
-    if (Path(name) / "adapter_config.json").is_file():  # transformers would put it into a model that has no say in it
-        raise ConfigError(f"{name} is the folder of an adapter, not of a model",
-                          hint="give the model that it belongs to, or merge the adapter into it first")  # fmt: skip
+    if is_adapter(name):  # transformers would put it into a model that has no say in it
+        raise _no_adapter(name)
     wanted = options.pop("dtype", None) or options.pop("torch_dtype", None) or dtype
     if isinstance(wanted, str):
         if wanted not in DTYPES:
@@ -56,7 +55,21 @@ def load_model(
         # Weights that are pickled can run code when they are read, so they are not.
         return kind.from_pretrained(path, dtype=wanted, **{"use_safetensors": True, **options})
 
-    return _loaded(name, options, load)
+    made = _loaded(name, options, load)
+    if getattr(made, "_hf_peft_config_loaded", False):  # one on the hub
+        raise _no_adapter(name)
+    return made
+
+
+def is_adapter(name: str) -> bool:
+    """Whether it is a folder of PEFT's."""
+    return (Path(name) / "adapter_config.json").is_file()
+
+
+def _no_adapter(name: str) -> ConfigError:
+    return ConfigError(f"{name} is an adapter, not a model",
+                       hint="give the model that it belongs to, or merge the adapter into it first; SFTTrainer, "
+                       "DPOTrainer and the like go on with one that lies in a folder")  # fmt: skip
 
 
 def load_tokenizer(name: str, options: dict[str, Any] | None = None) -> PreTrainedTokenizerBase:

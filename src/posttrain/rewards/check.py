@@ -221,7 +221,7 @@ class TryOut:
 
     def _pairs(self) -> list[tuple[int, str, str]]:
         """Rows with their own answer and the next one that differs."""
-        texts = _texts(self.material.gold or ())
+        texts = _texts(() if self.material.gold is None else self.material.gold)
         made = []
         for row, text in enumerate(texts):
             if not text:

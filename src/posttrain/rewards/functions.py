@@ -171,14 +171,13 @@ class Rewards:
                            hint="try it before training: posttrain reward test FILE.py --data DATA")  # fmt: skip
 
     def _checked(self, name: str, given: Any, asked: Completions) -> np.ndarray:
-        values = _values(given, len(asked))
+        count, values = _values(given, len(asked))
         if values is None:
             raise RewardError(f"reward function {name!r} gave {type(given).__name__}, not a list of numbers",
                               hint="return a number (or None) for each completion")  # fmt: skip
         if len(values) != len(asked):
-            more = len(given) if len(given) > len(asked) else f"more than {len(asked)}"
-            count = more if len(values) > len(asked) else len(values)
-            raise RewardError(f"reward function {name!r} gave {count} rewards for {len(asked)} completions",
+            told = len(values) if len(values) < len(asked) else max(count, len(values))
+            raise RewardError(f"reward function {name!r} gave {told} rewards for {len(asked)} completions",
                               hint="return a number (or None) for each completion")  # fmt: skip
         return np.array([self._number(name, value, i, asked) for i, value in enumerate(values)], dtype=np.float64)
 
@@ -190,22 +189,29 @@ class Rewards:
         except Exception:  # it is the user's own object, which may raise anything
             number = math.nan
         if not abs(number) <= LARGEST:
-            raise RewardError(f"reward function {name!r} gave {reprlib.repr(value)} for completion {index}: "
+            raise RewardError(f"reward function {name!r} gave {_repr_of(value)} for completion {index}: "
                               f"{shown(asked.contents[index])}",
                               hint=f"return a finite number, of no more than {LARGEST:g}, or None to say nothing of "
                               "it")  # fmt: skip
         return number
 
 
-def _values(given: Any, wanted: int) -> list[Any] | None:
-    """What was given, by the entry, of which one more than `wanted` is enough to know; None where it has none."""
+def _values(given: Any, wanted: int) -> tuple[int, list[Any] | None]:
+    """How many it says it has, and its entries, of which one more than `wanted` is enough to know; None where it has
+    none."""
     if isinstance(given, str | bytes | Mapping | set | frozenset):
-        return None
-    try:
-        len(given)  # no generator, and no tensor that is one number
-        return list(islice(given, wanted + 1))
+        return 0, None
+    try:  # no generator has a length, and no tensor that is one number
+        return len(given), list(islice(given, wanted + 1))
     except Exception:  # it is the user's own object, which may raise anything
-        return None
+        return 0, None
+
+
+def _repr_of(value: object) -> str:
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # a whole number of more digits than Python writes
+        return f"a number of type {type(value).__name__}"
 
 
 def _text_of(error: BaseException) -> str:

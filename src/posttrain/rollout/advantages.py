@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,6 +22,13 @@ TINY = 1e-4
 """Added to standard deviations, so that groups that agree divide by something."""
 SCALES = ("group", "batch", "none")
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
+
+
+class OfRound(NamedTuple):
+    """What is said once of all completions of a round, as a sum and how many there are in it."""
+
+    value: float
+    number: int = 1
 
 
 @dataclass(frozen=True)

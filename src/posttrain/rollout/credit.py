@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from posttrain.errors import ConfigError
-from posttrain.rollout.advantages import Advantages, generalised
+from posttrain.rollout.advantages import Advantages, OfRound, generalised
 from posttrain.rollout.generation import Rollout
 
 TINY = 1e-8
@@ -76,7 +76,7 @@ def credit(score_N: np.ndarray, rollouts: Sequence[Rollout], kl_coef: float, how
     if kl_coef:  # else no reference was asked
         found["objective/kl"] = kl_N
     metrics = {name: (float(value_N.sum()), len(rollouts)) for name, value_N in found.items()}
-    metrics["objective/kl_coef"] = (kl_coef, 1)
+    metrics["objective/kl_coef"] = OfRound(kl_coef)
     return Advantages(mean_N, score_N, None, metrics, tokens, float(kl_N.mean()))
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from posttrain.data.prompts import Prompt
 from posttrain.objectives.base import GIVEN
 from posttrain.rewards.functions import Completions, Rewards, weighted_sum
-from posttrain.rollout.advantages import Advantages
+from posttrain.rollout.advantages import Advantages, OfRound
 from posttrain.rollout.generation import Rollout
 from posttrain.types import Content
 
@@ -62,13 +62,13 @@ class Verdict:
             said_N = value_N[~np.isnan(value_N)]
             if len(said_N):
                 made[f"rewards/{name}/mean"] = (float(said_N.sum()), len(said_N))
-                made[f"rewards/{name}/std"] = (_deviation(said_N), 1)
+                made[f"rewards/{name}/std"] = OfRound(_deviation(said_N))
         total_N = worth.reward_N[~np.isnan(worth.reward_N)]
         if len(total_N):
             made["reward"] = (float(total_N.sum()), len(total_N))
-            made["reward_std"] = (_deviation(total_N), 1)
+            made["reward_std"] = OfRound(_deviation(total_N))
         if worth.without_signal is not None:
-            made["frac_reward_zero_std"] = (worth.without_signal, 1)
+            made["frac_reward_zero_std"] = OfRound(worth.without_signal)
         noted = {GIVEN + name: (float(sum(values)), len(values)) for name, values in self.noted.items()}
         return made | worth.metrics | noted
 

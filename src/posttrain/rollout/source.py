@@ -19,7 +19,7 @@ from posttrain.data.planning import OF_TOKENS, PLAIN, Packing, plan
 from posttrain.data.prompts import Prompt
 from posttrain.errors import Stopped
 from posttrain.objectives.base import Metrics
-from posttrain.rollout.advantages import Advantages
+from posttrain.rollout.advantages import Advantages, OfRound
 from posttrain.rollout.entropy_control import EntropyControl
 from posttrain.rollout.fitting import RowsAtOnce
 from posttrain.rollout.generation import Generation, Rollout, grouped, together
@@ -142,9 +142,9 @@ class RolloutSource:
         it."""
         places = self.places_of(number)
         generation = self._generate(number, 0, places, places.start)
-        said = {name: (s * len(places), len(places)) if n == 1 else (s, n) for name, (s, n) in
-                generation.metrics.items()}  # fmt: skip
-        self.report({name: (torch.tensor(s), n) for name, (s, n) in said.items()})
+        for name, one in generation.metrics.items():
+            weight = len(places) if isinstance(one, OfRound) else 1
+            self.report({name: (torch.tensor(one[0] * weight), one[1] * weight)})
         slices = [(generation, generation.slice(0, 1))]
         return self._whole(slices) if self.learning.whole_batches else self._joined(slices)
 
@@ -259,9 +259,9 @@ class RolloutSource:
         verdict = self.judge(rollouts)
         took = max(sampled - started, 1e-9)
         return rollouts, verdict, {
-            "sampling/seconds": (took, 1),
-            "sampling/tokens_per_second": (sum(len(one.ids) for one in rollouts) / took, 1),
-            "rewards/seconds": (time.monotonic() - sampled, 1),
+            "sampling/seconds": OfRound(took),
+            "sampling/tokens_per_second": OfRound(sum(len(one.ids) for one in rollouts) / took),
+            "rewards/seconds": OfRound(time.monotonic() - sampled),
         }  # fmt: skip
 
     def _with_signal(
@@ -284,9 +284,9 @@ class RolloutSource:
             kept += [len(rollouts) + i for i in self._teaching(more, said)]
             rollouts, verdict = rollouts + more, verdict.and_(said)
         left = len(kept) // self.count
-        metrics = {
-            "dynamic_sampling/groups_sampled": (float(asked), 1),
-            "dynamic_sampling/groups_kept": (float(left), 1),
+        metrics: dict[str, tuple[float, int]] = {
+            "dynamic_sampling/groups_sampled": OfRound(float(asked)),
+            "dynamic_sampling/groups_kept": OfRound(float(left)),
         }
         return rollouts, verdict, kept, metrics
 
@@ -380,10 +380,10 @@ def _lengths(rollouts: Sequence[Rollout]) -> dict[str, tuple[float, int]]:
     whole_N = ended_N if len(ended_N) else np.zeros(1)
     return {
         "completions/mean_length": (float(length_N.sum()), len(length_N)),
-        "completions/min_length": (float(length_N.min()), 1),
-        "completions/max_length": (float(length_N.max()), 1),
+        "completions/min_length": OfRound(float(length_N.min())),
+        "completions/max_length": OfRound(float(length_N.max())),
         "completions/clipped_ratio": (float(len(length_N) - len(ended_N)), len(length_N)),
-        "completions/mean_terminated_length": (float(whole_N.mean()), 1),
-        "completions/min_terminated_length": (float(whole_N.min()), 1),
-        "completions/max_terminated_length": (float(whole_N.max()), 1),
+        "completions/mean_terminated_length": OfRound(float(whole_N.mean())),
+        "completions/min_terminated_length": OfRound(float(whole_N.min())),
+        "completions/max_terminated_length": OfRound(float(whole_N.max())),
     }

@@ -13,9 +13,9 @@ from typing import Any
 from posttrain.errors import ConfigError
 from posttrain.evaluate.generation import stop_ids
 from posttrain.models import adapters
-from posttrain.models.adapter_folder import is_adapter, open_adapter, tokenizer_of
+from posttrain.models.adapter_folder import open_adapter, tokenizer_of
 from posttrain.models.forward import open_policy
-from posttrain.models.load import load_model, load_tokenizer
+from posttrain.models.load import is_adapter, load_model, load_tokenizer
 from posttrain.models.precision import has_fast_bf16
 from posttrain.rollout.engines import Request
 from posttrain.rollout.engines.local import LocalEngine

@@ -57,9 +57,10 @@ def try_on_data(
         material = material.without_gold()
     material, tokenizer = replace(material, form=form), None
     if samples is not None:
-        from posttrain.models.load import load_tokenizer
+        from posttrain.models.adapter_folder import tokenizer_of
+        from posttrain.models.load import is_adapter, load_tokenizer
 
-        tokenizer = load_tokenizer(samples.model, {})
+        tokenizer = (tokenizer_of if is_adapter(samples.model) else load_tokenizer)(samples.model)
         material = replace(material, encode=encoder(tokenizer))
     extra = {"trainer_state": None, "log_extra": _ignore, "log_metric": _ignore}
     rewards = Rewards({name: found}, [1.0], deadline=timeout, extra=extra)
@@ -153,9 +154,9 @@ def _sample(tryout: TryOut, samples: Samples, tokenizer: Any, data: str, names: 
     from transformers import TrainingArguments
 
     from posttrain.evaluate.generation import stop_ids
-    from posttrain.models.adapter_folder import is_adapter, open_adapter
+    from posttrain.models.adapter_folder import open_adapter
     from posttrain.models.capabilities import learned_places
-    from posttrain.models.load import load_model
+    from posttrain.models.load import is_adapter, load_model
     from posttrain.models.memory import keeping_freed_pages
     from posttrain.rollout.engines import Request
     from posttrain.rollout.engines.local import LocalEngine

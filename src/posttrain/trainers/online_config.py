@@ -28,6 +28,8 @@ GENERATION_KWARGS = {
 }
 """What `generation_kwargs` may say, and what we call it."""
 logger = logging.getLogger("posttrain")
+LONGEST = 1e8
+"""Seconds, three years: the system's timers take no more for sure."""
 OF_VLLM_HERE = "Not honoured: vLLM is no part of this process; give it to `vllm serve`."
 OF_VLLM = (
     "vllm_model_impl", "vllm_enable_sleep_mode", "vllm_structured_outputs_regex", "vllm_group_port",
@@ -249,8 +251,9 @@ class OnlineConfig(PackedConfig):
         if self.use_vllm:
             self.vllm_url()
         for name in ("reward_timeout", "rollout_timeout", "vllm_server_timeout"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
+            seconds = getattr(self, name)
+            if not 0 < seconds <= LONGEST:
+                raise ConfigError(f"{name}={seconds!r} must be above 0 seconds, and {LONGEST:g} at most")
         self.sampling()
 
     def vllm_url(self) -> str:

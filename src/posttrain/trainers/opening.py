@@ -13,8 +13,8 @@ from transformers.trainer_utils import align_special_tokens
 
 from posttrain.errors import ConfigError, UnknownArgumentError
 from posttrain.models import adapters
-from posttrain.models.adapter_folder import config_of, is_adapter, open_adapter, tokenizer_of
-from posttrain.models.load import load_model, load_tokenizer, set_eos_token, set_pad_token
+from posttrain.models.adapter_folder import config_of, open_adapter, tokenizer_of
+from posttrain.models.load import is_adapter, load_model, load_tokenizer, set_eos_token, set_pad_token
 from posttrain.trainers.config import PackedConfig
 from posttrain.trainers.spellings import TRAINER_GONE, TRAINER_TO_CONFIG, Rewrite, renamed, say_read_as
 from posttrain.trainers.templates import take_template
@@ -111,7 +111,7 @@ def open_model(
     if isinstance(model, str) and is_adapter(model):  # training goes on with it
         name, options = model, as_dict(args.model_init_kwargs)
         model = open_adapter(name, dtype_to_load(args, config_of(name)), options, trainable=True)
-        tokenizer = tokenizer or tokenizer_of(name)
+        tokenizer = tokenizer or tokenizer_of(name, options)
     elif isinstance(model, str):
         name, options = model, as_dict(args.model_init_kwargs)
         model = load_model(name, options, dtype=dtype_to_load(args, peft_config))
@@ -133,6 +133,10 @@ def open_model(
     if getattr(args, "eos_token", None) is not None:
         set_eos_token(model, tokenizer, args.eos_token)
     added = take_template(model, tokenizer, args.chat_template_path) if args.chat_template_path else []
+    if added and peft_config is None and isinstance(model, PeftModel):
+        raise ConfigError(f"chat_template_path={args.chat_template_path!r} adds {len(added)} tokens, which the adapter "
+                          "would leave as random as they are",
+                          hint="merge the adapter first (model.merge_and_unload()), then give peft_config")  # fmt: skip
     if peft_config is not None:
         if added:
             _train_added_tokens(peft_config, added)

@@ -413,6 +413,14 @@ def test_both_answers_of_a_pair_rated(tmp_path: Path, to: str) -> None:
     assert seen == expected
 
 
+def test_nothing_of_a_pair_is_lost_that_is_rated(tmp_path: Path) -> None:
+    rows, out = [{**pair("Q?", "good", "bad"), "label": "safety"}], tmp_path / "a.jsonl"
+    error = refused(rows, "messages", out, keep="both")
+    assert "its own `label` would be lost" in error.message
+    assert "--map label=own_label" in (error.hint or "")
+    assert "it is no pair, and has no rating" in refused([CHAT], "messages", out, keep="both").message
+
+
 def test_only_pairs_have_two_answers_to_rate(tmp_path: Path) -> None:
     same = pair("Q?", "same", "same")
     assert "the very answer" in refused([same], "messages", tmp_path / "a.jsonl", keep="both").message

@@ -8,8 +8,13 @@ import pytest
 import torch
 from torch import nn
 
+from posttrain import native
+from posttrain.models import attention
 from posttrain.models.attention import PACKED_ATTENTION, packed_attention, register
-from posttrain.types import Layout
+from posttrain.models.forward import open_policy
+from posttrain.types import Layout, Needs
+from tests.tiny_batches import random_batch
+from tests.tiny_models import tiny_model
 
 LENGTHS = (7, 1, 12, 5)
 LAYOUT = Layout((0, 7, 8, 20), LENGTHS)
@@ -110,3 +115,34 @@ def test_registered_under_its_own_name() -> None:
     register()
     assert AttentionInterface()[PACKED_ATTENTION] is packed_attention
     assert ALL_MASK_ATTENTION_FUNCTIONS[PACKED_ATTENTION] is sdpa_mask
+
+
+def test_masks_are_gone_with_the_pass_that_wanted_them() -> None:
+    """A step's batches are held to its end, and with each as many tokens squared would be."""
+    policy = open_policy(tiny_model("mistral"))  # a window of 5
+    for is_trained in (False, True):
+        batch = random_batch([20, 9])
+        with torch.set_grad_enabled(is_trained):
+            logps = policy(batch, Needs()).logp_R
+        assert not batch.layout.made
+        if is_trained:
+            logps.sum().backward()
+            assert not batch.layout.made
+
+
+def test_all_layers_have_one_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    inner = attention.scaled_dot_product_attention
+
+    def watched(*given: Any, **options: Any) -> Any:
+        if "attn_mask" in options:
+            seen.append(id(options["attn_mask"]))
+        return inner(*given, **options)
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", watched)
+    with native.without_kernels():
+        policy = open_policy(tiny_model("mistral"))
+        seen.clear()
+        policy(random_batch([20, 20]), Needs())
+    assert len(seen) == 4
+    assert len(set(seen)) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 
 from posttrain.rewards import LIBRARY, numeric_answer, think_answer
@@ -267,3 +268,8 @@ def test_the_short_trial_is_cheap() -> None:
     started = time.process_time()
     short(numeric_answer)
     assert time.process_time() - started < 0.5
+
+
+def test_columns_of_numpy() -> None:
+    given = Material.of(["a", "b"], {"answer": np.array(["1", "2"])})
+    assert tried(numeric_answer, given).report.separation is not None

@@ -88,8 +88,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"scale_rewards": ["group"]}, "scale_rewards"),
     ({"top_p": 0.0}, "top_p=0.0 must be"),
     ({"dynamic_sampling": "always"}, "dynamic_sampling='always' is unknown"),
-    ({"reward_timeout": 0}, "reward_timeout=0 must be above 0"),
-    ({"rollout_timeout": -1.0}, "rollout_timeout=-1.0 must be above 0"),
+    ({"reward_timeout": 0}, "reward_timeout=0 must be above 0 seconds"),
+    ({"rollout_timeout": -1.0}, "rollout_timeout=-1.0 must be above 0 seconds"),
+    ({"rollout_timeout": 1e10}, "must be above 0 seconds, and 1e"),
+    ({"vllm_server_timeout": None}, "vllm_server_timeout=None must be a number"),
     ({"vllm_server_timeout": 0}, "vllm_server_timeout=0 must be above 0"),
     ({"vllm_server_timeout": -1}, "vllm_server_timeout=-1 must be above 0"),
     (

@@ -113,7 +113,11 @@ def _kept(example: Example, said: Said, keep: str | None) -> list[tuple[Example,
     if keep == "chosen" and said.method == "preference":
         example = dataclasses.replace(example, completions=example.completions[:1])
         return [(example, dataclasses.replace(said, method="sft"))]
+    if keep == "both" and said.method == "sft":
+        raise cannot(example, "--keep both", "it is no pair, and has no rating", "keep pairs and plain rows apart")
     if keep == "both" and said.method == "preference":
+        if example.columns.get("label") is not None:
+            raise cannot(example, "--keep both", "its own `label` would be lost", "rename it: --map label=own_label")
         return [
             (one, dataclasses.replace(said, method="rated", label=bool(one.columns["label"])))
             for one in ratings_of(example)
