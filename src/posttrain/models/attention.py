@@ -60,7 +60,7 @@ def packed_attention(
         layout.memory.remember(module.layer_idx, key, value, layout)
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and softcap is None and not dropout:
         return _varlen(query, key, value, layout, scaling, sliding_window), None
-    if softcap is None and not dropout and can_fuse(query, value, layout):
+    if softcap is None and not dropout and can_fuse(query, value, layout, sliding_window or None):
         return fused_attention(
             query, key, value, layout, scaling or query.shape[-1] ** -0.5, sliding_window or None
         ), None

@@ -30,12 +30,15 @@ CAPS = ("attn_logit_softcapping", "clip_qkv")
 """What shows on large numbers only, so that no trial finds it: Gemma 2's cap of scores, OLMo's of projections."""
 
 
-def can_fuse(query_HTE: torch.Tensor, value_KTE: torch.Tensor, layout: Layout) -> bool:
+def can_fuse(query_HTE: torch.Tensor, value_KTE: torch.Tensor, layout: Layout, window: int | None = None) -> bool:
     """Whether the kernels know these shapes. A thread does a whole family of segments for one key head. Where that
     keeps threads idle, torch is quicker: it deals out blocks of queries."""
     size = query_HTE.shape[-1]
     pieces = value_KTE.shape[-3] * (layout.parents.count(-1) or len(layout.lengths))
-    gain = 3 if query_HTE.dtype == torch.bfloat16 else 1  # so many times as long SDPA takes (docs/design.md)
+    passes_over = window is not None and layout.max_length > window  # what SDPA computes and masks
+    gain = (
+        3 if query_HTE.dtype == torch.bfloat16 or passes_over else 1
+    )  # so many times as long it takes (docs/design.md)
     return (
         size % LANES == 0
         and gain * pieces >= torch.get_num_threads()
@@ -215,7 +218,7 @@ def _is_ours(module: Any, hidden_1TD: torch.Tensor, turns: Any, layout: Any) -> 
     groups = int(module.k_proj.out_features) // int(module.head_dim)
     head, shape = hidden_1TD.new_empty(groups, 0, module.head_dim), (1, hidden_1TD.shape[1], module.head_dim)
     are_whole = all(one.shape == shape and one.dtype == head.dtype for one in turns)
-    return are_whole and can_fuse(head, head, layout)
+    return are_whole and can_fuse(head, head, layout, window_of(module))
 
 
 def _drops(module: Any) -> bool:

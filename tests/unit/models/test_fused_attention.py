@@ -233,23 +233,27 @@ def test_what_can_be_fused(size: int, dtype: torch.dtype, lengths: tuple[int, ..
 
 @pytest.mark.usefixtures("there_are_kernels")
 @pytest.mark.parametrize(
-    ("dtype", "groups", "layout", "threads", "fuses"),
+    ("dtype", "window", "layout", "threads", "fuses"),
     [
-        (torch.float32, 2, laid_end_to_end((3, 4)), 4, True),
-        (torch.float32, 2, laid_end_to_end((3, 4)), 5, False),
-        (torch.float32, 2, laid_end_to_end((3, 4, 5), (-1, 0, 0)), 2, True),
-        (torch.float32, 2, laid_end_to_end((3, 4, 5), (-1, 0, 0)), 3, False),
-        (torch.bfloat16, 2, laid_end_to_end((3, 4)), 12, True),
-        (torch.bfloat16, 2, laid_end_to_end((3, 4)), 13, False),
+        (torch.float32, None, laid_end_to_end((3, 4)), 4, True),
+        (torch.float32, None, laid_end_to_end((3, 4)), 5, False),
+        (torch.float32, 4, laid_end_to_end((3, 4)), 5, False),
+        (torch.float32, 3, laid_end_to_end((3, 4)), 12, True),
+        (torch.float32, 3, laid_end_to_end((3, 4)), 13, False),
+        (torch.float32, None, laid_end_to_end((3, 4, 5), (-1, 0, 0)), 2, True),
+        (torch.float32, None, laid_end_to_end((3, 4, 5), (-1, 0, 0)), 3, False),
+        (torch.bfloat16, None, laid_end_to_end((3, 4)), 12, True),
+        (torch.bfloat16, None, laid_end_to_end((3, 4)), 13, False),
     ],
 )
 def test_threads_that_would_be_idle_count(
-    dtype: torch.dtype, groups: int, layout: Layout, threads: int, fuses: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, window: int | None, layout: Layout, threads: int, fuses: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A shared prompt and its answers are one thread's, for each key head."""
+    """A shared prompt and its answers are one thread's, for each of two key heads. A window that is shorter than a
+    segment spares the kernel most of the work."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    one = torch.empty(groups, 0, 16, dtype=dtype)
-    assert can_fuse(one, one, layout) is fuses
+    one = torch.empty(2, 0, 16, dtype=dtype)
+    assert can_fuse(one, one, layout, window) is fuses
 
 
 @pytest.mark.usefixtures("kernels")
