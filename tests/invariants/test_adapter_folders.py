@@ -97,12 +97,17 @@ def test_where_a_model_is_wanted(adapter: Path, tmp_path: Path) -> None:
         posttrain.RewardTrainer(str(adapter), args, train_dataset=PAIRS)
 
 
-def test_weights_of_another_model(adapter: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_weights_of_another_model(suffix: str, adapter: Path, tmp_path: Path) -> None:
     """PEFT would begin with an adapter that changes nothing."""
     path = adapter / "adapter_model.safetensors"
     renamed = {name.replace("layers", "blocks"): tensor for name, tensor in load_file(path).items()}
-    save_file(renamed, path, {"format": "pt"})
-    with pytest.raises(ConfigError, match=r"adapter_model\.safetensors has no base_model.*, nor 7 others"):
+    if suffix == "safetensors":
+        save_file(renamed, path, {"format": "pt"})
+    else:
+        path.unlink()
+        torch.save(renamed, adapter / "adapter_model.bin")
+    with pytest.raises(ConfigError, match=r"cannot be put on .*: .*[Mm]issing adapter keys"):
         make("SFT", str(adapter), tmp_path / "more")
 
 
@@ -113,6 +118,16 @@ def test_tokens_that_it_would_not_learn(adapter: Path, tmp_path: Path) -> None:
     args = posttrain.SFTConfig(**settings(tmp_path / "more", chat_template_path=str(tmp_path / "words")))
     with pytest.raises(ConfigError, match=r"adds .* tokens, which the adapter would leave as random"):
         posttrain.SFTTrainer(str(adapter), args, train_dataset=CHATS)
+
+
+def test_rows_that_nothing_says_are_no_reason(adapter: Path, tmp_path: Path) -> None:
+    """Embeddings are filled up to a multiple of 64."""
+    tokenizer = chatml_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "words")
+    args = posttrain.SFTConfig(**settings(tmp_path / "more", chat_template_path=str(tmp_path / "words")))
+    trainer = posttrain.SFTTrainer(str(adapter), args, train_dataset=CHATS)
+    assert trainer.model.get_input_embeddings().weight.shape[0] % 64 == 0
+    trainer.train()
 
 
 def test_a_folder_that_is_broken(adapter: Path, tmp_path: Path) -> None:

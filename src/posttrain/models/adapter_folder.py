@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase
@@ -26,17 +26,15 @@ def open_adapter(
     _check_weights(Path(folder))
     model = load_model(base, options, dtype=dtype)
     try:
-        with warnings.catch_warnings():  # of what `_check_complete` says
-            warnings.filterwarnings("ignore", message="Found missing adapter keys")
-            made = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+        with warnings.catch_warnings():  # the rest of the adapter would begin anew
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            return PeftModel.from_pretrained(model, folder, is_trainable=trainable)
     except Exception as error:  # PEFT checks nothing: what it stumbles over may raise anything
         if is_out_of_memory(error):
             raise
         raise ConfigError(f"the adapter in {folder} cannot be put on {base}: {_said(error)}",
                           hint=f"is that the model it was trained on ({CONFIG_NAME}: base_model_name_or_path)? If so, "
                                f"{COPY}") from error  # fmt: skip
-    _check_complete(Path(folder), made, base)
-    return made
 
 
 def config_of(folder: str) -> PeftConfig:
@@ -77,19 +75,6 @@ def _check_weights(folder: Path) -> None:
             pass
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{path} cannot be read: {_said(error)}", hint=COPY) from error
-
-
-def _check_complete(folder: Path, made: PeftModel, base: str) -> None:
-    """Raises ConfigError for an adapter that is not all there: the rest of it would begin anew."""
-    path = folder / SAFETENSORS_WEIGHTS_NAME
-    if not path.is_file():
-        return
-    with safe_open(path, framework="pt") as file:
-        missing = sorted(get_peft_model_state_dict(made, save_embedding_layers=False).keys() - set(file.keys()))
-    if missing:
-        raise ConfigError(f"{path} has no {missing[0]}, nor {len(missing) - 1} others that an adapter of {base} has",
-                          hint=f"is that the model it was trained on ({CONFIG_NAME}: base_model_name_or_path)? If so, "
-                               f"{COPY}")  # fmt: skip
 
 
 def _said(error: Exception) -> str:

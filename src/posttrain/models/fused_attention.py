@@ -35,10 +35,9 @@ def can_fuse(query_HTE: torch.Tensor, value_KTE: torch.Tensor, layout: Layout, w
     keeps threads idle, torch is quicker: it deals out blocks of queries."""
     size = query_HTE.shape[-1]
     pieces = value_KTE.shape[-3] * (layout.parents.count(-1) or len(layout.lengths))
-    passes_over = window is not None and layout.max_length > window  # what SDPA computes and masks
-    gain = (
-        3 if query_HTE.dtype == torch.bfloat16 or passes_over else 1
-    )  # so many times as long it takes (docs/design.md)
+    # How many times as long SDPA takes (docs/design.md): it computes what a window leaves out, and masks it.
+    passes_over = window is not None and layout.max_length > window
+    gain = 3 if query_HTE.dtype == torch.bfloat16 else 1 + passes_over
     return (
         size % LANES == 0
         and gain * pieces >= torch.get_num_threads()

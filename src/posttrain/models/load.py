@@ -29,6 +29,8 @@ from posttrain.models.scoring import is_saved_classifier
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "auto": "auto"}
 HUB_NAME = re.compile(r"(?!\.)([\w.-]+/)?[\w.-]+")
+FILLER = "<extra_id_"
+"""What tokens begin with that nothing says: they make up the difference to a multiple of 64."""
 logger = logging.getLogger("posttrain")
 
 
@@ -176,7 +178,7 @@ def set_chat_template(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.resize_token_embeddings(len(tokenizer.get_vocab()), pad_to_multiple_of=64)
     rows = model.get_input_embeddings().weight.shape[0]
-    fillers = (AddedToken(f"<extra_id_{i}>") for i in range(rows))
+    fillers = (AddedToken(f"{FILLER}{i}>") for i in range(rows))
     while rows > len(tokenizer.get_vocab()):
         filler = next(fillers)
         if tokenizer.add_tokens(filler):

@@ -192,8 +192,8 @@ def _adapter(config: RunConfig, seed: int) -> Any:
     from posttrain.models.load import is_adapter
 
     if is_adapter(config.model.name):
-        raise ConfigError(f"model.name={config.model.name!r} is an adapter, and lora asks for another",
-                          hint="lora.enabled: false goes on with that one")  # fmt: skip
+        hint = "merge it first" if config.method == "reward" else "lora.enabled: false goes on with that one"
+        raise ConfigError(f"model.name={config.model.name!r} is an adapter, and lora asks for another", hint=hint)
     if lora.random_state is not None and lora.random_state != seed:
         raise ConfigError(f"lora.random_state={lora.random_state} differs from training.seed={seed}",
                           hint="one seed serves both: set training.seed")  # fmt: skip

@@ -14,7 +14,7 @@ from transformers.trainer_utils import align_special_tokens
 from posttrain.errors import ConfigError, UnknownArgumentError
 from posttrain.models import adapters
 from posttrain.models.adapter_folder import config_of, open_adapter, tokenizer_of
-from posttrain.models.load import is_adapter, load_model, load_tokenizer, set_eos_token, set_pad_token
+from posttrain.models.load import FILLER, is_adapter, load_model, load_tokenizer, set_eos_token, set_pad_token
 from posttrain.trainers.config import PackedConfig
 from posttrain.trainers.spellings import TRAINER_GONE, TRAINER_TO_CONFIG, Rewrite, renamed, say_read_as
 from posttrain.trainers.templates import take_template
@@ -133,8 +133,9 @@ def open_model(
     if getattr(args, "eos_token", None) is not None:
         set_eos_token(model, tokenizer, args.eos_token)
     added = take_template(model, tokenizer, args.chat_template_path) if args.chat_template_path else []
-    if added and peft_config is None and isinstance(model, PeftModel):
-        raise ConfigError(f"chat_template_path={args.chat_template_path!r} adds {len(added)} tokens, which the adapter "
+    said = [token for token in tokenizer.convert_ids_to_tokens(added) if not token.startswith(FILLER)]
+    if said and peft_config is None and isinstance(model, PeftModel):
+        raise ConfigError(f"chat_template_path={args.chat_template_path!r} adds {len(said)} tokens, which the adapter "
                           "would leave as random as they are",
                           hint="merge the adapter first (model.merge_and_unload()), then give peft_config")  # fmt: skip
     if peft_config is not None:
