@@ -9,8 +9,8 @@ are compared as soon as a run has ended, and any that differ end it all: a speed
 What is quoted are ratios of medians; the JSON beside the table has all runs. Warm-up is long enough for the memory of a
 run to be there: the first steps of any library on a CPU are spent asking for pages. Where a library does not fit into
 this machine's memory, the table says so, and the same eight samples a step are given to it two at a time. "Of limit" is
-the arithmetic that the samples need (no padding, no logits of prompts) a second, over what this machine reaches with
-nothing but matrix products of the model's shapes, measured in the same run.
+the arithmetic that the samples need (no padding, no logits of prompts, what a step's samples begin with alike once) a
+second, over what this machine reaches with nothing but matrix products of the model's shapes, measured in the same run.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ HERE = Path(__file__).resolve().parent
 DATA = HERE.parent.parent / "shared" / "data" / "gsm8k_train.jsonl"
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 WORKLOADS = ("gsm8k", "uneven")
+"""Those of a run that names none."""
+ON_DEMAND = ("instructed",)
 LINUX = sys.platform.startswith("linux")
 Entry = tuple[str, str, dict[str, str]]
 ENTRIES: tuple[Entry, ...] = (
@@ -75,7 +77,7 @@ def options_parser(about: str, record: str) -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--warmup", type=int, default=6, help="steps not counted, first")
     parser.add_argument("--only", choices=("lora", "full"))
-    parser.add_argument("--workload", choices=WORKLOADS)
+    parser.add_argument("--workload", choices=(*WORKLOADS, *ON_DEMAND))
     parser.add_argument("--data", default=str(DATA))
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--beside", nargs="*", metavar="VARIANT", help="of the others, these variants only")

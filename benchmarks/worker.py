@@ -140,7 +140,14 @@ def _uneven(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return uneven
 
 
-WORKLOADS = {"gsm8k": lambda rows: rows, "uneven": _uneven}
+def _instructed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each problem behind the same system message, which shows four that are solved."""
+    shown = [f"{row['prompt'][0]['content']}\n{row['completion'][0]['content']}" for row in rows[:4]]
+    system = {"role": "system", "content": "Solve the problem as these are solved.\n\n" + "\n\n".join(shown)}
+    return [{"prompt": [system, *row["prompt"]], "completion": row["completion"]} for row in rows[4:]]
+
+
+WORKLOADS = {"gsm8k": lambda rows: rows, "uneven": _uneven, "instructed": _instructed}
 
 
 def _model(options: argparse.Namespace) -> tuple[Any, Any]:

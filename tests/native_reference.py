@@ -59,8 +59,8 @@ def attended(
     repeats = query_THE.shape[1] // key_TKE.shape[1]
     key_THE, value_THE = (x.repeat_interleave(repeats, 1) for x in (key_TKE, value_TKE))
     outputs, sums = [], []
-    for own, parent in layout.segments():
-        keys, values = (x[own] if parent is None else torch.cat([x[parent], x[own]]) for x in (key_THE, value_THE))
+    for own, before in layout.segments():
+        keys, values = (torch.cat([x[part] for part in (*before, own)]) for x in (key_THE, value_THE))
         score_HNM = torch.einsum("nhe,mhe->hnm", query_THE[own], keys) * scale
         asked, there = score_HNM.shape[1:]
         distance_NM = torch.arange(there - asked, there)[:, None] - torch.arange(there)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from transformers import TrainingArguments
 
-from posttrain.data.planning import Packing
+from posttrain import native
+from posttrain.data.planning import REPEATS, REPEATS_WITH_KERNELS, Packing
 from posttrain.errors import ConfigError
 from posttrain.objectives.base import Objective
 from posttrain.reference import Reference, ReferenceModel
@@ -36,8 +37,13 @@ class Annotation:
 
     def packing(self, session: Session, batch_size: int | None = None) -> Packing:
         """What the objective asks of batches, as far as the model can give it."""
+        shared = session.policy.shares_prompts and session.policy.neftune_alpha is None
+        has_kernels = native.runs(session.policy.device, session.precision.compute_dtype)
         return Packing(
-            shared=session.policy.shares_prompts and session.policy.neftune_alpha is None,
+            shared=shared,
+            # What is dropped, or is noise, is to be another in each sample.
+            beginnings=shared and not any(policy.drops for policy in session.policies()),
+            repeats=REPEATS_WITH_KERNELS if has_kernels else REPEATS,
             group_size=None if self.objective.is_sum else batch_size or self.args.per_device_train_batch_size,
             columns=self.columns,
             prompts=self.objective.needs.prompts,

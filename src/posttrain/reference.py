@@ -22,7 +22,7 @@ from safetensors import torch as tensor_files
 from torch import nn
 
 from posttrain import native
-from posttrain.errors import CheckpointError
+from posttrain.errors import CheckpointError, ConfigError
 from posttrain.models.forward import Policy
 from posttrain.reference_ahead import versions, weights_hash
 from posttrain.session import Session
@@ -42,7 +42,8 @@ class Reference(Protocol):
 
 @dataclass
 class OfPolicy:
-    """The policy itself, inside `as_reference`."""
+    """The policy itself, inside `as_reference`. Raises ConfigError for a model of its own that does not honour batches
+    as they are laid out for the policy."""
 
     policy: Policy
     as_reference: Callable[[], Any]
@@ -51,6 +52,9 @@ class OfPolicy:
     def __call__(self, batch: Batch) -> torch.Tensor:
         model = self.policy.model
         training = model.training
+        if batch.layout.is_shared and not self.policy.shares_prompts:
+            raise ConfigError(f"ref_model ({type(self.policy.base).__name__}) does not honour shared prompts, and the "
+                              "policy does", hint="give a reference of the policy's own kind, or none")  # fmt: skip
         with self.as_reference():
             model.eval()
             try:

@@ -65,7 +65,7 @@ def precompute(
         return _with_column(samples, np.concatenate(list(found)))
     key = cache_key(samples, depends_on)
     whole = folder / f"{key}.safetensors"
-    beginning = folder / f"{key}.{token_budget}{'s' * packing.shared}.beginning.safetensors"
+    beginning = folder / f"{key}.{token_budget}{'s' * packing.shared}{'b' * packing.beginnings}.beginning.safetensors"
     values = _read(whole, [ends[-1]])
     if values is None:
         parts = _begun(beginning, ends, chunks, name)
@@ -132,8 +132,9 @@ def versions() -> tuple[str, ...]:
     import transformers
 
     home, digest = Path(__file__).parent, hashlib.sha256()
-    files = [*(home / "models").glob("*.py"), *(home / "native").rglob("*"), home / "data" / "planning.py",
-             home / "types.py", *home.glob("reference*.py")]  # fmt: skip
+    cut = (home / "data" / f"{name}.py" for name in ("planning", "grouping", "beginnings"))
+    files = [*(home / "models").glob("*.py"), *(home / "native").rglob("*"), *cut, home / "types.py",
+             *home.glob("reference*.py")]  # fmt: skip
     for path in sorted(path for path in files if path.suffix in (".py", ".cpp", ".h")):
         digest.update(path.read_bytes())
     return digest.hexdigest(), torch.__version__, transformers.__version__, peft.__version__

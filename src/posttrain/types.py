@@ -98,15 +98,15 @@ class Layout:
     """How sequences lie in a packed batch: segment i is `[starts[i], starts[i] + lengths[i])`. Plain integers, known
     from the data alone, so that no kernel has to ask the device for them.
 
-    A segment with a parent continues it: its tokens see all of the parent's and then their own, and count positions on
-    from there. So a prompt stands once in front of all its answers. A parent comes before its children and has none
-    itself; `parents` holds its index, -1 for none, and is empty where nobody has one. `made` is what attention makes of
-    it once for all layers of a forward pass."""
+    A segment with a parent continues it: its tokens see all that the parent's see and then their own, and count
+    positions on from there. So a prompt stands once in front of all its answers, and a system prompt in front of all
+    prompts. A parent comes before its children; `parents` holds its index, -1 for none, and is empty where nobody has
+    one. `made` is what attention makes of it once for all layers of a forward pass."""
 
     starts: tuple[int, ...]
     lengths: tuple[int, ...]
     parents: tuple[int, ...] = ()
-    made: dict[Hashable, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
+    made: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def num_tokens(self) -> int:
@@ -114,7 +114,7 @@ class Layout:
 
     @property
     def max_length(self) -> int:
-        """Of what a token can see, its parent's tokens included."""
+        """Of what a token can see, what its segment continues included."""
         return max(self.context_lengths, default=0)
 
     @property
@@ -126,7 +126,10 @@ class Layout:
         """Of each segment, how many tokens its last one sees."""
         if not self.parents:
             return self.lengths
-        return tuple(n + (self.lengths[p] if p >= 0 else 0) for n, p in zip(self.lengths, self.parents, strict=True))
+        seen: list[int] = []
+        for length, parent in zip(self.lengths, self.parents, strict=True):
+            seen.append(length + (seen[parent] if parent >= 0 else 0))
+        return tuple(seen)
 
     @property
     def last_tokens(self) -> tuple[int, ...]:
@@ -135,20 +138,22 @@ class Layout:
         ends = (start + n - 1 for start, n in zip(self.starts, self.lengths, strict=True))
         return tuple(end for index, end in enumerate(ends) if index not in continued)
 
-    def segments(self) -> Iterator[tuple[slice, slice | None]]:
-        """The tokens of each segment, and those of its parent."""
+    def segments(self) -> Iterator[tuple[slice, tuple[slice, ...]]]:
+        """The tokens of each segment, and those that it continues, its parent's last."""
         own = [slice(start, start + n) for start, n in zip(self.starts, self.lengths, strict=True)]
+        before: list[tuple[slice, ...]] = []
         for index, tokens in enumerate(own):
             parent = self.parents[index] if self.parents else -1
-            yield tokens, own[parent] if parent >= 0 else None
+            before.append((*before[parent], own[parent]) if parent >= 0 else ())
+            yield tokens, before[index]
 
 
 @dataclass(frozen=True)
 class Batch:
     """Sequences laid end to end. `sample_S` is the index of each sequence's sample within its optimiser step,
     `origins_S` where it came from; `counts` are the numbers that losses are divided by, per unit. A sequence is a
-    segment, or with shared prompts a segment and its parent. `pairs_P2` are the sequences that are compared: the chosen
-    one, the rejected one. `columns` are named by their shape: `ref_logp_R`, `label_S`, `margin_P`. `can_be_cut`:
+    segment, or with shared prompts a segment and what it continues. `pairs_P2` are the sequences that are compared: the
+    chosen one, the rejected one. `columns` are named by their shape: `ref_logp_R`, `label_S`, `margin_P`. `can_be_cut`:
     smaller batches could be made of it."""
 
     input_ids_T: torch.Tensor

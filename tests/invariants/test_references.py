@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from posttrain import CheckpointError, ConfigError, DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from posttrain.models import forward
 from posttrain.models.attention import PACKED_ATTENTION
 from posttrain.models.scoring import as_classifier
 from posttrain.snapshot import _differ
@@ -80,6 +81,15 @@ def test_the_layers_that_are_trained(tmp_path: Path) -> None:
 def test_models_that_cannot_read_the_rows(ref: Any, message: str, ahead: bool, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         trainer(tmp_path, None, ref(), precompute_ref_log_probs=ahead)
+
+
+def test_a_model_that_does_not_share_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ref = model(1)
+    shares = forward._shares_prompts
+    monkeypatch.setattr(forward, "_shares_prompts", lambda policy: policy.model is not ref and shares(policy))
+    one = trainer(tmp_path, ref=ref)
+    with pytest.raises(ConfigError, match=r"ref_model \(LlamaForCausalLM\) does not honour shared prompts"):
+        one.train()
 
 
 def few_places() -> Any:

@@ -83,6 +83,42 @@ def test_every_family(family: str, adapted: bool) -> None:
     assert_same(result(policy, shared), result(policy, repeated), 1e-5)
 
 
+def beginning_alike() -> tuple[Batch, Batch]:
+    """Two families and one that is alone. Of the first family are prompts with several answers as well, two of them the
+    same."""
+    random = np.random.default_rng(1)
+    openings = [random.integers(3, VOCABULARY, n) for n in (9, 12)]
+    made: list[Sample] = []
+    for row, (opening, length) in enumerate([(0, 4), (1, 1), (0, 12), (0, 1), (1, 6), (None, 5)]):
+        before = random.integers(3, VOCABULARY, 0) if opening is None else openings[opening]
+        ids = np.concatenate([before, random.integers(3, VOCABULARY, length)])
+        cut = min(row % 3 * 4, len(ids) - 1)  # of the prompt: at times within the beginning
+        supervised = (random.random(len(ids)) < 0.7) & (np.arange(len(ids)) >= len(before))
+        branch = Branch(ids[cut:], supervised[cut:])
+        made.append((Tokenized(ids[:cut], (branch,), Origin("alike", row)),))
+    for row, lengths in enumerate([(5, 2), (5, 2, 1)]):
+        prompt = np.concatenate([openings[0], random.integers(3, VOCABULARY, 2)])
+        branches = tuple(Branch(random.integers(3, VOCABULARY, n), np.ones(n, dtype=bool)) for n in lengths)
+        made += [(Tokenized(prompt, branches, Origin("answers", row)),)] * (2 - row)
+    packings = Packing(beginnings=True), Packing(shared=False)
+    (shared,), (repeated,) = (plan(made, 10**6, one) for one in packings)
+    assert shared.layout.parents == (-1, 0, -1, 2, 0, 0, 2, -1, 0, 8, 8, 0, 11, 11, 0, 14, 14, 14)
+    assert shared.num_tokens == repeated.num_tokens - 5 * 9 - 12 - 2 * 11 - 2 * 11
+    assert (shared.sequence_tokens, shared.counts) == (repeated.num_tokens, repeated.counts)
+    assert torch.equal(shared.target_R, repeated.target_R)
+    assert torch.equal(shared.sequence_R, repeated.sequence_R)
+    return shared, repeated
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+def test_what_samples_begin_with_alike(family: str, adapted: bool) -> None:
+    model = family_model(family)
+    policy = open_policy(lora(model) if adapted else model)
+    shared, repeated = beginning_alike()
+    assert_same(result(policy, shared), result(policy, repeated), 1e-5)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3", "lfm2"])
 def test_in_float64_they_are_equal_to_rounding(family: str) -> None:
     policy = open_policy(family_model(family).double())
@@ -117,17 +153,17 @@ def test_a_family_that_cannot_share_repeats_and_says_so(caplog: pytest.LogCaptur
 
 
 def test_attention_of_children_by_products_has_the_gradients_of_a_plain_one() -> None:
-    layout = Layout((0, 3, 8, 10, 14), (3, 5, 2, 4, 1), (-1, 0, 0, -1, 3))
+    layout = Layout((0, 3, 8, 10, 14, 15, 17), (3, 5, 2, 4, 1, 2, 3), (-1, 0, 0, -1, 3, 2, 2))
     tokens, scale = layout.num_tokens, 0.3
     torch.manual_seed(0)
     given = [torch.randn(1, heads, tokens, 6, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
 
     def plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         sees = torch.zeros(tokens, tokens, dtype=torch.bool)
-        for own, parent in layout.segments():
+        for own, before in layout.segments():
             sees[own, own] = torch.ones(own.stop - own.start, own.stop - own.start).tril().bool()
-            if parent is not None:
-                sees[own, parent] = True
+            for part in before:
+                sees[own, part] = True
         key, value = (x.repeat_interleave(2, 1) for x in (key, value))
         weights = (query @ key.mT * scale).masked_fill(~sees, -torch.inf).softmax(-1)
         return (weights @ value).transpose(1, 2)

@@ -1,38 +1,46 @@
-"""Samples → micro-batches: sequences end to end, without padding, at most `token_budget` tokens each.
-
-Sequences go longest first into the emptiest of as many micro-batches as are needed. Equal ones need the least memory,
-for it is the largest that counts, and take the least time when processes wait for one another; the sum over an
-optimiser step does not depend on the cut. If that does not fit, first-fit decreasing, which wastes less space, is used.
+"""Samples → micro-batches: sequences end to end, without padding, at most `token_budget` tokens each. Which come
+together is for grouping.py to say; the sum over an optimiser step does not depend on it.
 
 A prompt with several answers (a preference pair, a group) stands in front of them once: a segment whose children they
-are. Its last token then predicts the first of each.
+are. Its last token then predicts the first of each. What prompts and single sequences of a micro-batch begin with alike
+(beginnings.py) stands once in front of these.
 
 Shape suffixes: `T` packed tokens, `R` supervised rows, `S` sequences, `P` pairs.
 """
 
 from __future__ import annotations
 
-import heapq
-import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 import torch
 
+from posttrain.data.beginnings import Beginning, find_beginnings
+from posttrain.data.grouping import Piece, group
 from posttrain.types import Batch, Layout, Sample, Tokenized
+
+REPEATS = 4
+"""Attention without a kernel of our own copies the keys of a beginning for each that sees it."""
+REPEATS_WITH_KERNELS = 8
+"""With one, the gradients of a beginning have a place for each prompt that continues it."""
 
 
 @dataclass(frozen=True)
 class Packing:
-    """What an objective asks of its batches. `shared`: a prompt stands in front of its branches once. With `group_size`
-    every so many samples are a batch, whatever the token budget: for losses that are no sum over samples. `columns` are
-    carried along by name. With `prompts` a prompt's own tokens are predicted too: it is a sequence before its first
-    answer's, and `nll_tokens` counts its tokens and those of the first answer."""
+    """What an objective asks of its batches. `shared`: a prompt stands in front of its branches once; `beginnings`:
+    and what prompts and single sequences begin with alike, in front of these. With `group_size` every so many samples
+    are a batch, whatever the token budget: for losses that are no sum over samples. `columns` are carried along by
+    name. With `prompts` a prompt's own tokens are predicted too: it is a sequence before its first answer's, and
+    `nll_tokens` counts its tokens and those of the first answer. `repeats`: so many budgets would the beginnings of a
+    micro-batch be at most, were they repeated."""
 
     shared: bool = True
+    beginnings: bool = False
+    repeats: float = REPEATS
     group_size: int | None = None
     columns: tuple[str, ...] = ()
     prompts: bool = False
@@ -43,10 +51,12 @@ PLAIN = Packing()
 
 @dataclass(frozen=True)
 class _Unit:
-    """What must not be parted: a prompt and its branches, and which sample they belong to."""
+    """What must not be parted: a prompt and its branches, and which sample they belong to. `beginning` is what others
+    begin with as well."""
 
     tokenized: Tokenized
     sample: int
+    beginning: Beginning | None = None
 
     @property
     def lengths(self) -> list[int]:
@@ -54,6 +64,29 @@ class _Unit:
 
     def is_shared(self, allowed: bool) -> bool:
         return allowed and len(self.tokenized.prefix) > 0 and len(self.tokenized.branches) > 1
+
+    def first(self, allowed: bool) -> np.ndarray | None:
+        """What stands behind a beginning, and that included: the prompt that stands in front of several branches, or
+        all of a single sequence. Several sequences have none."""
+        prefix, branches = self.tokenized.prefix, self.tokenized.branches
+        if self.is_shared(allowed):
+            return prefix
+        return np.concatenate([prefix, branches[0].ids]) if len(branches) == 1 else None
+
+    def opening(self, packing: Packing) -> np.ndarray:
+        """What of it may have a beginning in common with others: nothing that is predicted, for its rows would be there
+        as often as before, and not the last token."""
+        first = self.first(packing.shared)
+        if first is None or packing.prompts:
+            return self.tokenized.prefix[:0]
+        if self.is_shared(packing.shared):
+            return first[:-1]
+        supervised = np.flatnonzero(self.tokenized.branches[0].supervised)
+        end = len(self.tokenized.prefix) + int(supervised[0]) if len(supervised) else len(first)
+        return first[: min(end, len(first) - 1)]
+
+    def num_segments(self, allowed: bool) -> int:
+        return len(self.tokenized.branches) + self.is_shared(allowed)
 
     def size(self, allowed: bool) -> int:
         return self.tokenized.num_tokens if self.is_shared(allowed) else sum(self.lengths)
@@ -65,48 +98,19 @@ def plan(samples: Sequence[Sample], token_budget: int, packing: Packing = PLAIN)
 
     A prompt with several branches stays together with them.
     """
-    shared, group_size = packing.shared, packing.group_size
     units = [_Unit(part, index) for index, sample in enumerate(samples) for part in sample]
-    if group_size is not None:
-        return [_batch(list(group), packing) for _, group in groupby(units, lambda unit: unit.sample // group_size)]
-    groups = _groups([unit.size(shared) for unit in units], token_budget)
-    return [_batch([units[i] for i in group], packing) for group in groups]
+    if packing.beginnings:
+        units = _with_beginnings(units, packing)
+    if (size := packing.group_size) is not None:
+        return [_batch(list(whole), packing) for _, whole in groupby(units, lambda unit: unit.sample // size)]
+    pieces = [Piece(unit.size(packing.shared), unit.beginning, unit.num_segments(packing.shared)) for unit in units]
+    groups = group(pieces, token_budget, packing.repeats)
+    return [_batch([units[i] for i in one], packing) for one in groups]
 
 
-def _groups(lengths: list[int], budget: int) -> list[list[int]]:
-    """Indices of `lengths` in groups whose sums stay within the budget."""
-    sizes = [min(length, budget) for length in lengths]
-    longest_first = sorted(range(len(sizes)), key=lambda i: -sizes[i])
-    fitted = _first_fit(sizes, longest_first, budget)
-    for num_groups in range(max(1, math.ceil(sum(sizes) / budget)), len(fitted) + 1):
-        balanced = _balanced(sizes, longest_first, num_groups)
-        if max(sum(sizes[i] for i in group) for group in balanced) <= budget:
-            fitted = balanced
-            break
-    return sorted(sorted(group) for group in fitted if group)
-
-
-def _balanced(sizes: list[int], order: list[int], num_groups: int) -> list[list[int]]:
-    groups: list[list[int]] = [[] for _ in range(num_groups)]
-    emptiest = [(0, i) for i in range(num_groups)]
-    for index in order:
-        total, i = heapq.heappop(emptiest)
-        groups[i].append(index)
-        heapq.heappush(emptiest, (total + sizes[index], i))
-    return groups
-
-
-def _first_fit(sizes: list[int], order: list[int], budget: int) -> list[list[int]]:
-    groups: list[list[int]] = []
-    totals: list[int] = []
-    for index in order:
-        fit = next((i for i, total in enumerate(totals) if total + sizes[index] <= budget), len(groups))
-        if fit == len(groups):
-            groups.append([])
-            totals.append(0)
-        groups[fit].append(index)
-        totals[fit] += sizes[index]
-    return groups
+def _with_beginnings(units: list[_Unit], packing: Packing) -> list[_Unit]:
+    found = find_beginnings([unit.opening(packing) for unit in units], [unit.size(packing.shared) for unit in units])
+    return [replace(unit, beginning=beginning) for unit, beginning in zip(units, found, strict=True)]
 
 
 class _Tape:
@@ -116,6 +120,7 @@ class _Tape:
         self.ids: list[np.ndarray] = []
         self.lengths: list[int] = []
         self.parents: list[int] = []
+        self.begins: list[int] = []
         self.position_starts: list[int] = []
         self.end = 0
 
@@ -123,22 +128,25 @@ class _Tape:
         """Its index."""
         length = sum(map(len, ids))
         self.ids += ids
+        self.begins.append(self.end)
         self.lengths.append(length)
         self.parents.append(parent)
-        self.position_starts.append(0 if parent < 0 else self.lengths[parent])
+        self.position_starts.append(0 if parent < 0 else self.position_starts[parent] + self.lengths[parent])
         self.end += length
         return len(self.lengths) - 1
 
-    def starts(self) -> np.ndarray:
-        lengths = np.array(self.lengths, dtype=np.int64)
-        return np.cumsum(lengths) - lengths
+    def places(self, segment: int) -> np.ndarray:
+        """Where the tokens of a sequence stand that ends with this segment: those that it continues and its own."""
+        own = np.arange(self.begins[segment], self.begins[segment] + self.lengths[segment])
+        parent = self.parents[segment]
+        return own if parent < 0 else np.concatenate([self.places(parent), own])
 
     def layout(self) -> Layout:
         parents = tuple(self.parents) if any(parent >= 0 for parent in self.parents) else ()
-        return Layout(tuple(self.starts().tolist()), tuple(self.lengths), parents)
+        return Layout(tuple(self.begins), tuple(self.lengths), parents)
 
     def positions(self) -> np.ndarray:
-        shift = np.array(self.position_starts, dtype=np.int64) - self.starts()
+        shift = np.array(self.position_starts, dtype=np.int64) - np.array(self.begins, dtype=np.int64)
         return np.arange(self.end) + np.repeat(shift, self.lengths)
 
 
@@ -147,27 +155,18 @@ def _batch(units: list[_Unit], packing: Packing) -> Batch:
     rows: list[np.ndarray] = []
     targets: list[np.ndarray] = []
     sequences: list[tuple[_Unit, int]] = []  # and the number of the branch
-    for unit in units:
-        prefix, together = unit.tokenized.prefix, unit.is_shared(packing.shared)
-        if together:
-            last, parent = tape.end + len(prefix) - 1, tape.add(prefix)
-        for number, branch in enumerate(unit.tokenized.branches):
-            start = tape.end if together else tape.end + len(prefix)  # of the branch
+    for unit, segments in zip(units, _laid_out(units, packing.shared, tape), strict=True):
+        prefix = unit.tokenized.prefix
+        for number, (branch, segment) in enumerate(zip(unit.tokenized.branches, segments, strict=True)):
+            places = tape.places(segment)
             tokens = np.flatnonzero(branch.supervised)
             if not len(prefix):
                 tokens = tokens[tokens > 0]  # nothing comes before a first token that could predict it
-            predicting = tokens + start - 1
-            if together:
-                tape.add(branch.ids, parent=parent)
-                predicting[tokens == 0] = last
-            else:
-                tape.add(prefix, branch.ids)
             if packing.prompts and number == 0:
-                beginning = (last + 1 if together else start) - len(prefix)
-                rows.append(beginning + np.arange(len(prefix) - 1))
+                rows.append(places[: max(len(prefix) - 1, 0)])
                 targets.append(prefix[1:])
                 sequences.append((unit, -1))
-            rows.append(predicting)
+            rows.append(places[len(prefix) + tokens - 1])
             targets.append(branch.ids[tokens])
             sequences.append((unit, number))
     counts = [len(part) for part in rows]
@@ -193,6 +192,27 @@ def _batch(units: list[_Unit], packing: Packing) -> Batch:
         can_be_cut=len(units) > 1 and packing.group_size is None,
         pairs_P2=torch.tensor([(i, i + 1) for i in pairs]) if pairs else None,
     )
+
+
+def _laid_out(units: list[_Unit], shared: bool, tape: _Tape) -> list[list[int]]:
+    """Onto the tape; the segments that the branches of each unit end with."""
+    members = Counter(unit.beginning.family for unit in units if unit.beginning)
+    parents: dict[int, int] = {}
+    segments = []
+    for unit in units:
+        prefix, branches, beginning = unit.tokenized.prefix, unit.tokenized.branches, unit.beginning
+        parent, own = -1, unit.first(shared)
+        if own is not None and beginning is not None and members[beginning.family] > 1:
+            if beginning.family not in parents:
+                parents[beginning.family] = tape.add(own[: beginning.length])
+            parent, own = parents[beginning.family], own[beginning.length :]
+        if own is None:
+            segments.append([tape.add(prefix, branch.ids) for branch in branches])
+            continue
+        segment = tape.add(own, parent=parent)
+        shares = unit.is_shared(shared)
+        segments.append([tape.add(branch.ids, parent=segment) for branch in branches] if shares else [segment])
+    return segments
 
 
 def _of_pairs(first: list[int], tokens: list[int]) -> dict[str, int]:

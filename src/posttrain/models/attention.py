@@ -14,9 +14,11 @@ Left out: attention sinks and ALiBi. A model that has them fails the self-check 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -67,9 +69,8 @@ def packed_attention(
     if softcap is None and not dropout and _is_quicker_by_products(query, layout, sliding_window):
         scale = scaling or query.shape[-1] ** -0.5
         return segment_attention(query, key, value, layout, scale, keeps_weights), None
-    queries, keys, values = (torch.split(tensor, list(layout.lengths), dim=2) for tensor in (query, key, value))
-    if layout.is_shared:
-        keys, values = _after_parents(keys, layout), _after_parents(values, layout)
+    queries = query.split(list(layout.lengths), dim=2)
+    keys, values = (_seen(one, 2, layout).split(list(layout.context_lengths), dim=2) for one in (key, value))
     attend = _capped(softcap) if softcap is not None else scaled_dot_product_attention
     options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
     outputs = [
@@ -79,12 +80,32 @@ def packed_attention(
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
-def _after_parents(pieces: tuple[torch.Tensor, ...], layout: Layout) -> tuple[torch.Tensor, ...]:
-    """Keys or values of each segment, behind those of its parent."""
-    return tuple(
-        torch.cat([pieces[parent], piece], dim=2) if parent >= 0 else piece
-        for piece, parent in zip(pieces, layout.parents, strict=True)
-    )
+def _seen(one: torch.Tensor, dim: int, layout: Layout) -> torch.Tensor:
+    """Keys or values of each segment, behind those that it continues; tokens are dimension `dim`."""
+    if not layout.is_shared:
+        return one
+    if "seen" not in layout.made:
+        parts = (part for own, before in layout.segments() for part in (*before, own))
+        index = torch.cat([torch.arange(part.start, part.stop) for part in parts])
+        layout.made["seen"] = index.to(one.device, non_blocking=True)
+    return _Gathered.apply(one, layout.made["seen"], dim)
+
+
+class _Gathered(torch.autograd.Function):
+    """Gradients of what is there many times are summed in fp32 and rounded once."""
+
+    @staticmethod
+    def forward(ctx: Any, one: torch.Tensor, index: torch.Tensor, dim: int) -> torch.Tensor:
+        ctx.save_for_backward(index)
+        ctx.shape, ctx.dim = one.shape, dim
+        return one.index_select(dim, index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor, None, None]:
+        (index,), (grad,) = ctx.saved_tensors, grads
+        total = grad.new_zeros(ctx.shape, dtype=torch.promote_types(grad.dtype, torch.float32))
+        return total.index_add_(ctx.dim, index, grad.to(total.dtype)).to(grad.dtype), None, None
 
 
 def _is_quicker_by_products(query: torch.Tensor, layout: Layout, window: int | None) -> bool:
@@ -158,21 +179,12 @@ def _capped(softcap: float) -> Callable[..., torch.Tensor]:
 def _varlen(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float | None, window: int | None
 ) -> torch.Tensor:
-    """One FlashAttention call over all segments; the keys of a segment with a parent are gathered behind the parent's,
-    and its queries are the last of them."""
+    """One FlashAttention call over all segments; the keys of a segment are gathered behind those that it continues, and
+    its queries are the last of them."""
     from torch.nn.attention.varlen import varlen_attn
 
-    device = query.device
-    key_rows, value_rows = _rows(key), _rows(value)
-    bounds = torch.tensor((*layout.starts, layout.num_tokens), dtype=torch.int32).to(device, non_blocking=True)
-    key_bounds = bounds
-    if layout.is_shared:
-        seen = torch.cat(
-            [torch.arange(part.start, part.stop) for pair in layout.segments() for part in pair[::-1] if part]
-        )
-        key_bounds = torch.tensor((0, *layout.context_lengths)).cumsum(0).int().to(device, non_blocking=True)
-        index = seen.to(device, non_blocking=True)
-        key_rows, value_rows = key_rows[index], value_rows[index]
+    key_rows, value_rows = (_seen(_rows(one), 0, layout) for one in (key, value))
+    bounds, key_bounds = _bounds(layout, query.device)
     output = varlen_attn(
         _rows(query),
         key_rows,
@@ -187,6 +199,15 @@ def _varlen(
     )
     assert isinstance(output, torch.Tensor)
     return output[None]
+
+
+def _bounds(layout: Layout, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where segments begin and end, of queries and of the keys that they see; once for all layers."""
+    if "bounds" not in layout.made:
+        ends = (0, *accumulate(layout.context_lengths))
+        both = torch.tensor(((*layout.starts, layout.num_tokens), ends), dtype=torch.int32)
+        layout.made["bounds"] = tuple(both.to(device, non_blocking=True))
+    return layout.made["bounds"]
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:

@@ -110,10 +110,13 @@ class PackedShortConv(torch.nn.Module):
 
 
 def _shifted(signal_1TD: torch.Tensor, back: int, layout: Layout) -> torch.Tensor:
-    """Each token's value `back` tokens earlier in its own segment (or, before that, in the parent's), zero where there
-    is none."""
+    """Each token's value `back` tokens earlier in its own segment (or, before that, in what it continues), zero
+    where there is none."""
     if layout.is_shared:
-        return torch.nn.functional.pad(signal_1TD, (0, 0, 0, 1))[:, _earlier(back, layout).to(signal_1TD.device)]
+        key = ("earlier", back)
+        if key not in layout.made:
+            layout.made[key] = _earlier(back, layout).to(signal_1TD.device)
+        return torch.nn.functional.pad(signal_1TD, (0, 0, 0, 1))[:, layout.made[key]]
     shifted = torch.nn.functional.pad(signal_1TD, (0, 0, back, 0))[:, : signal_1TD.shape[1]]
     keep_T = torch.ones(signal_1TD.shape[1], dtype=signal_1TD.dtype)
     for start, length in zip(layout.starts, layout.lengths, strict=True):
@@ -124,13 +127,25 @@ def _shifted(signal_1TD: torch.Tensor, back: int, layout: Layout) -> torch.Tenso
 def _earlier(back: int, layout: Layout) -> torch.Tensor:
     """The index of the token `back` earlier; that of a zero behind the last where there is none."""
     index_T = torch.arange(layout.num_tokens) - back
-    for own, parent in layout.segments():
+    for own, before in layout.segments():
         first = index_T[own][:back]
-        before = torch.arange(len(first)) - back  # counted from the segment's beginning
-        reach = 0 if parent is None else parent.stop - parent.start
-        end = 0 if parent is None else parent.stop
-        first.copy_(torch.where(before + reach >= 0, before + end, layout.num_tokens))
+        context = torch.cat([torch.arange(part.start, part.stop) for part in before] or [torch.arange(0)])
+        nowhere = torch.full((back,), layout.num_tokens)
+        first.copy_(torch.cat([nowhere, context])[len(context) :][: len(first)])
     return index_T
+
+
+NOISE = re.compile(r"(dropout(_p)?|pdrop|jitter_(noise|eps))$")
+"""Of numbers that are rates of it."""
+
+
+def drops(module: nn.Module) -> bool:
+    """Whether this module, without those in it, drops something at random when it trains, or shakes it: in a dropout
+    layer, weights of attention, what comes out (StarCoder 2), a router's input (Mixtral)."""
+    rates = [rate for name, rate in vars(module).items() if NOISE.search(name)]
+    if isinstance(module, nn.Dropout):
+        rates.append(module.p)
+    return any(isinstance(rate, int | float) and rate > 0 for rate in rates)
 
 
 def learned_places(model: nn.Module) -> int | None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from safetensors.torch import load_file, save_file
 
+from posttrain.models.head import rows_of
 from posttrain.models.weights import load_weights, save_weights
 from posttrain.types import Batch
 
@@ -94,7 +95,7 @@ class ValueModel(Critic):
     def values(self, hidden_RD: torch.Tensor, batch: Batch, is_training: bool) -> torch.Tensor:
         (policy,) = self.policies
         policy.model.train(is_training)
-        score_R1: torch.Tensor = policy.base.score(policy.states(batch)[batch.rows_R])
+        score_R1: torch.Tensor = policy.base.score(rows_of(policy.states(batch), batch.rows_R))
         return score_R1[:, 0].float()
 
     def save(self, folder: Path, is_checkpoint: bool) -> None:

@@ -18,7 +18,7 @@ import torch
 from posttrain.errors import ConfigError
 from posttrain.models import attention, capabilities
 from posttrain.models.critic import Critic
-from posttrain.models.head import HeadShape, token_logps
+from posttrain.models.head import HeadShape, rows_of, token_logps
 from posttrain.models.recomputation import keeping_recipes
 from posttrain.types import Batch, Layout, Needs, Origin, Outputs
 
@@ -50,7 +50,7 @@ class Policy:
         batch = batch.to(self.device)
         head = self.base.get_output_embeddings()
         bias = getattr(head, "bias", None)  # PEFT's wrapper of a tied head with trainable tokens has none
-        hidden_RD = self.states(batch)[batch.rows_R]
+        hidden_RD = rows_of(self.states(batch), batch.rows_R)
         outputs = token_logps(hidden_RD, head.weight, bias, batch.target_R, self.shape, needs)
         if not needs.value:
             return outputs
@@ -76,6 +76,11 @@ class Policy:
     @property
     def vocabulary(self) -> int:
         return int(self.base.get_input_embeddings().weight.shape[0])
+
+    @property
+    def drops(self) -> bool:
+        """Whether anything is dropped at random in training."""
+        return any(capabilities.drops(module) for module in self.model.modules())
 
     @property
     def tolerance(self) -> float:
@@ -260,21 +265,24 @@ def _keeps_segments_apart(policy: Policy) -> bool:
     return gap.max().item() < 1e-5 and not torch.equal(one[middle], other[middle])
 
 
+SHARED = Layout((0, 5, 8, 12, 13), (5, 3, 4, 1, 2), (-1, 0, 0, 2, 2))
+
+
 def _shares_prompts(policy: Policy) -> bool:
-    """One prompt with two answers says of them what it says when it is repeated."""
+    """One prompt with two answers, of which one has two ends, says of them what it says when it is repeated."""
     vocabulary = policy.vocabulary
-    ids = [torch.arange(n) * 7919 % vocabulary + salt for n, salt in ((5, 0), (3, 1), (4, 2))]
-    prompt, *answers = (part.clamp(max=vocabulary - 1) for part in ids)
-    shared = torch.cat([prompt, *answers])
-    repeated = torch.cat([prompt, answers[0], prompt, answers[1]])
-    targets = torch.cat(answers)
+    ids = [torch.arange(n) * 7919 % vocabulary + salt for n, salt in ((5, 0), (3, 1), (4, 2), (1, 3), (2, 4))]
+    prompt, answer, other, end, other_end = (part.clamp(max=vocabulary - 1) for part in ids)
+    shared = torch.cat([prompt, answer, other, end, other_end])
+    repeated = torch.cat([prompt, answer, prompt, other, end, prompt, other, other_end])
+    targets = torch.cat([answer, other, end, other_end])
     with _own_attention(policy):
         try:
             one, other = (
                 _values(policy, _answers(tokens, layout, torch.tensor(rows), targets))
                 for tokens, layout, rows in (
-                    (shared, Layout((0, 5, 8), (5, 3, 4), (-1, 0, 0)), (4, 5, 6, 4, 8, 9, 10)),
-                    (repeated, Layout((0, 8), (8, 9)), (4, 5, 6, 12, 13, 14, 15)),
+                    (shared, SHARED, (4, 5, 6, 4, 8, 9, 10, 11, 11, 13)),
+                    (repeated, Layout((0, 8, 18), (8, 10, 11)), (4, 5, 6, 12, 13, 14, 15, 16, 26, 27)),
                 )
             )
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
@@ -284,16 +292,15 @@ def _shares_prompts(policy: Policy) -> bool:
 
 
 def _answers(ids_T: torch.Tensor, layout: Layout, rows_R: torch.Tensor, target_R: torch.Tensor) -> Batch:
-    before = [layout.lengths[parent] if parent >= 0 else 0 for parent in layout.parents or (-1,) * len(layout.starts)]
-    positions = [torch.arange(n) + start for n, start in zip(layout.lengths, before, strict=True)]
+    positions = [torch.arange(end - n, end) for n, end in zip(layout.lengths, layout.context_lengths, strict=True)]
     return Batch(
         input_ids_T=ids_T,
         position_ids_T=torch.cat(positions),
         layout=layout,
         rows_R=rows_R,
         target_R=target_R,
-        sequence_R=torch.tensor([0] * 3 + [1] * 4),
-        sample_S=(0, 0),
-        origins_S=(Origin("self-check", 0),) * 2,
-        counts={"tokens": 7, "sequences": 2},
+        sequence_R=torch.tensor([0] * 3 + [1] * 5 + [2] * 2),
+        sample_S=(0, 0, 0),
+        origins_S=(Origin("self-check", 0),) * 3,
+        counts={"tokens": 10, "sequences": 3},
     )

@@ -19,8 +19,10 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from posttrain import native
+from posttrain.models.capabilities import drops
 from posttrain.models.decoding import Memory, Reading
 from posttrain.models.lean_layers import is_close
+from posttrain.native.dealing import deal
 from posttrain.native.kernels import LANES, per_word
 from posttrain.types import Layout
 
@@ -31,19 +33,18 @@ CAPS = ("attn_logit_softcapping", "clip_qkv")
 
 
 def can_fuse(query_HTE: torch.Tensor, value_KTE: torch.Tensor, layout: Layout, window: int | None = None) -> bool:
-    """Whether the kernels know these shapes. A thread does a whole family of segments for one key head. Where that
-    keeps threads idle, torch is quicker: it deals out blocks of queries."""
-    size = query_HTE.shape[-1]
-    pieces = value_KTE.shape[-3] * (layout.parents.count(-1) or len(layout.lengths))
+    """Whether the kernels know these shapes. A thread does whole segments for one key head. Where that keeps threads
+    idle, torch is quicker: it deals out blocks of queries."""
+    size, groups = query_HTE.shape[-1], value_KTE.shape[-3]
     # How many times as long SDPA takes (docs/design.md): it computes what a window leaves out, and masks it.
     passes_over = window is not None and layout.max_length > window
     gain = 3 if query_HTE.dtype == torch.bfloat16 else 1 + passes_over
     return (
         size % LANES == 0
-        and gain * pieces >= torch.get_num_threads()
         and value_KTE.shape[-1] == size
         and min(layout.lengths, default=0) > 0
         and native.kernels_for(query_HTE, value_KTE) is not None
+        and gain * groups * deal(layout).num_parts >= torch.get_num_threads()
     )
 
 
@@ -212,14 +213,9 @@ def _is_ours(module: Any, hidden_1TD: torch.Tensor, turns: Any, layout: Any) -> 
     of projections has another dtype than what goes in."""
     if torch.is_autocast_enabled("cpu"):
         return False
-    if not isinstance(layout, Layout) or turns is None or (module.training and _drops(module)):
+    if not isinstance(layout, Layout) or turns is None or (module.training and drops(module)):
         return False
     groups = int(module.k_proj.out_features) // int(module.head_dim)
     head, shape = hidden_1TD.new_empty(groups, 0, module.head_dim), (1, hidden_1TD.shape[1], module.head_dim)
     are_whole = all(one.shape == shape and one.dtype == head.dtype for one in turns)
     return are_whole and can_fuse(head, head, layout, window_of(module))
-
-
-def _drops(module: Any) -> bool:
-    """Weights of attention or, as StarCoder 2 does, what comes out."""
-    return any(rate for name, rate in vars(module).items() if name.endswith("dropout") and isinstance(rate, float))

@@ -63,6 +63,12 @@ class HeadShape:
         return (1 - (z_CV * (self.temperature / self.softcap)).square()) * (self.scale / self.temperature)
 
 
+def rows_of(states_TD: torch.Tensor, rows_R: torch.Tensor) -> torch.Tensor:
+    """`(R, D)`. A prompt's last token is a row of each of its answers, and gradients of these are to be summed in one
+    order: on a CPU `index_select` does so, on CUDA indexing."""
+    return states_TD[rows_R] if states_TD.is_cuda else states_TD.index_select(0, rows_R)
+
+
 def token_logps(
     hidden_RD: torch.Tensor,
     weight_VD: torch.Tensor,

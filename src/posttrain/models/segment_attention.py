@@ -4,7 +4,7 @@ PyTorch's flash kernel for CPUs is slow in its backward pass; for segments of a 
 write the scores down. Per segment: scores by one batched product (query heads that share a key head are stacked as
 rows), a soft-max, and the probabilities kept in the compute dtype for a backward pass of four products; or made again
 there, for one product and a soft-max more, where memory is short. A segment with a parent (an answer to a shared
-prompt) looks at the parent's keys as well.
+prompt) looks at what it continues as well.
 Gradients go straight into one tensor each. Memory grows with the square of a segment's length, so long ones are left to
 SDPA; `MAX_LENGTH` is where the two cross (benchmarks/RESULTS.md).
 
@@ -51,10 +51,10 @@ class _SegmentAttention(torch.autograd.Function):
         output_THE = query_HTE.new_empty(tokens, heads, value_KTE.shape[-1])
         masks = _Masks(heads // groups, query_HTE)
         weights = []
-        for own, parent in layout.segments():
+        for own, before in layout.segments():
             query_KRE = _stacked(query_HTE[:, own], groups)
-            p_KRN = _weights(query_KRE, _seen(key_KTE, own, parent), masks, scale)
-            _unstack(p_KRN @ _seen(value_KTE, own, parent), output_THE[own])
+            p_KRN = _weights(query_KRE, _seen(key_KTE, own, before), masks, scale)
+            _unstack(p_KRN @ _seen(value_KTE, own, before), output_THE[own])
             if keeps_weights:
                 weights.append(p_KRN)
         ctx.layout, ctx.scale = layout, scale
@@ -67,42 +67,46 @@ class _SegmentAttention(torch.autograd.Function):
         query_HTE, key_KTE, value_KTE, *weights = ctx.saved_tensors
         groups, scale = key_KTE.shape[0], ctx.scale
         grad_query_THE = query_HTE.new_empty(query_HTE.shape[1], query_HTE.shape[0], query_HTE.shape[2])
-        grad_key, grad_value = _KeyGradient(key_KTE), _KeyGradient(value_KTE)
+        grad_key, grad_value = (_KeyGradient(one, ctx.layout) for one in (key_KTE, value_KTE))
         masks = _Masks(query_HTE.shape[0] // groups, query_HTE)
         kept = iter(weights)
-        for own, parent in ctx.layout.segments():
+        for own, before in ctx.layout.segments():
             query_KRE, grad_KRE = (_stacked(x, groups) for x in (query_HTE[:, own], grad_THE[own].transpose(0, 1)))
-            key_KNE = _seen(key_KTE, own, parent)
+            key_KNE = _seen(key_KTE, own, before)
             p_KRN = next(kept) if weights else _weights(query_KRE, key_KNE, masks, scale)
-            grad_value.add(p_KRN.mT @ grad_KRE, own, parent)
-            weight_grad_KRN = grad_KRE @ _seen(value_KTE, own, parent).mT
+            grad_value.add(p_KRN.mT @ grad_KRE, own, before)
+            weight_grad_KRN = grad_KRE @ _seen(value_KTE, own, before).mT
             score_KRN = torch._softmax_backward_data(weight_grad_KRN, p_KRN, -1, p_KRN.dtype)
             _unstack(score_KRN @ key_KNE, grad_query_THE[own])
-            grad_key.add(score_KRN.mT @ query_KRE, own, parent)
+            grad_key.add(score_KRN.mT @ query_KRE, own, before)
         grads_TXE = (grad_query_THE.mul_(scale), grad_key.total().mul_(scale), grad_value.total())
         return *(grad.transpose(0, 1) for grad in grads_TXE), None, None, None
 
 
 class _KeyGradient:
-    """The gradient of keys or values. What several children add to a parent's is summed in fp32."""
+    """The gradient of keys or values. What is added to those of a segment that others continue is summed in fp32."""
 
-    def __init__(self, like_KTE: torch.Tensor):
+    def __init__(self, like_KTE: torch.Tensor, layout: Layout):
         groups, tokens, size = like_KTE.shape
         self._grad_TKE = like_KTE.new_empty(tokens, groups, size)
-        self._shared: dict[int, tuple[slice, torch.Tensor]] = {}
+        continued = (layout.starts[parent] for parent in {*layout.parents} - {-1})
+        self._shared: dict[int, torch.Tensor | None] = dict.fromkeys(continued)
 
-    def add(self, grad_KNE: torch.Tensor, own: slice, parent: slice | None) -> None:
-        """Of a segment's own tokens, behind those of its parent, which came before it."""
-        before = 0 if parent is None else parent.stop - parent.start
-        self._grad_TKE[own] = grad_KNE[:, before:].transpose(0, 1)
-        if parent is not None:
-            if parent.start not in self._shared:
-                self._shared[parent.start] = (parent, self._grad_TKE[parent].float())
-            self._shared[parent.start][1].add_(grad_KNE[:, :before].transpose(0, 1))
+    def add(self, grad_KNE: torch.Tensor, own: slice, before: tuple[slice, ...]) -> None:
+        """Of a segment's own tokens, behind those that it continues."""
+        grads = grad_KNE.split([part.stop - part.start for part in (*before, own)], 1)
+        for part, grad_KME in zip((*before, own), grads, strict=True):
+            if part.start not in self._shared:
+                self._grad_TKE[part] = grad_KME.transpose(0, 1)
+            elif (total_MKE := self._shared[part.start]) is None:
+                self._shared[part.start] = grad_KME.transpose(0, 1).float()
+            else:
+                total_MKE.add_(grad_KME.transpose(0, 1))
 
     def total(self) -> torch.Tensor:
-        for parent, grad_NKE in self._shared.values():
-            self._grad_TKE[parent] = grad_NKE
+        for start, total_MKE in self._shared.items():
+            assert total_MKE is not None
+            self._grad_TKE[start : start + len(total_MKE)] = total_MKE
         return self._grad_TKE
 
 
@@ -128,9 +132,9 @@ class _Masks:
         return self._made[asked, there]
 
 
-def _seen(keys_KTE: torch.Tensor, own: slice, parent: slice | None) -> torch.Tensor:
-    """What a segment's tokens look at: the parent's and their own."""
-    return keys_KTE[:, own] if parent is None else torch.cat([keys_KTE[:, parent], keys_KTE[:, own]], 1)
+def _seen(keys_KTE: torch.Tensor, own: slice, before: tuple[slice, ...]) -> torch.Tensor:
+    """What a segment's tokens look at: those that it continues and its own."""
+    return torch.cat([keys_KTE[:, part] for part in (*before, own)], 1) if before else keys_KTE[:, own]
 
 
 def _stacked(query_HNE: torch.Tensor, groups: int) -> torch.Tensor:

@@ -7,11 +7,12 @@ Shape suffixes: `T` tokens, `D` hidden, `H` query heads, `K` key heads, `E` head
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from posttrain.native.dealing import deal
 from posttrain.types import Layout
 
 LANES = 16
@@ -35,7 +36,7 @@ _SIGNATURES = {
     "decode": (_POINTER, _POINTER, _LONG) + (_POINTER,) * 4 + (_LONG,) * 6 + (_FLOAT,),
     "draw": (_POINTER,) * 4 + (_LONG, _LONG, _FLOAT),
     "attention": (_POINTER,) * 7 + (_LONG,) * 6 + (_FLOAT,),
-    "attention_backward": (_POINTER,) * 10 + (_LONG,) * 6 + (_FLOAT,),
+    "attention_backward": (_POINTER,) * 11 + (_LONG,) * 6 + (_FLOAT,),
 }
 _IN_BF16_ONLY = {
     "low_rank": (_POINTER,) * 5 + (_LONG,) * 4,
@@ -130,7 +131,7 @@ class Kernels:
         tokens, heads, size = query_THE.shape
         out_THE = query_THE.new_empty(query_THE.shape)
         log_sum_HT = query_THE.new_empty(heads, tokens, dtype=torch.float32)
-        segments = _segments(layout)
+        segments = deal(layout).segments_S5
         _check(layout.num_tokens == tokens, f"a layout of {layout.num_tokens} tokens for {tokens}")
         _check(
             key_TKE.shape == value_TKE.shape == (tokens, key_TKE.shape[1], size) and heads % key_TKE.shape[1] == 0,
@@ -138,7 +139,7 @@ class Kernels:
         )
         self._call["attention"](
             query_THE.data_ptr(), key_TKE.data_ptr(), value_TKE.data_ptr(), out_THE.data_ptr(), log_sum_HT.data_ptr(),
-            _strides(query_THE, key_TKE, value_TKE, out_THE), segments, len(segments) // 4, tokens, heads,
+            _strides(query_THE, key_TKE, value_TKE, out_THE), segments.data_ptr(), len(segments), tokens, heads,
             key_TKE.shape[1], size, _window(window), scale,
         )  # fmt: skip
         return out_THE, log_sum_HT
@@ -158,10 +159,12 @@ class Kernels:
         tokens, heads, size = query_THE.shape
         given = (query_THE, key_TKE, value_TKE)
         grads = tuple(one.new_empty(one.shape) for one in given)
-        segments = _segments(layout)
+        segments, _, shares = deal(layout)
+        room = query_THE.new_empty(2 * key_TKE.shape[1] * shares * size, dtype=torch.float32)
         self._call["attention_backward"](
             *(one.data_ptr() for one in (*given, grad_THE, log_sum_HT, *grads)), _strides(*given, grad_THE, *grads),
-            segments, len(segments) // 4, tokens, heads, key_TKE.shape[1], size, _window(window), scale,
+            room.data_ptr(), segments.data_ptr(), len(segments), tokens, heads, key_TKE.shape[1], size,
+            _window(window), scale,
         )  # fmt: skip
         return grads  # type: ignore[return-value]
 
@@ -289,14 +292,3 @@ def _strides(*tensors: torch.Tensor) -> ctypes.Array[ctypes.c_long]:
     """Those of token and head, in elements."""
     numbers = [stride for one in tensors for stride in one.stride()[:2]]
     return (ctypes.c_long * len(numbers))(*numbers)
-
-
-def _segments(layout: Layout) -> ctypes.Array[ctypes.c_int32]:
-    """Four numbers a segment: where it starts, its length, and the same of its parent."""
-    numbers: list[int] = []
-    parents: Sequence[int] = layout.parents or (-1,) * len(layout.starts)
-    for start, length, parent in zip(layout.starts, layout.lengths, parents, strict=True):
-        before = (layout.starts[parent], layout.lengths[parent]) if parent >= 0 else (0, 0)
-        _check(parent < 0 or parents[parent] < 0, f"segment {parent} as a parent, which has one itself")
-        numbers += (start, length, *before)
-    return (ctypes.c_int32 * len(numbers))(*numbers)

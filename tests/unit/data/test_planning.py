@@ -87,6 +87,40 @@ def test_branches_are_not_parted_and_groups_are_batches() -> None:
     assert [(b.sample_S, b.counts["batches"]) for b in groups] == [((0, 0, 1, 1), 1), ((2, 2, 3, 3), 1), ((4, 4), 1)]
 
 
+def test_what_prompts_and_sequences_begin_with_alike_stands_once() -> None:
+    opening = np.arange(-9, 0)
+
+    def part(row: int, own: int, *branches: int) -> Sample:
+        made = tuple(Branch(np.arange(n) + 100 * row, np.ones(n, dtype=bool)) for n in branches)
+        return (Tokenized(np.concatenate([opening, np.full(own, row)]), made, Origin("train", row)),)
+
+    samples = [part(1, 2, 3, 1), part(2, 0, 4), part(3, 1, 2)]
+    (batch,) = plan(samples, 100, Packing(beginnings=True))
+    assert batch.layout == Layout((0, 9, 11, 14, 15, 19), (9, 2, 3, 1, 4, 3), (-1, 0, 1, 1, 0, 0))
+    assert batch.layout.context_lengths == (9, 11, 14, 12, 13, 12)
+    assert batch.layout.last_tokens == (13, 14, 18, 21)
+    assert batch.input_ids_T[9:].tolist() == [1, 1, 100, 101, 102, 100, 200, 201, 202, 203, 3, 300, 301]
+    assert batch.position_ids_T.tolist() == [*range(9), 9, 10, 11, 12, 13, 11, 9, 10, 11, 12, 9, 10, 11]
+    assert batch.rows_R.tolist() == [10, 11, 12, 10, 8, 15, 16, 17, 19, 20]
+    assert batch.sequence_R.tolist() == [0, 0, 0, 1, 2, 2, 2, 2, 3, 3]
+    assert batch.sequence_tokens == 14 + 12 + 13 + 12
+    assert [b.num_tokens for b in plan(samples, 19, Packing(beginnings=True))] == [15, 16]
+    assert [b.num_tokens for b in plan(samples, 15, Packing(beginnings=True))] == [15, 13, 12]
+
+
+def test_nothing_that_is_predicted_is_shared() -> None:
+    def part(row: int, supervised: int) -> Sample:
+        ids = np.concatenate([np.arange(20), [100 + row, 7]])
+        return (Tokenized(ids[:0], (Branch(ids, np.arange(22) >= supervised),), Origin("train", row)),)
+
+    for supervised, shared in ((0, 0), (5, 0), (12, 12), (20, 20), (21, 20), (22, 20)):
+        (batch,) = plan([part(1, supervised), part(2, supervised)], 100, Packing(beginnings=True))
+        assert batch.num_tokens == 44 - shared
+        assert len(set(batch.rows_R.tolist())) >= len(batch.rows_R) - 1  # but for what stands before two
+    (batch,) = plan([part(1, 20), part(2, 20)], 100, Packing(beginnings=True, prompts=True))
+    assert batch.num_tokens == 44
+
+
 def test_columns_of_pairs() -> None:
     def with_columns(index: int) -> Sample:
         (part,) = sample(index, 3, prefix=1, branches=2)

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
 
 from posttrain import ConfigError, SFTConfig
-from posttrain.models.capabilities import PackedShortConv, adapt_to_packing, head_shape
+from posttrain.models.capabilities import PackedShortConv, adapt_to_packing, drops, head_shape
 from posttrain.models.forward import open_policy
 from posttrain.models.head import HeadShape
 from posttrain.session import Session
@@ -115,3 +115,17 @@ def test_an_adapter_added_after_training_reaches_the_convolution(tmp_path: Path)
         adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["in_proj"], init_lora_weights=False))
         assert any(isinstance(module, nn.ModuleDict) for module in adapted.modules())
         assert (adapted(input_ids=ids).logits - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "is_one"),
+    [("attention_dropout", 0.1, True), ("attention_dropout", 0.0, False), ("dropout_p", 0.2, True),
+     ("router_jitter_noise", 0.01, True), ("moe_jitter_eps", 0.01, True), ("attn_pdrop", 1, True),
+     ("attn_pdrop", None, False), ("dropout_rates", 0.1, False)],
+)  # fmt: skip
+def test_what_is_random_in_training(name: str, rate: Any, is_one: bool) -> None:
+    module = nn.Linear(1, 1)
+    setattr(module, name, rate)
+    assert drops(module) is is_one
+    assert drops(nn.Dropout(0.1))
+    assert not drops(nn.Dropout(0.0))

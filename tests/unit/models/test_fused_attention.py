@@ -53,8 +53,7 @@ def packed(name: str, **options: Any) -> Any:
 def asked(one: Any, layout: Layout) -> torch.Tensor:
     """Logits of some packed tokens."""
     ids = torch.arange(layout.num_tokens)[None] % VOCABULARY
-    before = (0 if parent is None else parent.stop - parent.start for _, parent in layout.segments())
-    places = [torch.arange(n) + shift for n, shift in zip(layout.lengths, before, strict=True)]
+    places = [torch.arange(seen - n, seen) for n, seen in zip(layout.lengths, layout.context_lengths, strict=True)]
     return one(input_ids=ids, position_ids=torch.cat(places)[None], layout=layout, use_cache=False).logits
 
 
@@ -242,6 +241,8 @@ def test_what_can_be_fused(size: int, dtype: torch.dtype, lengths: tuple[int, ..
         (torch.float32, 3, laid_end_to_end((3, 4)), 9, False),
         (torch.float32, None, laid_end_to_end((3, 4, 5), (-1, 0, 0)), 2, True),
         (torch.float32, None, laid_end_to_end((3, 4, 5), (-1, 0, 0)), 3, False),
+        (torch.float32, None, laid_end_to_end((200, 200, 200), (-1, 0, 0)), 6, True),
+        (torch.float32, None, laid_end_to_end((200, 200, 200), (-1, 0, 0)), 7, False),
         (torch.bfloat16, None, laid_end_to_end((3, 4)), 12, True),
         (torch.bfloat16, None, laid_end_to_end((3, 4)), 13, False),
     ],
@@ -249,8 +250,8 @@ def test_what_can_be_fused(size: int, dtype: torch.dtype, lengths: tuple[int, ..
 def test_threads_that_would_be_idle_count(
     dtype: torch.dtype, window: int | None, layout: Layout, threads: int, fuses: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A shared prompt and its answers are one thread's, for each of two key heads. A window that is shorter than a
-    segment spares the kernel half of the work and more."""
+    """The answers to a shared prompt are dealt out if there is much to do, for each of two key heads. A window that is
+    shorter than a segment spares the kernel half of the work and more."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     one = torch.empty(2, 0, 16, dtype=dtype)
     assert can_fuse(one, one, layout, window) is fuses

@@ -14,8 +14,8 @@ from torch.nn.attention import varlen
 from posttrain.models.attention import _varlen, packed_attention
 from posttrain.types import Layout
 
-LAYOUT = Layout((0, 6, 10, 11, 20, 22), (6, 4, 1, 9, 2, 3), (-1, 0, 0, -1, 3, 3))
-"""Two prompts with two answers each, one of them a single token."""
+LAYOUT = Layout((0, 6, 10, 11, 20, 22, 25, 27), (6, 4, 1, 9, 2, 3, 2, 4), (-1, 0, 0, -1, 3, 3, 1, 1))
+"""Two prompts with two answers each, one of them a single token, another with two ends."""
 TOKENS, SCALE = LAYOUT.num_tokens, 0.4
 
 
@@ -28,15 +28,13 @@ def inputs(groups: int) -> list[torch.Tensor]:
 
 
 def dense(query: Any, key: Any, value: Any, window: int | None) -> torch.Tensor:
-    """A token sees its parent's tokens and its own before it, as far back as the window goes in positions."""
+    """A token sees what its segment continues and its own before it, as far back as the window goes in positions."""
     sees = torch.zeros(TOKENS, TOKENS, dtype=torch.bool)
     position = torch.empty(TOKENS, dtype=torch.long)
-    for own, parent in LAYOUT.segments():
-        before = 0 if parent is None else parent.stop - parent.start
-        position[own] = torch.arange(own.stop - own.start) + before
-        sees[own, own] = True
-        if parent is not None:
-            sees[own, parent] = True
+    for own, before in LAYOUT.segments():
+        position[own] = torch.arange(own.stop - own.start) + sum(part.stop - part.start for part in before)
+        for part in (*before, own):
+            sees[own, part] = True
     back = position[:, None] - position
     sees &= (back >= 0) & (back < (window or 10**9))
     key, value = (tensor.repeat_interleave(query.shape[1] // tensor.shape[1], 1) for tensor in (key, value))
@@ -100,3 +98,19 @@ def test_equals_dense(
     (expected * weight).sum().backward()
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-9, atol=1e-9)
+
+
+def test_gradients_of_what_hundreds_see_are_summed_in_fp32() -> None:
+    many = 300
+    layout = Layout((0, *range(40, 40 + 2 * many, 2)), (40, *(2,) * many), (-1, *(0,) * many))
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(1, 2, layout.num_tokens, 8, generator=generator) for _ in range(3)]
+    grads = []
+    for dtype in (torch.bfloat16, torch.float64):
+        tensors = [one.to(torch.bfloat16).to(dtype).requires_grad_() for one in given]
+        # A cap, so that no quicker attention takes it.
+        out, _ = packed_attention(nn.Module(), *tensors, None, scaling=SCALE, layout=layout, softcap=50.0)
+        grads.append(torch.autograd.grad(out.square().sum(), tensors[1:]))
+    for one, exact in zip(*grads, strict=True):
+        shared, expected = one[:, :, :40].double(), exact[:, :, :40]
+        assert (shared - expected).norm() < 0.01 * expected.norm()

@@ -29,6 +29,10 @@ LAYOUTS = {
     "the block's end": laid_end_to_end((47, 48, 49, 1, 97)),
     "a shared prompt": laid_end_to_end((33, 5, 50, 1), (-1, 0, 0, 0)),
     "shared and alone": laid_end_to_end((48, 16, 17, 30, 2, 3), (-1, 0, 0, -1, -1, 4)),
+    "many answers": laid_end_to_end((135, *range(93, 104), 20, 9, 70), (-1, *(0,) * 11, -1, 12, 12)),
+    "prompts that begin alike": laid_end_to_end(
+        (35, 120, *range(93, 104), 1, 50, 9, 17, 5, 240), (-1, 0, *(1,) * 11, 0, 13, 13, 14, -1, 0)
+    ),
     "long": laid_end_to_end((700, 20)),
     "long answers": laid_end_to_end((530, 97, 60), (-1, 0, 0)),
 }
@@ -227,7 +231,7 @@ def test_attention(kernels: Kernels, layout: Layout, shape: tuple[int, int, int]
 @pytest.mark.parametrize("shape", [(4, 2, 16), (3, 1, 32)], ids=str)
 def test_attention_inside_a_window(kernels: Kernels, window: int, shape: tuple[int, int, int]) -> None:
     """Also where a child of a shared prompt sees little of it, or nothing."""
-    layout = laid_end_to_end((47, 130, 19, 33, 1, 97), (-1, -1, 1, 1, 1, -1))
+    layout = laid_end_to_end((47, 130, 19, 33, 1, 97, 21, 5), (-1, -1, 1, 1, 1, -1, 3, 3))
     given = heads_of(layout, *shape)
     with threads(2):
         seen = everything(kernels, given, layout, window)
@@ -372,5 +376,5 @@ def test_shapes_that_do_not_fit_are_refused(kernels: Kernels) -> None:
         kernels.attention(x, x[:7], x[:7], laid_end_to_end((8,)), 1.0)
     with pytest.raises(ValueError, match=r"queries \(8, 2, 16\), keys \(8, 3, 16\)"):
         kernels.attention(x, random(8, 3, 16), random(8, 3, 16), laid_end_to_end((8,)), 1.0)
-    with pytest.raises(ValueError, match="segment 1 as a parent, which has one itself"):
-        kernels.attention(x, x, x, laid_end_to_end((2, 3, 3), (-1, 0, 1)), 1.0)
+    with pytest.raises(ValueError, match="segment 1 before its parent, 2"):
+        kernels.attention(x, x, x, laid_end_to_end((2, 3, 3), (-1, 2, -1)), 1.0)
