@@ -83,21 +83,6 @@ def test_what_is_predicted_is_computed_for_each(quick: None, tmp_path: Path, com
     assert sum(computed[-2:]) == sum(len(row["input_ids"]) for row in rows())
 
 
-def test_the_same_bits_with_several_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last token of the opening is a row of each sample; the gradients of these are summed in one order."""
-    monkeypatch.setattr("posttrain.gauges.measure_limit", lambda *_: 1e12)
-    many = [{"input_ids": [*range(5, 105), 110 + i, 7], "labels": [-100] * 100 + [110 + i, 7]} for i in range(64)]
-    options = {"per_device_train_batch_size": 64, "max_steps": 1, "token_budget": 2000}
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        ends = [trained(tmp_path, many, **options)[0] for _ in range(6)]
-    finally:
-        torch.set_num_threads(before)
-    for end in ends[1:]:
-        assert all(torch.equal(ends[0][name], end[name]) for name in end if name.startswith("weight/"))
-
-
 @pytest.mark.parametrize("arguments", [{"adapter": LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear")},
                                        {"neftune_noise_alpha": 5.0}], ids=["dropout", "noise"])  # fmt: skip
 def test_what_is_random_is_so_in_each_sample(

@@ -89,18 +89,16 @@ def _tree(ordered: list[np.ndarray]) -> _Node:
 
 
 def _weigh(root: _Node) -> None:
-    """All nodes but the root, children first."""
-    lengths = [0]
+    """All nodes, children first."""
+    lengths: list[int] = []
     going = [(root, False)]
     while going:
         node, is_ready = going.pop()
         if is_ready:
-            if node is not root:
-                node.weigh(np.array(lengths))
-                lengths.pop()
+            node.weigh(np.array(lengths))
+            lengths.pop()
             continue
-        if node is not root:
-            lengths.append(node.length)
+        lengths.append(node.length)
         going.append((node, True))
         for child in node.children:
             child.depth = node.depth + 1

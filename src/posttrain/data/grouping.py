@@ -83,8 +83,8 @@ def group(pieces: Sequence[Piece], budget: int, repeats: float = math.inf) -> li
     most = _Bounds(budget, repeats * budget)
     by_size = sorted(range(len(pieces)), key=lambda i: -pieces[i].size)
     by_family = _together(pieces)
-    tried = [(_first_fit(pieces, order, most), order) for order in (by_size, by_family)[: 1 + (by_size != by_family)]]
-    groups, order = min(tried, key=lambda one: len(one[0]))
+    orders = [by_size] if by_size == by_family else [by_size, by_family]
+    groups, order = min(((_first_fit(pieces, order, most), order) for order in orders), key=lambda one: len(one[0]))
     for number in range(max(1, _fewest(pieces, budget), len(groups) - NEAR), len(groups) + 1):
         balanced = _balanced(pieces, order, number)
         if all(one.is_within(most) for one in balanced):

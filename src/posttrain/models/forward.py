@@ -266,6 +266,7 @@ def _keeps_segments_apart(policy: Policy) -> bool:
 
 
 SHARED = Layout((0, 5, 8, 12, 13), (5, 3, 4, 1, 2), (-1, 0, 0, 2, 2))
+"""A prompt, an answer, another, and two ends of the latter."""
 
 
 def _shares_prompts(policy: Policy) -> bool:

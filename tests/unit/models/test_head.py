@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from posttrain.models import head
-from posttrain.models.head import HeadShape, token_logps
+from posttrain.models.head import HeadShape, rows_of, token_logps
 from posttrain.types import Needs
 
 ROWS, HIDDEN, VOCABULARY = 11, 6, 13
@@ -223,3 +223,24 @@ def test_equally_likely_tokens_all_count_as_the_likeliest() -> None:
     assert logp.tolist() == pytest.approx([-1.6094379] * 2)
     assert entropy is not None
     assert entropy.tolist() == pytest.approx([1.6094379] * 2)
+
+
+def test_gradients_of_a_row_that_is_there_many_times_have_the_same_bits_each_time() -> None:
+    """A prompt's last token is a row of each of its answers. Indexing sums them in any order with several threads."""
+    generator = torch.Generator().manual_seed(0)
+    states, weight = (torch.randn(n, 128, generator=generator) for n in (100, 2000))
+    rows = torch.randint(100, (2000,), generator=generator)
+    rows[::2] = 3
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    grads = []
+    try:
+        for _ in range(12):
+            given = states.clone().requires_grad_()
+            (rows_of(given, rows) * weight).sum().backward()
+            grads.append(given.grad)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(grads[0], one) for one in grads[1:])
+    expected = torch.zeros(100, 128, dtype=torch.float64).index_add_(0, rows, weight.double())
+    torch.testing.assert_close(grads[0].double(), expected, rtol=1e-5, atol=1e-4)
